@@ -1,1 +1,14 @@
-//! Placeholder head, written with the first module.
+//! Ids, units, tables, requests and replies of Lunar: the words that its processes share.
+//!
+//! Serde only: no system calls, no clock, no threads. `ids` and `units` are the newtypes, `target` is
+//! what mgmtd and ublk-target say to each other, `error` the one error that crosses a socket.
+
+#![forbid(unsafe_code)]
+
+pub mod error;
+pub mod ids;
+pub mod target;
+pub mod units;
+
+pub use error::{ApiError, ErrorKind};
+pub use ids::{DiskUuid, GroupUuid, History, LuUuid, SystemUuid};

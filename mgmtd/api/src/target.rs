@@ -1,0 +1,389 @@
+//! What mgmtd and ublk-target say to each other.
+//!
+//! A Unix `SOCK_SEQPACKET` socket, one JSON message a packet, file descriptors attached (`SCM_RIGHTS`) to
+//! the packet that needs them, in the order that the request names them. mgmtd asks, ublk-target answers
+//! once a request, in order, on the same connection; several connections may be open. mgmtd sends *intents*:
+//! whatever decides where bytes are is written by ublk-target alone, made durable, then answered.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::ApiError;
+use crate::ids::{DiskUuid, GroupUuid, History, LuUuid, SystemUuid};
+
+/// Version of this protocol; both sides refuse another.
+pub const TARGET_API: u32 = 1;
+/// Longest message, in bytes; a group of 4096 LUs with its extents fits.
+pub const MESSAGE_MAX: usize = 1 << 20;
+/// Most descriptors in one message: the kernel's SCM_MAX_FD.
+pub const FDS_MAX: usize = 253;
+
+/// RAID level.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Level {
+    /// Striping without redundancy; one member alone is allowed.
+    Raid0,
+    /// Every member holds the same.
+    Raid1,
+    /// One rotating parity, md's `left-symmetric`.
+    Raid5,
+}
+
+/// What is done so that redundancy is right again after a power loss (md's word).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Consistency {
+    /// md's `resync`: everything is resynced after a power loss; the write hole is open.
+    None,
+}
+
+/// State of one slot of a group, as its superblocks say it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MemberState {
+    /// Holds what it should hold (below `synced_to`).
+    InSync,
+    /// Failed; nothing on it is believed.
+    Faulty,
+    /// Being filled by a rebuild; believed below the rebuild cursor.
+    Rebuilding,
+    /// Nobody is in this slot.
+    Missing,
+}
+
+/// State of a group, from its members.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GroupState {
+    /// Every slot in sync.
+    Optimal,
+    /// Redundancy is missing, data is whole.
+    Degraded,
+    /// Data is missing: what needs it is answered EIO.
+    Failed,
+    /// Not started; the reason stands beside it.
+    Stopped,
+}
+
+/// A request to ublk-target.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "verb", rename_all = "snake_case", deny_unknown_fields)]
+pub enum TargetRequest {
+    /// First message of a connection. Answer: `Hello`.
+    Hello { api: u32, system: SystemUuid },
+    /// Reads what the attached disks (one descriptor each) carry; writes nothing. Answer: `Probed`.
+    Probe { paths: Vec<String> },
+    /// Writes the label of a free disk (superblocks without a group) to the one attached disk. Answer: `Done`.
+    Label { path: String, disk: DiskUuid },
+    /// Overwrites both superblocks of the one attached disk. Answer: `Done`.
+    Wipe { path: String },
+    /// Makes a group of the attached members (descriptor i is slot i; the last descriptor is the in-flight
+    /// log file on tmpfs) and starts it. Answer: `Group`.
+    GroupCreate {
+        group: GroupUuid,
+        name: String,
+        level: Level,
+        /// Bytes; a power of two, 4 KiB to 1 MiB; ignored by raid1.
+        chunk: u64,
+        consistency: Consistency,
+        assume_clean: bool,
+        members: Vec<MemberSpec>,
+    },
+    /// Starts a group from the attached members, in any order; last descriptor: in-flight log file. LUs
+    /// come up too: a kernel device in `ublk_devices` that bears the LU's identity is recovered. Answer: `Group`.
+    GroupStart {
+        group: GroupUuid,
+        force: bool,
+        members: Vec<MemberSpec>,
+        /// Ids of every ublk device that the kernel has now.
+        ublk_devices: Vec<u32>,
+        /// Last (history, generation) that mgmtd recorded; older disks do not start by themselves.
+        witness: Option<Witness>,
+        /// Members that did not answer in time and are started without.
+        #[serde(default)]
+        without: Vec<DiskUuid>,
+    },
+    /// Stops the group's LUs (only those nobody holds: else `Busy`), marks it clean, closes its members. Answer: `Done`.
+    GroupStop { group: GroupUuid },
+    /// As `GroupStop`, then marks the members' superblocks deleted. Answer: `Done`.
+    GroupDelete { group: GroupUuid },
+    /// Renames the group. Answer: `Group`.
+    GroupRename { group: GroupUuid, name: String },
+    /// Sets tunables that are not on disk. Answer: `Group`.
+    GroupSet {
+        group: GroupUuid,
+        rebuild_min_bytes: Option<u64>,
+        rebuild_max_bytes: Option<u64>,
+    },
+    /// Fails a member by hand. Refused (`NoRedundancy`) where data would be lost. Answer: `Group`.
+    MemberFail { group: GroupUuid, disk: DiskUuid },
+    /// Puts the one attached disk into a slot that is faulty or missing, and starts its rebuild. Answer: `Group`.
+    MemberReplace {
+        group: GroupUuid,
+        slot: u16,
+        member: MemberSpec,
+    },
+    /// Makes a LU and its device. Answer: `Lu`.
+    LuCreate {
+        group: GroupUuid,
+        lu: LuUuid,
+        name: String,
+        size: LuSize,
+        depth: u16,
+    },
+    /// Stops the device if nobody holds it (else `Busy`), then forgets the LU. Answer: `Done`.
+    LuDelete { group: GroupUuid, lu: LuUuid },
+    /// Renames a LU. Answer: `Lu`.
+    LuRename {
+        group: GroupUuid,
+        lu: LuUuid,
+        name: String,
+    },
+    /// Tells everything. Answer: `Status`.
+    Status,
+    /// Waits until an event later than `after` exists, at most `wait_ms` (<= 10 s). Answer: `Events`.
+    Events { after: u64, wait_ms: u32 },
+    /// Stops every group as `GroupStop`, then the process ends. Answer: `Done`, or `Busy` and all goes on.
+    Shutdown,
+}
+
+/// One attached member.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemberSpec {
+    pub disk: DiskUuid,
+    /// For messages only.
+    pub path: String,
+}
+
+/// Size of a new LU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LuSize {
+    /// Bytes, rounded up to whole stripes of at least 1 MiB.
+    Bytes(u64),
+    /// Percent of what the group has in all.
+    Percent(u8),
+    /// All that is free.
+    Max,
+}
+
+/// The last state of a group that mgmtd saw.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Witness {
+    pub history: History,
+    pub generation: u64,
+}
+
+/// The answer to one request.
+pub type TargetReply = Result<TargetAnswer, ApiError>;
+
+/// An answer that is a success.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "snake_case", deny_unknown_fields)]
+pub enum TargetAnswer {
+    Hello {
+        api: u32,
+        pid: u32,
+        version: String,
+        features: Features,
+    },
+    Probed {
+        disks: Vec<Probe>,
+    },
+    Group {
+        group: Box<GroupStatus>,
+    },
+    Lu {
+        lu: Box<LuStatus>,
+    },
+    Status {
+        groups: Vec<GroupStatus>,
+        features: Features,
+    },
+    Events {
+        events: Vec<TargetEvent>,
+    },
+    Done,
+}
+
+/// What the kernel gave, read back.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Features {
+    pub kernel: String,
+    /// Bits of GET_FEATURES.
+    pub ublk: u64,
+    pub zero_copy: bool,
+    /// Why something is missing, one line each; empty when all is there.
+    pub notes: Vec<String>,
+}
+
+/// What a disk carries.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Probe {
+    pub path: String,
+    /// Bytes.
+    pub capacity: u64,
+    /// Bytes.
+    pub logical_block: u32,
+    /// None: no Lunar superblock there.
+    pub label: Option<Label>,
+    /// A superblock is there but cannot be believed, or the disk cannot be read: why.
+    pub problem: Option<String>,
+}
+
+/// A superblock in short.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Label {
+    pub system: SystemUuid,
+    pub disk: DiskUuid,
+    /// Nil: a free disk.
+    pub group: GroupUuid,
+    pub group_name: String,
+    pub level: Option<Level>,
+    /// Members of the group.
+    pub slots: u16,
+    pub slot: Option<u16>,
+    pub history: History,
+    pub generation: u64,
+    /// Disk of each slot.
+    pub members: Vec<DiskUuid>,
+    /// The group was deleted; the disk is free for reuse.
+    pub deleted: bool,
+}
+
+/// A group, live.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GroupStatus {
+    pub group: GroupUuid,
+    pub name: String,
+    pub level: Level,
+    pub chunk: u64,
+    pub consistency: Consistency,
+    pub state: GroupState,
+    /// Why it is not optimal, for people; empty when it is.
+    pub reason: String,
+    pub history: History,
+    pub generation: u64,
+    /// Usable bytes, and those not given to a LU.
+    pub capacity: u64,
+    pub free: u64,
+    /// Bytes of one member that hold data.
+    pub member_bytes: u64,
+    pub logical_block: u32,
+    pub members: Vec<MemberStatus>,
+    pub lus: Vec<LuStatus>,
+    /// Running background work.
+    pub sync: Option<SyncStatus>,
+    pub zero_copy: bool,
+}
+
+/// A slot, live.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemberStatus {
+    pub slot: u16,
+    pub disk: DiskUuid,
+    pub path: String,
+    pub state: MemberState,
+    /// Why it is not in sync; empty when it is.
+    pub reason: String,
+    /// Counted since the group started.
+    pub reads: u64,
+    pub writes: u64,
+    pub read_bytes: u64,
+    pub write_bytes: u64,
+    pub read_errors: u64,
+    pub write_errors: u64,
+}
+
+/// Background work of a group.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SyncStatus {
+    /// `resync` or `recover` (md's words).
+    pub action: SyncAction,
+    /// Bytes of a member that are done, of `total`.
+    pub done: u64,
+    pub total: u64,
+    /// Bytes a second of a member, lately.
+    pub rate: u64,
+    /// Slot being filled, for `recover`.
+    pub slot: Option<u16>,
+}
+
+/// Kinds of background work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SyncAction {
+    /// Make redundancy right: a new group, or one after an unclean shutdown.
+    Resync,
+    /// Fill a replacement.
+    Recover,
+}
+
+/// A LU, live.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LuStatus {
+    pub lu: LuUuid,
+    pub name: String,
+    pub group: GroupUuid,
+    /// Bytes.
+    pub capacity: u64,
+    pub depth: u16,
+    /// Number N of /dev/ublkbN, when the device is up.
+    pub ublk: Option<u32>,
+    /// Why it is not up, or answers errors; empty when all is well.
+    pub problem: String,
+    pub counters: LuCounters,
+}
+
+/// Counted per LU since its device came up.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LuCounters {
+    pub reads: u64,
+    pub writes: u64,
+    pub flushes: u64,
+    pub discards: u64,
+    pub read_bytes: u64,
+    pub write_bytes: u64,
+    /// Requests answered with an error.
+    pub errors: u64,
+    /// Requests whose own pages went to or came from the members.
+    pub zero_copy: u64,
+    /// Requests copied through the private pool.
+    pub user_copy: u64,
+    /// Requests that had to be read and merged because they were not whole 4 KiB grains.
+    pub bounced: u64,
+    /// Times that a request waited for a stripe or range held by another.
+    pub range_lock_waits: u64,
+    /// Stripe operations by kind.
+    pub full_stripe_writes: u64,
+    pub reconstruct_writes: u64,
+    pub read_modify_writes: u64,
+    pub degraded_reads: u64,
+    /// Writes that joined another's stripe operation.
+    pub merged: u64,
+}
+
+/// Something that happened in ublk-target. md's event names where md has one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TargetEvent {
+    /// Counts from 1 for this process.
+    pub seq: u64,
+    /// `Fail`, `DegradedArray`, `RebuildStarted`, `RebuildFinished`, `ReadErrorRepaired`, `ResyncStarted`, ...
+    pub name: String,
+    pub group: Option<GroupUuid>,
+    pub disk: Option<DiskUuid>,
+    pub lu: Option<LuUuid>,
+    /// For people.
+    pub text: String,
+}
