@@ -1,1 +1,10 @@
-//! Placeholder head, written with the first module.
+//! The storage array itself, pure: no system calls, no clock, no threads, no randomness of its own.
+//!
+//! The rim (`ublk-target`) and the simulator (`tests`) hand in disks, memory, a clock and requests by the
+//! traits of `traits`, and poll the futures on one thread: the same code runs on both.
+
+#![deny(unsafe_code)]
+
+pub mod geometry;
+pub mod limits;
+pub mod parity;
