@@ -1,10 +1,16 @@
 //! The storage array itself, pure: no system calls, no clock, no threads, no randomness of its own.
 //!
 //! The rim (`ublk-target`) and the simulator (`tests`) hand in disks, memory, a clock and requests by the
-//! traits of `traits`, and poll the futures on one thread: the same code runs on both.
+//! traits of [`traits`], and poll the futures on one thread: the same code runs on both.
 
 #![deny(unsafe_code)]
 
 pub mod geometry;
 pub mod limits;
 pub mod parity;
+pub mod pool;
+pub mod raid_group;
+pub mod reserve;
+pub mod superblock;
+pub mod sync;
+pub mod traits;
