@@ -10,7 +10,6 @@
 
 use lunar_api::LuUuid;
 use lunar_api::target::LuSize;
-use serde::{Deserialize, Serialize};
 
 use crate::extents::FreeSpace;
 pub use crate::extents::{Extent, ExtentMap, allocatable_bytes, unit_bytes};
@@ -94,8 +93,8 @@ pub enum ConfigError {
     TooManyLus,
     #[error("the LUs of a group have at most {EXTENTS_MAX} extents")]
     TooManyExtents,
-    #[error("the configuration needs {needed} bytes, at most {CONFIG_MAX} are possible")]
-    TooLong { needed: u64 },
+    #[error("the configuration needs {needed} bytes, its slots on the members have {slot}")]
+    TooLong { needed: u64, slot: u64 },
     #[error("extent {at}+{len} of LU `{lu}` is not whole units of {unit} inside {limit} bytes")]
     Extent {
         lu: String,
@@ -132,7 +131,8 @@ impl GroupConfig {
 
     /// Writes it as JSON, and returns what the superblock has to say of it.
     ///
-    /// # Errors  what [`Self::decode`] would refuse, and what is longer than any slot may be
+    /// # Errors  what [`Self::decode`] would refuse, and what is longer than any slot; whether it fits the slots
+    ///           that the members have, [`check_fits`] says
     pub fn encode(
         &self,
         geometry: &Geometry,
@@ -142,9 +142,7 @@ impl GroupConfig {
         self.check(geometry)?;
         let json = save::encode(self)?;
         let len = json.len() as u64;
-        if len > CONFIG_MAX {
-            return Err(ConfigError::TooLong { needed: len });
-        }
+        check_fits(len, CONFIG_MAX)?;
         let version = ConfigVersion {
             current,
             len,
@@ -458,6 +456,16 @@ impl LuConfig {
 
 fn extents_of(lu: &LuConfig) -> usize {
     lu.extents.len()
+}
+
+/// Checks that a configuration fits the smallest slot that a member has for it.
+///
+/// # Errors  too long: the change is refused before anything is written
+pub fn check_fits(len: u64, slot: u64) -> Result<(), ConfigError> {
+    if len > slot {
+        return Err(ConfigError::TooLong { needed: len, slot });
+    }
+    Ok(())
 }
 
 /// Checks a name of a group or LU. It becomes a file name, and must not be mistaken for a number or an option.

@@ -337,21 +337,23 @@ fn undelete_wants_its_name_back() {
 /// The row of issue 2: 30 LUs after 60 creates and deletes in mixed sizes; extents are reused.
 #[test]
 fn thirty_lus_after_sixty_creates_and_deletes_fit() {
-    let g = raid0(80);
+    // 150 MiB are created in all, 90 MiB stay.
+    let g = raid0(92);
     let mut config = GroupConfig::new("g").unwrap();
     for n in 0..60_u8 {
+        let uuid = LuUuid::from_bytes([n + 1; 16]);
         let size = LuSize::Bytes(u64::from(n % 4 + 1) * MIB);
         config
-            .create_lu(&g, id(n + 1), &format!("lu-{n}"), size, 128)
+            .create_lu(&g, uuid, &format!("lu-{n}"), size, 128)
             .unwrap();
         if n % 2 == 0 {
-            config.delete_lu(id(n + 1)).unwrap();
+            config.delete_lu(uuid).unwrap();
         }
         config.check(&g).unwrap();
     }
     assert_eq!(config.lus.len(), 30);
     let used: u64 = config.lus.iter().map(|lu| lu.capacity).sum();
-    assert_eq!(config.free_bytes(&g), 80 * MIB - used);
+    assert_eq!(config.free_bytes(&g), 92 * MIB - used);
 }
 
 #[test]
@@ -394,6 +396,11 @@ fn the_largest_configuration_fits() {
     let (json, version) = config.encode(&g, 0, 1).unwrap();
     assert!(version.len <= CONFIG_MAX, "{} bytes", version.len);
     assert_eq!(GroupConfig::decode(&json, &version, &g).unwrap(), config);
+    let refused = check_fits(version.len, MIB);
+    assert!(matches!(
+        refused,
+        Err(ConfigError::TooLong { slot: MIB, .. })
+    ));
 }
 
 proptest! {
