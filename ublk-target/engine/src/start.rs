@@ -206,6 +206,13 @@ impl<E: Env> RaidGroup<E> {
                 .await
                 .map_err(|_| failed(what, "too few members took the superblock"))?;
         }
+        if unreplayed != 0 {
+            let why = "did not take what a dead process was writing";
+            group
+                .fail(unreplayed, why)
+                .await
+                .map_err(|_| failed(what, format!("a member {why}")))?;
+        }
         if left.is_some() {
             group.event(
                 "Recovered",
