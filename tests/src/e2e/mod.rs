@@ -1,0 +1,37 @@
+//! A running Lunar, member disks that can be made to fail, commands with limits, and the tests that use them.
+
+pub mod rig;
+pub mod shell;
+
+mod data;
+mod hostile;
+mod layout;
+mod life;
+
+use shell::Failure;
+
+/// A test with its name.
+pub type Test = (String, Box<dyn FnOnce() -> Result<(), Failure> + Send>);
+
+/// All of them, in the order of running.
+pub fn tests() -> Vec<Test> {
+    let mut all = Vec::new();
+    data::tests(&mut all);
+    layout::tests(&mut all);
+    life::tests(&mut all);
+    hostile::tests(&mut all);
+    all
+}
+
+fn add(
+    to: &mut Vec<Test>,
+    name: impl Into<String>,
+    test: impl FnOnce() -> Result<(), Failure> + Send + 'static,
+) {
+    to.push((name.into(), Box::new(test)));
+}
+
+/// Fails with a text unless `what` holds.
+fn ensure(what: bool, why: impl FnOnce() -> String) -> Result<(), Failure> {
+    if what { Ok(()) } else { Err(why()) }
+}

@@ -1,0 +1,205 @@
+//! One Lunar: mgmtd with a state directory of its own, ublk-target behind it, and the command line.
+
+use std::process::{Child, Command, Stdio};
+
+use serde_json::Value;
+
+use super::shell::{Failure, Output, run, sh, sh_in, until};
+
+/// A running system. Dropping it shuts it down, by force if need be.
+#[derive(Debug)]
+pub struct Rig {
+    bin: String,
+    state: String,
+    mgmtd: Option<Child>,
+    log: String,
+}
+
+impl Rig {
+    /// Starts mgmtd on a fresh state directory.
+    pub fn new() -> Result<Self, Failure> {
+        let exe = std::env::current_exe().map_err(|error| error.to_string())?;
+        let bin = exe.parent().ok_or("no folder")?.display().to_string();
+        let state = sh("mktemp -d /tmp/lunar.XXXXXX")?;
+        let log = format!("{state}.log");
+        let mut rig = Self {
+            bin,
+            state,
+            mgmtd: None,
+            log,
+        };
+        rig.start()?;
+        Ok(rig)
+    }
+
+    /// Starts mgmtd; the state directory is as it was left.
+    pub fn start(&mut self) -> Result<(), Failure> {
+        let log = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&self.log);
+        let log = log.map_err(|error| error.to_string())?;
+        let err = log.try_clone().map_err(|error| error.to_string())?;
+        let child = Command::new(format!("{}/mgmtd", self.bin))
+            .args(["--state-dir", &self.state])
+            .stdin(Stdio::null())
+            .stdout(log)
+            .stderr(err)
+            .spawn()
+            .map_err(|error| format!("mgmtd: {error}"))?;
+        self.mgmtd = Some(child);
+        until("mgmtd answers", 60, || Ok(self.run(&["status"])?.code != 5))
+            .map_err(|why| format!("{why}\n{}", self.log_tail()))
+    }
+
+    /// The last lines of mgmtd's and ublk-target's log.
+    pub fn log_tail(&self) -> String {
+        sh(&format!("tail -n 40 {}", self.log)).unwrap_or_default()
+    }
+
+    /// Sends mgmtd a signal and waits for its end; ublk-target stays.
+    pub fn end_mgmtd(&mut self, signal: &str) -> Result<(), Failure> {
+        if let Some(mut child) = self.mgmtd.take() {
+            sh(&format!("kill -{signal} {}", child.id()))?;
+            until("mgmtd ends", 20, || {
+                Ok(child.try_wait().map_err(|e| e.to_string())?.is_some())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Process id of ublk-target.
+    pub fn target_pid(&self) -> Result<String, Failure> {
+        sh("cat /run/lunar/target.pid")
+    }
+
+    /// Runs `lunar ARGS`.
+    pub fn run(&self, args: &[&str]) -> Result<Output, Failure> {
+        run(&format!("{}/lunar", self.bin), args, 120)
+    }
+
+    /// Runs `lunar ARGS`, which must exit 0.
+    pub fn lunar(&self, args: &[&str]) -> Result<String, Failure> {
+        let output = self.run(args)?;
+        if output.code != 0 {
+            return Err(format!(
+                "lunar {} exited {}: {}{}\n{}",
+                args.join(" "),
+                output.code,
+                output.stdout,
+                output.stderr,
+                self.log_tail()
+            ));
+        }
+        Ok(output.stdout)
+    }
+
+    /// Runs `lunar ARGS --json` and returns `data`.
+    pub fn json(&self, args: &[&str]) -> Result<Value, Failure> {
+        let mut all = args.to_vec();
+        all.push("--json");
+        let output = self.run(&all)?;
+        let value: Value = serde_json::from_str(&output.stdout).map_err(|error| {
+            format!(
+                "lunar {}: {error}: {}{}",
+                args.join(" "),
+                output.stdout,
+                output.stderr
+            )
+        })?;
+        Ok(value["data"].clone())
+    }
+
+    /// Makes members, adds them, makes a group of them and a LU of all its space. Returns the members' paths.
+    pub fn array(
+        &self,
+        kind: &str,
+        count: usize,
+        mib: u32,
+        create: &[&str],
+    ) -> Result<Vec<String>, Failure> {
+        let paths = members(kind, count, mib)?;
+        self.array_of(&paths, create)?;
+        Ok(paths)
+    }
+
+    /// As [`Self::array`], on disks that are there.
+    pub fn array_of(&self, paths: &[String], create: &[&str]) -> Result<(), Failure> {
+        let mut add = vec!["disk", "add"];
+        add.extend(paths.iter().map(String::as_str));
+        self.lunar(&add)?;
+        let list = paths.join(",");
+        let mut group = vec!["group", "create", "data", "--disks", &list];
+        group.extend(create);
+        self.lunar(&group)?;
+        self.lunar(&["lu", "create", "vol", "--group", "data", "--size", "max"])?;
+        Ok(())
+    }
+
+    /// The block device of the LU `vol`.
+    pub fn device(&self) -> Result<String, Failure> {
+        sh("readlink -f /dev/lunar/vol")
+    }
+
+    /// The state of the group `data`, and of its slots.
+    pub fn state(&self) -> Result<(String, Vec<String>), Failure> {
+        let group = self.json(&["group", "show", "data"])?;
+        let members = group["members"].as_array().cloned().unwrap_or_default();
+        let states = members.iter().map(|m| text(&m["state"])).collect();
+        Ok((text(&group["state"]), states))
+    }
+
+    /// Waits until nothing is rebuilt or resynced and the group is optimal.
+    pub fn wait_optimal(&self, seconds: u64) -> Result<(), Failure> {
+        until("the group is optimal and nothing runs", seconds, || {
+            let group = self.json(&["group", "show", "data"])?;
+            Ok(text(&group["state"]) == "optimal" && group["sync"].is_null())
+        })
+        .map_err(|why| format!("{why}: {:?}", self.state()))
+    }
+
+    /// Stops all in order and ends mgmtd.
+    pub fn shutdown(&mut self) -> Result<(), Failure> {
+        self.lunar(&["shutdown", "--yes"])?;
+        if let Some(mut child) = self.mgmtd.take() {
+            until("mgmtd ends", 30, || {
+                Ok(child.try_wait().map_err(|e| e.to_string())?.is_some())
+            })?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        let _ = sh_in(
+            "mount | awk '$1 ~ /^.dev.ublkb/ {print $3}' | xargs -r umount",
+            60,
+        );
+        if self.mgmtd.is_some() && self.shutdown().is_err() {
+            let target = self.target_pid().unwrap_or_default();
+            if let Some(mut child) = self.mgmtd.take() {
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+            let _ = sh(&format!("kill -KILL {target}"));
+        }
+        let _ =
+            sh("members_remove; for d in /dev/ram?; do blkdiscard -z $d; done; rm -rf /run/lunar");
+    }
+}
+
+/// Makes member disks.
+pub fn members(kind: &str, count: usize, mib: u32) -> Result<Vec<String>, Failure> {
+    Ok(sh(&format!("members_make {kind} {count} {mib}"))?
+        .lines()
+        .map(str::to_owned)
+        .collect())
+}
+
+/// A JSON string, or what else it is as text.
+pub fn text(value: &Value) -> String {
+    value
+        .as_str()
+        .map_or_else(|| value.to_string(), str::to_owned)
+}
