@@ -5,6 +5,8 @@
 
 #![deny(unsafe_code)]
 
+pub mod config;
+pub mod extents;
 pub mod geometry;
 pub mod limits;
 pub mod parity;
