@@ -5,6 +5,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod assembly;
 pub mod config;
 pub mod extents;
 pub mod geometry;
