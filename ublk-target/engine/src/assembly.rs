@@ -1,165 +1,594 @@
-//! Which of the superblocks that are there decides, and who is believed. Pure.
+//! Decides whether and how a group starts from the superblocks of the members that are there.
+//!
+//! Pure: it reads nothing and writes nothing. In this order:
+//!
+//! 1. Every superblock is of the group, no disk is there twice, and the group is not deleted.
+//! 2. One *history* has all others among its parents; its highest generation decides. Two histories of which neither is the
+//!    other's ancestor were written apart from each other: refused, nothing orders them (never a clock).
+//! 3. What decides is not older than the witness (what mgmtd saw last), or `force`.
+//! 4. A member is stale iff *the deciding superblock says so*. A lower generation of its own says nothing: a power
+//!    cut may have stopped an update after one member of four.
+//! 5. No more members are missing than the level can do without. `force` does not help: there is no data.
+//! 6. raid5, not cleanly stopped and degraded: parity may not match, and the missing member cannot be told from it:
+//!    refused without `force`. Not so after the mere death of the process, whose in-flight log is there.
+//!    raid1 needs no parity: every leg holds old or new.
+//!
+//! Invariant: the same superblocks in another order give the same plan.
 
-use lunar_api::target::{MemberState, Witness};
-use lunar_api::{ApiError, ErrorKind, GroupUuid};
+use lunar_api::target::{Level, MemberState, Witness};
+use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid, History};
 
+use crate::geometry::{Geometry, GeometryError};
+use crate::limits::PARENTS_MAX;
 use crate::superblock::{GroupRecord, Superblock};
 
+#[cfg(test)]
+mod tests;
+
 /// A disk that is there.
-#[derive(Debug, Clone)]
-pub struct Present {
-    /// The caller's name for it.
-    pub index: usize,
-    pub path: String,
-    pub superblock: Superblock,
+#[derive(Debug, Clone, Copy)]
+pub struct Present<'a> {
+    pub superblock: &'a Superblock,
+    /// For messages.
+    pub path: &'a str,
 }
 
-/// Who is in a slot; the numbers are `Present::index`.
+/// Under which conditions a group starts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Conditions {
+    /// The last state that mgmtd saw.
+    pub witness: Option<Witness>,
+    /// A person said that losing what rules 3 and 6 protect is all right.
+    pub force: bool,
+    /// The in-flight log of the process that died is there and valid: the machine did not stop.
+    pub process_death_only: bool,
+}
+
+/// What is to be done with a slot. The number is that of the disk in what [`assemble`] was given.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SlotPlan {
+    /// Holds what it should.
     InSync(usize),
-    Rebuilding(usize),
-    /// The deciding superblock says that what is on it is old.
+    /// There, but it missed writes: it needs a rebuild from the start.
     Stale(usize),
+    /// There, and right below the cursor of its entry.
+    Rebuilding(usize),
+    /// Failed, and not there.
     Faulty,
+    /// Nobody there.
     Missing,
 }
 
-/// How the group starts.
-#[derive(Debug, Clone, PartialEq)]
+/// How a group starts.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
-    /// What the deciding superblock says.
-    pub record: GroupRecord,
-    pub generation: u64,
+    /// The number of the disk whose superblock decides.
+    pub leader: usize,
+    /// The superblock that decides. The next is written with its generation + 1.
+    pub superblock: Superblock,
+    /// One a slot.
     pub slots: Vec<SlotPlan>,
-    /// Somebody who was in sync is not there: a new history begins.
-    pub lost: bool,
-    /// Writes may have been torn by a power loss: redundancy is made right again from the start.
+    /// Slots that are not in sync.
+    pub degraded: u16,
+    /// A member that was in sync is not there, or the witness was overruled: the history has to be renewed, durably, before the
+    /// first write.
+    pub renew_history: bool,
+    /// Parity or mirrors are to be made right again, from `synced_to` on.
     pub resync: bool,
+    /// From here on (bytes of a member's data area): 0 after an unclean stop, else as recorded. A degraded raid5 is
+    /// resynced by the rebuild.
+    pub synced_to: u64,
+    /// The flag `torn` of the next superblock.
+    pub torn: bool,
+    /// Disks that were given but have no slot any more.
+    pub surplus: Vec<usize>,
+    /// What a person should know, a sentence each.
+    pub reasons: Vec<String>,
 }
 
-/// Decides how a group starts.
+/// One side of a split group, for messages.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Side {
+    pub history: History,
+    /// Its highest generation.
+    pub generation: u64,
+    /// The disks that say so.
+    pub paths: Vec<String>,
+}
+
+impl std::fmt::Display for Side {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let paths = self.paths.join(", ");
+        write!(
+            f,
+            "history {} (generation {}) on {paths}",
+            self.history, self.generation
+        )
+    }
+}
+
+/// Why a group does not start.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AssemblyError {
+    #[error("none of its members is there")]
+    NobodyThere,
+    #[error("{path} is not a member of group {group}")]
+    NotOfGroup { path: String, group: GroupUuid },
+    #[error("{a} and {b} both say that they are disk {disk}: one is a copy of the other")]
+    DuplicateDisk {
+        disk: DiskUuid,
+        a: String,
+        b: String,
+    },
+    #[error("the group was deleted")]
+    Deleted,
+    #[error("the members were written apart from each other: {a}; {b}")]
+    Split { a: Side, b: Side },
+    #[error("{a} and {b} both have generation {generation}, but they differ")]
+    Differ {
+        a: String,
+        b: String,
+        generation: u64,
+    },
+    #[error(
+        "the disks are older than what was seen last: they say {found}, seen was history {} (generation {})",
+        witness.history, witness.generation
+    )]
+    OlderThanWitness { found: Side, witness: Witness },
+    #[error("{} of {members} members are not there or not in sync, {redundancy} may be: {}",
+        lost.len(), lost.join("; "))]
+    TooFew {
+        members: u16,
+        redundancy: u16,
+        lost: Vec<String>,
+    },
+    #[error(
+        "it was not stopped cleanly and is degraded ({}): what was being written then may have spoilt, on the \
+         missing member, data that nobody wrote", lost.join("; ")
+    )]
+    DirtyDegraded { lost: Vec<String> },
+    #[error("its superblock describes no possible group")]
+    Geometry(#[source] GeometryError),
+}
+
+impl AssemblyError {
+    /// Returns what kind of failure it is.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::NobodyThere | Self::Deleted => ErrorKind::NoService,
+            Self::NotOfGroup { .. } => ErrorKind::Usage,
+            Self::TooFew { .. } => ErrorKind::NoRedundancy,
+            Self::DuplicateDisk { .. }
+            | Self::Split { .. }
+            | Self::Differ { .. }
+            | Self::OlderThanWitness { .. }
+            | Self::DirtyDegraded { .. } => ErrorKind::Refused,
+            Self::Geometry(_) => ErrorKind::Failed,
+        }
+    }
+
+    /// Returns what to type next, where `group` is the group as the person called it.
+    pub fn hint(&self, group: &str) -> Option<String> {
+        match self {
+            Self::NobodyThere | Self::TooFew { .. } => Some(format!(
+                "connect the missing disks, then: lunar group start {group}"
+            )),
+            Self::DuplicateDisk { .. } => Some(format!(
+                "take the copy away, then: lunar group start {group}"
+            )),
+            Self::Deleted => Some("lunar import --deleted PATH..".to_owned()),
+            Self::Split { .. } | Self::Differ { .. } => {
+                Some(format!("lunar group resolve {group} --keep DISK"))
+            }
+            Self::OlderThanWitness { .. } => Some(format!(
+                "connect the newer disks; or, to go on with the older data: lunar group start {group} --force"
+            )),
+            Self::DirtyDegraded { .. } => Some(format!(
+                "connect the missing disk; or, to accept the damage: lunar group start {group} --force"
+            )),
+            Self::NotOfGroup { .. } | Self::Geometry(_) => None,
+        }
+    }
+
+    /// Returns the error for the socket: what, why, and what to type next.
+    pub fn to_api(&self, group: &str) -> ApiError {
+        let message = format!("group {group} does not start");
+        let mut error = ApiError::new(self.kind(), message).because(self.to_string());
+        if let Self::Geometry(source) = self {
+            error = error.because(source.to_string());
+        }
+        match self.hint(group) {
+            Some(hint) => error.hint(hint),
+            None => error,
+        }
+    }
+}
+
+/// Decides. See the head of this file for the rules.
 ///
-/// The newest generation of one history decides. A member is stale only if that superblock says so: a power
-/// cut may have stopped an update after one member of four, and the others are not behind by that.
-///
-/// # Errors  `NoService` with the reason: not enough members, two histories, older than the witness, unclean after
-/// a power loss and degraded; `Usage` for disks that are not of this group
+/// # Panics  never
 pub fn assemble(
     group: GroupUuid,
-    present: &[Present],
-    witness: Option<Witness>,
-    process_death_only: bool,
-    force: bool,
-) -> Result<Plan, ApiError> {
-    let what = "the group could not be started";
-    let refuse = |why: String| ApiError::new(ErrorKind::NoService, what).because(why);
-    let mut newest: Option<(&Present, &GroupRecord)> = None;
-    for p in present {
-        let Some(member) = &p.superblock.member else {
-            return Err(refuse(format!("{} is a free disk, not a member", p.path)));
-        };
-        if member.group.uuid != group {
-            return Err(refuse(format!(
-                "{} belongs to group {}",
-                p.path, member.group.uuid
-            )));
-        }
-        if member.group.flags.deleted {
-            return Err(refuse(format!(
-                "{} says that the group was deleted",
-                p.path
-            )));
-        }
-        if present
-            .iter()
-            .any(|q| q.index != p.index && q.superblock.disk == p.superblock.disk)
-        {
-            return Err(refuse(format!(
-                "two disks say that they are disk {}: one is a copy",
-                p.superblock.disk
-            )));
-        }
-        if newest.is_none_or(|(q, _)| p.superblock.generation > q.superblock.generation) {
-            newest = Some((p, &member.group));
-        }
+    present: &[Present<'_>],
+    conditions: Conditions,
+) -> Result<Plan, AssemblyError> {
+    let members = check_members(group, present)?;
+    let leader = find_leader(&members)?;
+    let record = leader.group;
+    if record.flags.deleted {
+        return Err(AssemblyError::Deleted);
     }
-    let Some((decider, record)) = newest else {
-        return Err(refuse("none of its disks is there".into()));
+    let mut reasons = Vec::new();
+    let overruled = check_witness(&members, leader, conditions, &mut reasons)?;
+    let geometry = record.geometry().map_err(AssemblyError::Geometry)?;
+    let slots = place(record, &members, &mut reasons);
+    let lost = lost_slots(record, &slots);
+    check_redundancy(&geometry, &lost)?;
+
+    let is_unclean = record.flags.dirty && !conditions.process_death_only;
+    let parity = check_parity(record, &lost, is_unclean, conditions, &mut reasons)?;
+    let synced_to = match (geometry.redundancy() > 0, parity) {
+        (false, _) => geometry.member_bytes(),
+        (true, Parity::Accepted) => record.synced_to,
+        (true, Parity::Right | Parity::Torn) if is_unclean => {
+            reasons.push("it was not stopped cleanly: all of it is resynced".to_owned());
+            0
+        }
+        (true, Parity::Right | Parity::Torn) => record.synced_to,
     };
-    for p in present {
-        let Some(member) = &p.superblock.member else {
-            continue;
-        };
-        let theirs = member.group.history;
-        let related = theirs == record.history || record.parents.contains(&theirs);
-        let same = p.superblock.generation == decider.superblock.generation;
-        if !related || (same && member.group != *record) {
-            return Err(refuse(format!(
-                "{} and {} went on without each other (histories {theirs} and {}): neither is older",
-                p.path, decider.path, record.history
-            ))
-            .hint("lunar group resolve --keep"));
+    let is_used = |member: &Found<'_>| slots.iter().any(|slot| slot.disk() == Some(member.index));
+    let lost_in_sync = record.members.iter().zip(&slots).any(|(entry, slot)| {
+        entry.state == MemberState::InSync && !matches!(slot, SlotPlan::InSync(_))
+    });
+    Ok(Plan {
+        leader: leader.index,
+        superblock: leader.superblock.clone(),
+        degraded: u16::try_from(lost.len()).expect("at most 64 slots"),
+        renew_history: overruled || lost_in_sync,
+        resync: synced_to < geometry.member_bytes(),
+        synced_to,
+        torn: parity == Parity::Torn,
+        surplus: members
+            .iter()
+            .filter(|m| !is_used(m))
+            .map(|m| m.index)
+            .collect(),
+        slots,
+        reasons,
+    })
+}
+
+/// What is known of the parity where redundancy is missing or was not stopped cleanly.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Parity {
+    /// It matches what was written, below `synced_to`; above, what was written since the group was made.
+    Right,
+    /// Above `synced_to` it may not match.
+    Torn,
+    /// It may not match, and a person said to go on with it as it is.
+    Accepted,
+}
+
+impl Plan {
+    /// Returns the record of the next generation. If it differs from that of `superblock`, it has to be durable on all
+    /// in-sync members before the first write is acknowledged: a member that is not there now may come back.
+    ///
+    /// Stale members stay what they are until somebody starts their rebuild.
+    ///
+    /// # Shape   `fresh`: random, taken if the history is renewed
+    pub fn next_record(&self, fresh: History) -> Option<GroupRecord> {
+        let mut record = self.superblock.member.as_ref()?.group.clone();
+        if self.renew_history {
+            let old = std::mem::replace(&mut record.history, fresh);
+            record.parents.insert(0, old);
+            record.parents.truncate(PARENTS_MAX);
+        }
+        for (entry, plan) in record.members.iter_mut().zip(&self.slots) {
+            let is_held = match plan {
+                SlotPlan::InSync(_) | SlotPlan::Rebuilding(_) | SlotPlan::Faulty => true,
+                SlotPlan::Stale(_) => {
+                    matches!(entry.state, MemberState::Faulty | MemberState::Missing)
+                }
+                SlotPlan::Missing => false,
+            };
+            if !is_held {
+                entry.state = MemberState::Missing;
+                entry.rebuilt_to = 0;
+            }
+        }
+        record.synced_to = self.synced_to;
+        record.flags.torn = self.torn;
+        Some(record)
+    }
+}
+
+impl SlotPlan {
+    /// Returns the number of the disk that is in the slot.
+    pub fn disk(self) -> Option<usize> {
+        match self {
+            Self::InSync(disk) | Self::Stale(disk) | Self::Rebuilding(disk) => Some(disk),
+            Self::Faulty | Self::Missing => None,
         }
     }
-    let generation = decider.superblock.generation;
-    if let Some(witness) = witness
-        && !force
-        && (generation < witness.generation
-            || (record.history != witness.history && !record.parents.contains(&witness.history)))
-    {
-        return Err(refuse(format!(
-            "its disks are older (generation {generation}) than what was seen last ({}): newer members are missing",
-            witness.generation
-        ))
-        .hint("find the missing disks, or lunar group start --force (loses what was written since)"));
+}
+
+/// A disk that is there and of the group.
+#[derive(Clone, Copy)]
+struct Found<'a> {
+    index: usize,
+    path: &'a str,
+    superblock: &'a Superblock,
+    slot: u16,
+    group: &'a GroupRecord,
+}
+
+impl Found<'_> {
+    fn generation(&self) -> u64 {
+        self.superblock.generation
     }
-    let mut slots = Vec::new();
-    let (mut in_sync, mut lost) = (0, false);
-    for entry in &record.members {
-        let there = present
-            .iter()
-            .find(|p| p.superblock.disk == entry.disk && !entry.disk.is_nil());
-        slots.push(match (entry.state, there) {
-            (MemberState::InSync, Some(p)) => {
-                in_sync += 1;
-                SlotPlan::InSync(p.index)
-            }
-            (MemberState::InSync, None) => {
-                lost = true;
-                SlotPlan::Missing
-            }
-            (MemberState::Rebuilding, Some(p)) => SlotPlan::Rebuilding(p.index),
-            (MemberState::Faulty, Some(p)) => SlotPlan::Stale(p.index),
-            (MemberState::Faulty, None) => SlotPlan::Faulty,
-            (MemberState::Rebuilding | MemberState::Missing, _) => SlotPlan::Missing,
+}
+
+/// Rule 1.
+fn check_members<'a>(
+    group: GroupUuid,
+    present: &[Present<'a>],
+) -> Result<Vec<Found<'a>>, AssemblyError> {
+    let mut members: Vec<Found<'a>> = Vec::new();
+    for (index, Present { superblock, path }) in present.iter().copied().enumerate() {
+        let member = superblock
+            .member
+            .as_ref()
+            .filter(|member| member.group.uuid == group);
+        let Some(member) = member else {
+            return Err(AssemblyError::NotOfGroup {
+                path: path.to_owned(),
+                group,
+            });
+        };
+        let disk = superblock.disk;
+        if let Some(twin) = members.iter().find(|m| m.superblock.disk == disk) {
+            let (a, b) = sorted(twin.path, path);
+            return Err(AssemblyError::DuplicateDisk { disk, a, b });
+        }
+        members.push(Found {
+            index,
+            path,
+            superblock,
+            slot: member.slot,
+            group: &member.group,
         });
     }
-    let geometry = record
-        .geometry()
-        .map_err(|error| refuse(error.to_string()))?;
-    let members = record.members.len();
-    let needed = members - usize::from(geometry.redundancy());
-    if in_sync < needed {
-        return Err(refuse(format!(
-            "{in_sync} of its {members} members are there and in sync, {needed} are needed"
-        ))
-        .hint("bring the missing disks back, then: lunar group start"));
+    if members.is_empty() {
+        return Err(AssemblyError::NobodyThere);
     }
-    let torn = record.flags.dirty && !process_death_only && geometry.redundancy() > 0;
-    if torn && in_sync < members && geometry.parity_slot(0).is_some() && !force {
-        return Err(refuse(
-            "it was not stopped cleanly (power loss) and a member is missing: some stripes may be torn, and the \
-             missing chunks of those cannot be told from wrong ones"
-                .into(),
-        )
-        .hint("bring the missing disk back, or lunar group start --force (accepts that)"));
+    // From here on the order of the disks does not matter.
+    members.sort_by_key(|m| (m.slot, m.superblock.disk));
+    Ok(members)
+}
+
+fn sorted(a: &str, b: &str) -> (String, String) {
+    let (a, b) = if a <= b { (a, b) } else { (b, a) };
+    (a.to_owned(), b.to_owned())
+}
+
+/// Rule 2.
+fn find_leader<'a>(members: &[Found<'a>]) -> Result<Found<'a>, AssemblyError> {
+    let newest = |a: &Found<'a>, b: &Found<'a>| {
+        // Among equals the first: they are the same but for their slot.
+        if b.generation() > a.generation() {
+            *b
+        } else {
+            *a
+        }
+    };
+    let leads = |leader: &Found<'_>| members.iter().all(|other| is_ancestor(other, leader));
+    let leader = members
+        .iter()
+        .filter(|m| leads(m))
+        .copied()
+        .reduce(|a, b| newest(&a, &b));
+    let Some(leader) = leader else {
+        return Err(split(members));
+    };
+    let differs = |m: &&Found<'_>| m.generation() == leader.generation() && m.group != leader.group;
+    if let Some(other) = members.iter().find(differs) {
+        let (a, b) = sorted(leader.path, other.path);
+        return Err(AssemblyError::Differ {
+            a,
+            b,
+            generation: leader.generation(),
+        });
     }
-    Ok(Plan {
-        record: record.clone(),
-        generation,
-        slots,
-        lost,
-        resync: torn,
-    })
+    Ok(leader)
+}
+
+/// Says whether what `old` says may have come before what `new` says. A former history ended when the next
+/// began: one that is as far as `new` went on by itself, and is another side.
+fn is_ancestor(old: &Found<'_>, new: &Found<'_>) -> bool {
+    if old.group.history == new.group.history {
+        return true;
+    }
+    new.group.parents.contains(&old.group.history) && old.generation() < new.generation()
+}
+
+/// Names two sides of which neither is the other's ancestor.
+fn split(members: &[Found<'_>]) -> AssemblyError {
+    let mut sides: Vec<Side> = Vec::new();
+    for member in members {
+        let history = member.group.history;
+        match sides.iter_mut().find(|side| side.history == history) {
+            Some(side) => {
+                side.generation = side.generation.max(member.generation());
+                side.paths.push(member.path.to_owned());
+            }
+            None => sides.push(side_of(member)),
+        }
+    }
+    let is_old = |side: &Side| {
+        members.iter().any(|m| {
+            m.group.history != side.history
+                && m.group.parents.contains(&side.history)
+                && m.generation() > side.generation
+        })
+    };
+    let mut newest: Vec<Side> = sides.iter().filter(|side| !is_old(side)).cloned().collect();
+    // An ancestor that went on is a side too.
+    if newest.len() < 2 {
+        newest = sides;
+    }
+    newest.sort_by(|a, b| {
+        b.generation
+            .cmp(&a.generation)
+            .then(a.history.cmp(&b.history))
+    });
+    let mut newest = newest.into_iter();
+    match (newest.next(), newest.next()) {
+        (Some(a), Some(b)) => AssemblyError::Split { a, b },
+        // One history always leads itself, so there are two; without a panic all the same.
+        _ => AssemblyError::NobodyThere,
+    }
+}
+
+fn side_of(member: &Found<'_>) -> Side {
+    Side {
+        history: member.group.history,
+        generation: member.generation(),
+        paths: vec![member.path.to_owned()],
+    }
+}
+
+/// Rule 3. Returns whether the witness was overruled.
+fn check_witness(
+    members: &[Found<'_>],
+    leader: Found<'_>,
+    conditions: Conditions,
+    reasons: &mut Vec<String>,
+) -> Result<bool, AssemblyError> {
+    let Some(witness) = conditions.witness else {
+        return Ok(false);
+    };
+    let is_same = leader.group.history == witness.history;
+    let is_later = is_same || leader.group.parents.contains(&witness.history);
+    if is_later && leader.generation() >= witness.generation {
+        return Ok(false);
+    }
+    let mut found = side_of(&leader);
+    let of_leader = members.iter().filter(|m| m.group.history == found.history);
+    found.paths = of_leader.map(|m| m.path.to_owned()).collect();
+    if !conditions.force {
+        return Err(AssemblyError::OlderThanWitness { found, witness });
+    }
+    reasons.push(format!(
+        "forced: {found}, although generation {} was seen of history {}",
+        witness.generation, witness.history
+    ));
+    Ok(true)
+}
+
+/// Rule 4.
+fn place(record: &GroupRecord, members: &[Found<'_>], reasons: &mut Vec<String>) -> Vec<SlotPlan> {
+    let mut slots = Vec::new();
+    for (slot, entry) in record.members.iter().enumerate() {
+        let found = members.iter().find(|m| m.superblock.disk == entry.disk);
+        let plan = match (entry.state, found) {
+            (MemberState::InSync, Some(m)) if usize::from(m.slot) == slot => {
+                SlotPlan::InSync(m.index)
+            }
+            (MemberState::Rebuilding, Some(m)) if usize::from(m.slot) == slot => {
+                SlotPlan::Rebuilding(m.index)
+            }
+            (_, Some(m)) => SlotPlan::Stale(m.index),
+            (MemberState::Faulty, None) => SlotPlan::Faulty,
+            (MemberState::InSync | MemberState::Rebuilding | MemberState::Missing, None) => {
+                SlotPlan::Missing
+            }
+        };
+        match plan {
+            SlotPlan::InSync(_) => {}
+            SlotPlan::Stale(_) => {
+                let path = found.map_or("", |m| m.path);
+                reasons.push(format!(
+                    "{path} (slot {slot}) missed writes: it needs a rebuild"
+                ));
+            }
+            SlotPlan::Rebuilding(_) | SlotPlan::Faulty | SlotPlan::Missing => {
+                reasons.push(describe(slot, entry.disk, plan));
+            }
+        }
+        slots.push(plan);
+    }
+    for member in members {
+        if record.slot_of(member.superblock.disk).is_none() {
+            reasons.push(format!("{} is no member any more", member.path));
+        }
+    }
+    slots
+}
+
+/// Returns the slots that are not in sync, in words.
+fn lost_slots(record: &GroupRecord, slots: &[SlotPlan]) -> Vec<String> {
+    slots
+        .iter()
+        .enumerate()
+        .filter(|(_, plan)| !matches!(plan, SlotPlan::InSync(_)))
+        .map(|(slot, plan)| describe(slot, record.members[slot].disk, *plan))
+        .collect()
+}
+
+fn describe(slot: usize, disk: DiskUuid, plan: SlotPlan) -> String {
+    let state = match plan {
+        SlotPlan::InSync(_) => "is in sync",
+        SlotPlan::Stale(_) => "is stale",
+        SlotPlan::Rebuilding(_) => "is being rebuilt",
+        SlotPlan::Faulty => "has failed",
+        SlotPlan::Missing => "is not there",
+    };
+    if disk.is_nil() {
+        return format!("slot {slot} is empty");
+    }
+    format!("slot {slot} (disk {disk}) {state}")
+}
+
+/// Rule 5.
+fn check_redundancy(geometry: &Geometry, lost: &[String]) -> Result<(), AssemblyError> {
+    let (members, redundancy) = (geometry.members(), geometry.redundancy());
+    if lost.len() > usize::from(redundancy) {
+        return Err(AssemblyError::TooFew {
+            members,
+            redundancy,
+            lost: lost.to_vec(),
+        });
+    }
+    Ok(())
+}
+
+/// Rule 6.
+fn check_parity(
+    record: &GroupRecord,
+    lost: &[String],
+    is_unclean: bool,
+    conditions: Conditions,
+    reasons: &mut Vec<String>,
+) -> Result<Parity, AssemblyError> {
+    let has_parity = match record.level {
+        Level::Raid0 | Level::Raid1 => false,
+        Level::Raid5 => true,
+    };
+    if !has_parity || !(record.flags.torn || is_unclean) {
+        return Ok(Parity::Right);
+    }
+    if lost.is_empty() || conditions.process_death_only {
+        return Ok(Parity::Torn);
+    }
+    if !conditions.force {
+        return Err(AssemblyError::DirtyDegraded {
+            lost: lost.to_vec(),
+        });
+    }
+    reasons.push(
+        "forced: it was not stopped cleanly and is degraded; what was being written may have spoilt data on the \
+         missing member"
+            .to_owned(),
+    );
+    Ok(Parity::Accepted)
 }

@@ -6,9 +6,7 @@
 #![deny(unsafe_code)]
 
 pub mod assembly;
-mod background;
 pub mod config;
-mod control;
 pub mod extents;
 pub mod geometry;
 mod inflight;

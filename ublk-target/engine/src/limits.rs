@@ -18,14 +18,13 @@ pub const RAID1_STRIPE: u64 = 64 * KIB;
 
 /// Longest host read or write, in bytes.
 pub const MAX_IO: u64 = 512 * KIB;
-/// Private memory of a group, in bytes: one request of `MAX_IO` takes at most data + old data + parity, so
-/// 24 MiB keep 16 of the longest or, at 4 KiB and five buffers each, 1200 of the shortest going; with depth
-/// 128 a group stays under 64 MiB resident.
+/// Private memory of a group, in bytes: 16 requests of `MAX_IO` with data, old data and parity of that length (1.5 MiB), or
+/// 1200 of 4 KiB with five buffers each; with depth 128 a group stays under 64 MiB resident.
 pub const POOL_BYTES: u64 = 24 * MIB;
 
-/// Smallest member, in bytes: below it the 6 MiB reserve would be more than a tenth.
+/// Smallest member, in bytes: below it the 6 MiB reserve would be more than 1/10.
 pub const MEMBER_MIN: u64 = 64 * MIB;
-/// Largest member, in bytes: 2^60 keeps every sum of 64 members and 64-bit byte addresses from overflowing.
+/// Largest member, in bytes: 64 members of 2^57 are 2^63, so that every address of a group fits.
 pub const MEMBER_BYTES_MAX: u64 = 1 << 57;
 
 /// Smallest reserve of a member, in bytes.
@@ -35,8 +34,8 @@ pub const RESERVE_PART: u64 = 32;
 
 /// A configuration slot when a group is made, in bytes: 1000 LUs of a dozen extents.
 pub const CONFIG_SLOT_MIN: u64 = MIB;
-/// Largest configuration, in bytes: [`LU_MAX`] LUs and as many deleted ones with 200 bytes of JSON each are
-/// 1.6 MB, the rest is [`EXTENTS_MAX`] extents with 48 bytes of JSON each: 3.1 MB.
+/// Largest configuration, in bytes: [`LU_MAX`] and [`DELETED_MAX`] LUs with up to 230 bytes of JSON each are 1.0 MB,
+/// [`EXTENTS_MAX`] extents with up to 52 bytes each (addresses of 16 digits) are 3.4 MB; and it is a power of two.
 pub const CONFIG_MAX: u64 = 8 * MIB;
 
 /// Most LUs of a group; ublk has 2^20 devices, a person has patience for fewer.

@@ -1,0 +1,726 @@
+//! One test a rule; each builds the superblocks as an update or its interruption would leave them.
+
+use lunar_api::SystemUuid;
+use lunar_api::target::Consistency;
+use lunar_api::units::{KIB, MIB};
+
+use super::*;
+use crate::reserve::{lay_out, region_bytes};
+use crate::superblock::{BYTES, ConfigVersion, Copy, Flags, Member, MemberEntry};
+
+const GROUP: GroupUuid = GroupUuid::from_bytes([9; 16]);
+
+fn history(n: u8) -> History {
+    History::from_bytes([n; 16])
+}
+
+fn disk(slot: usize) -> DiskUuid {
+    DiskUuid::from_bytes([u8::try_from(slot).unwrap() + 1; 16])
+}
+
+/// A group as all its members say, and a superblock of each slot.
+#[derive(Clone)]
+struct World {
+    superblocks: Vec<Superblock>,
+}
+
+impl World {
+    /// Synced, in sync, clean; history 1, generation 10.
+    fn new(level: Level, members: usize) -> Self {
+        let reserve = lay_out(64 * MIB).unwrap();
+        let entry = |slot| MemberEntry {
+            disk: disk(slot),
+            state: MemberState::InSync,
+            rebuilt_to: 0,
+        };
+        let record = GroupRecord {
+            uuid: GROUP,
+            history: history(1),
+            parents: Vec::new(),
+            flags: Flags::default(),
+            level,
+            chunk: 64 * KIB,
+            consistency: Consistency::None,
+            logical_block: 512,
+            physical_block: 4096,
+            member_bytes: reserve.data_bytes,
+            region_bytes: region_bytes(reserve.data_bytes),
+            synced_to: reserve.data_bytes,
+            log_lanes: 1,
+            config: ConfigVersion::default(),
+            members: (0..members).map(entry).collect(),
+        };
+        let superblock = |slot: usize| Superblock {
+            system: SystemUuid::from_bytes([7; 16]),
+            disk: disk(slot),
+            device_size: 64 * MIB,
+            end_copy: reserve.end_copy,
+            generation: 10,
+            member: Some(Member {
+                slot: u16::try_from(slot).unwrap(),
+                layout: reserve.layout,
+                group: record.clone(),
+            }),
+        };
+        Self {
+            superblocks: (0..members).map(superblock).collect(),
+        }
+    }
+
+    /// The next generation, on some of the disks only.
+    fn update(mut self, on: &[usize], change: impl Fn(&mut GroupRecord)) -> Self {
+        let newest = self
+            .superblocks
+            .iter()
+            .max_by_key(|sb| sb.generation)
+            .unwrap()
+            .clone();
+        for slot in on {
+            let superblock = &mut self.superblocks[*slot];
+            superblock.generation = newest.generation + 1;
+            let member = superblock.member.as_mut().unwrap();
+            member.group = newest.member.as_ref().unwrap().group.clone();
+            change(&mut member.group);
+        }
+        self
+    }
+
+    fn dirty(self) -> Self {
+        let all: Vec<usize> = (0..self.superblocks.len()).collect();
+        self.update(&all, |group| group.flags.dirty = true)
+    }
+
+    fn assemble(&self, slots: &[usize], conditions: Conditions) -> Result<Plan, AssemblyError> {
+        let paths: Vec<String> = slots.iter().map(|slot| format!("/dev/d{slot}")).collect();
+        let present: Vec<Present<'_>> = slots
+            .iter()
+            .zip(&paths)
+            .map(|(slot, path)| Present {
+                superblock: &self.superblocks[*slot],
+                path,
+            })
+            .collect();
+        let result = assemble(GROUP, &present, conditions);
+        assert_order_is_nothing(&present, conditions, &result);
+        if let Ok(plan) = &result {
+            assert_next_is_legal(plan);
+        }
+        result
+    }
+}
+
+fn next_history(n: u8) -> impl Fn(&mut GroupRecord) {
+    move |group| {
+        group.parents.insert(0, group.history);
+        group.history = history(n);
+    }
+}
+
+fn fails(slot: usize, n: u8) -> impl Fn(&mut GroupRecord) {
+    move |group| {
+        next_history(n)(group);
+        group.members[slot].state = MemberState::Faulty;
+    }
+}
+
+/// The invariant at the head of the module.
+fn assert_order_is_nothing(
+    present: &[Present<'_>],
+    conditions: Conditions,
+    result: &Result<Plan, AssemblyError>,
+) {
+    let turned: Vec<Present<'_>> = present.iter().rev().copied().collect();
+    let turn = |i: usize| present.len() - 1 - i;
+    let again = assemble(GROUP, &turned, conditions).map(|plan| Plan {
+        leader: turn(plan.leader),
+        surplus: plan.surplus.into_iter().map(turn).collect(),
+        slots: plan
+            .slots
+            .into_iter()
+            .map(|slot| match slot {
+                SlotPlan::InSync(i) => SlotPlan::InSync(turn(i)),
+                SlotPlan::Stale(i) => SlotPlan::Stale(turn(i)),
+                SlotPlan::Rebuilding(i) => SlotPlan::Rebuilding(turn(i)),
+                SlotPlan::Faulty | SlotPlan::Missing => slot,
+            })
+            .collect(),
+        ..plan
+    });
+    match (&again, result) {
+        // Which of the strangers is named is all that may depend on the order.
+        (Err(AssemblyError::NotOfGroup { .. }), Err(AssemblyError::NotOfGroup { .. })) => {}
+        _ => assert_eq!(&again, result),
+    }
+}
+
+/// What follows from a plan can be written.
+fn assert_next_is_legal(plan: &Plan) {
+    let mut next = plan.superblock.clone();
+    next.generation += 1;
+    next.member.as_mut().unwrap().group = plan.next_record(history(200)).unwrap();
+    next.encode(Copy::Start, &mut [0; BYTES]).unwrap();
+}
+
+const CALM: Conditions = Conditions {
+    witness: None,
+    force: false,
+    process_death_only: false,
+};
+const FORCE: Conditions = Conditions {
+    force: true,
+    ..CALM
+};
+const DEATH: Conditions = Conditions {
+    process_death_only: true,
+    ..CALM
+};
+
+fn seen(n: u8, generation: u64) -> Conditions {
+    let history = history(n);
+    Conditions {
+        witness: Some(Witness {
+            history,
+            generation,
+        }),
+        ..CALM
+    }
+}
+
+use SlotPlan::{Faulty, InSync, Missing, Rebuilding, Stale};
+
+#[test]
+fn all_there_and_clean_starts_as_it_was() {
+    for (level, members) in [(Level::Raid0, 3), (Level::Raid1, 3), (Level::Raid5, 3)] {
+        let plan = World::new(level, members)
+            .assemble(&[0, 1, 2], CALM)
+            .unwrap();
+        assert_eq!(plan.slots, [InSync(0), InSync(1), InSync(2)]);
+        assert_eq!(
+            (plan.degraded, plan.renew_history, plan.resync),
+            (0, false, false)
+        );
+        assert_eq!(
+            (plan.torn, &plan.surplus, &plan.reasons),
+            (false, &vec![], &vec![])
+        );
+        let group = plan.superblock.member.as_ref().unwrap().group.clone();
+        assert_eq!(
+            plan.next_record(history(200)),
+            Some(group),
+            "nothing to write"
+        );
+    }
+}
+
+#[test]
+fn members_come_in_any_order() {
+    let plan = World::new(Level::Raid5, 4)
+        .assemble(&[2, 0, 3, 1], CALM)
+        .unwrap();
+    assert_eq!(plan.slots, [InSync(1), InSync(3), InSync(0), InSync(2)]);
+}
+
+#[test]
+fn nobody_strangers_and_twins_are_refused() {
+    let world = World::new(Level::Raid5, 3);
+    assert_eq!(world.assemble(&[], CALM), Err(AssemblyError::NobodyThere));
+
+    let mut stranger = world.clone();
+    stranger.superblocks[1].member.as_mut().unwrap().group.uuid = GroupUuid::from_bytes([8; 16]);
+    stranger.superblocks[2].member = None;
+    for slot in [1, 2] {
+        let refused = stranger.assemble(&[0, slot], CALM);
+        let path = format!("/dev/d{slot}");
+        assert_eq!(
+            refused,
+            Err(AssemblyError::NotOfGroup { path, group: GROUP })
+        );
+    }
+
+    let twins = [0, 1].map(|i| Present {
+        superblock: &world.superblocks[1],
+        path: ["/dev/a", "/dev/b"][i],
+    });
+    let refused = assemble(GROUP, &twins, FORCE).unwrap_err();
+    let (a, b) = ("/dev/a".to_owned(), "/dev/b".to_owned());
+    assert_eq!(
+        refused,
+        AssemblyError::DuplicateDisk {
+            disk: disk(1),
+            a,
+            b
+        }
+    );
+}
+
+#[test]
+fn a_power_cut_after_one_member_of_four_leaves_the_others_in_sync() {
+    let world = World::new(Level::Raid5, 4).update(&[2], |group| group.synced_to = MIB);
+    let plan = world.assemble(&[0, 1, 2, 3], CALM).unwrap();
+    assert_eq!(plan.slots, [InSync(0), InSync(1), InSync(2), InSync(3)]);
+    assert_eq!((plan.leader, plan.superblock.generation), (2, 11));
+    assert_eq!(
+        (plan.synced_to, plan.resync, plan.renew_history),
+        (MIB, true, false)
+    );
+}
+
+#[test]
+fn a_power_cut_while_a_failure_was_recorded_on_one_of_four() {
+    let world = World::new(Level::Raid5, 4).update(&[0], fails(3, 2));
+    let plan = world.assemble(&[0, 1, 2, 3], CALM).unwrap();
+    assert_eq!(plan.slots, [InSync(0), InSync(1), InSync(2), Stale(3)]);
+    assert_eq!((plan.degraded, plan.renew_history), (1, false));
+    // Without the one that knew, the older say that all is well, but for that one.
+    let plan = world.assemble(&[1, 2, 3], CALM).unwrap();
+    assert_eq!(plan.slots, [Missing, InSync(0), InSync(1), InSync(2)]);
+    assert!(plan.renew_history);
+    // Then the two went on apart from each other.
+    let world = world.update(&[1, 2, 3], |group| {
+        group.parents.clear();
+        group.history = history(1);
+        group.members[3].state = MemberState::InSync;
+        fails(0, 3)(group);
+    });
+    let refused = world.assemble(&[0, 1, 2, 3], FORCE).unwrap_err();
+    assert!(matches!(refused, AssemblyError::Split { .. }), "{refused}");
+}
+
+#[test]
+fn a_failed_member_that_comes_back_is_stale() {
+    let world = World::new(Level::Raid5, 4).update(&[0, 1, 3], fails(2, 2));
+    let plan = world.assemble(&[0, 1, 2, 3], CALM).unwrap();
+    assert_eq!(plan.slots, [InSync(0), InSync(1), Stale(2), InSync(3)]);
+    let plan = world.assemble(&[0, 1, 3], CALM).unwrap();
+    assert_eq!(plan.slots, [InSync(0), InSync(1), Faulty, InSync(2)]);
+    assert_eq!((plan.degraded, plan.renew_history), (1, false));
+    // It alone with another does not make a group of old data.
+    let refused = world.assemble(&[0, 2], FORCE).unwrap_err();
+    assert!(matches!(refused, AssemblyError::TooFew { .. }), "{refused}");
+}
+
+#[test]
+fn a_missing_member_renews_the_history() {
+    let plan = World::new(Level::Raid5, 4)
+        .assemble(&[0, 1, 3], CALM)
+        .unwrap();
+    assert_eq!(plan.slots, [InSync(0), InSync(1), Missing, InSync(2)]);
+    assert_eq!((plan.degraded, plan.renew_history), (1, true));
+    assert!(plan.reasons[0].contains("slot 2") && plan.reasons[0].contains("not there"));
+    let next = plan.next_record(history(200)).unwrap();
+    assert_eq!(
+        (next.history, next.parents),
+        (history(200), vec![history(1)])
+    );
+    assert_eq!(next.members[2].state, MemberState::Missing);
+    assert_eq!(
+        next.members[2].disk,
+        disk(2),
+        "who was there is not forgotten"
+    );
+}
+
+#[test]
+fn more_missing_than_redundancy_is_refused_whatever_is_forced() {
+    for (level, members, there, redundancy) in [
+        (Level::Raid0, 3, vec![0, 1], 0),
+        (Level::Raid5, 4, vec![1, 3], 1),
+        (Level::Raid5, 3, vec![2], 1),
+    ] {
+        for conditions in [CALM, FORCE, DEATH] {
+            let refused = World::new(level, members)
+                .assemble(&there, conditions)
+                .unwrap_err();
+            let AssemblyError::TooFew {
+                members: m,
+                redundancy: r,
+                lost,
+            } = &refused
+            else {
+                panic!("{refused}");
+            };
+            assert_eq!((usize::from(*m), *r), (members, redundancy));
+            assert_eq!(lost.len(), members - there.len());
+            assert_eq!(refused.kind(), ErrorKind::NoRedundancy);
+        }
+    }
+    let plan = World::new(Level::Raid1, 4).assemble(&[2], CALM).unwrap();
+    assert_eq!(
+        (plan.degraded, plan.slots),
+        (3, vec![Missing, Missing, InSync(0), Missing])
+    );
+}
+
+#[test]
+fn a_rebuilding_member_is_believed_below_its_cursor() {
+    let world = World::new(Level::Raid5, 3).update(&[0, 1, 2], |group| {
+        group.members[1].state = MemberState::Rebuilding;
+        group.members[1].rebuilt_to = 2 * MIB;
+    });
+    let plan = world.assemble(&[0, 1, 2], CALM).unwrap();
+    assert_eq!(plan.slots, [InSync(0), Rebuilding(1), InSync(2)]);
+    assert_eq!((plan.degraded, plan.renew_history), (1, false));
+    assert_eq!(
+        plan.next_record(history(200)).unwrap().members[1].rebuilt_to,
+        2 * MIB
+    );
+    // Not there, it will have missed what is written now.
+    let plan = world.assemble(&[0, 2], CALM).unwrap();
+    assert_eq!(plan.slots, [InSync(0), Missing, InSync(1)]);
+    let next = plan.next_record(history(200)).unwrap().members[1];
+    assert_eq!((next.state, next.rebuilt_to), (MemberState::Missing, 0));
+    // And it cannot stand in for one that is in sync.
+    let refused = world.assemble(&[0, 1], FORCE).unwrap_err();
+    assert!(matches!(refused, AssemblyError::TooFew { .. }));
+}
+
+#[test]
+fn a_disk_that_was_in_another_slot_is_stale() {
+    let mut world = World::new(Level::Raid5, 3).update(&[0, 1], fails(2, 2));
+    // Disk 2 became the replacement of slot 1, but the power cut came before its own superblock.
+    world = world.update(&[0], |group| {
+        group.members[1] = MemberEntry {
+            disk: disk(2),
+            state: MemberState::Rebuilding,
+            rebuilt_to: MIB,
+        };
+        group.members[2] = MemberEntry {
+            disk: DiskUuid::from_bytes([77; 16]),
+            state: MemberState::InSync,
+            rebuilt_to: 0,
+        };
+    });
+    let plan = world.assemble(&[0, 2], CALM);
+    assert!(
+        matches!(plan, Err(AssemblyError::TooFew { .. })),
+        "slot 2 is not there"
+    );
+    let mut newcomer = world.superblocks[0].clone();
+    newcomer.disk = DiskUuid::from_bytes([77; 16]);
+    newcomer.member.as_mut().unwrap().slot = 2;
+    world.superblocks.push(newcomer);
+    let plan = world.assemble(&[0, 1, 2, 3], CALM).unwrap();
+    assert_eq!(plan.slots, [InSync(0), Stale(2), InSync(3)]);
+    assert_eq!(plan.surplus, [1]);
+    assert!(
+        plan.reasons
+            .iter()
+            .any(|reason| reason.contains("/dev/d1 is no member any more"))
+    );
+}
+
+#[test]
+fn two_sides_are_refused_and_named() {
+    let base = World::new(Level::Raid1, 2);
+    let world = base.update(&[0], fails(1, 2)).update(&[1], |group| {
+        group.parents = vec![history(1)];
+        group.history = history(3);
+        group.members[0].state = MemberState::Faulty;
+        group.members[1].state = MemberState::InSync;
+    });
+    let refused = world.assemble(&[0, 1], FORCE).unwrap_err();
+    let AssemblyError::Split { a, b } = &refused else {
+        panic!("{refused}")
+    };
+    assert_eq!(
+        (a.history, a.generation, &a.paths[..]),
+        (history(3), 12, &["/dev/d1".into()][..])
+    );
+    assert_eq!(
+        (b.history, b.generation, &b.paths[..]),
+        (history(2), 11, &["/dev/d0".into()][..])
+    );
+    let error = refused.to_api("data");
+    assert_eq!(error.kind, ErrorKind::Refused);
+    assert_eq!(error.message, "group data does not start");
+    assert!(error.causes[0].contains("/dev/d0") && error.causes[0].contains("/dev/d1"));
+    assert_eq!(
+        error.hint.as_deref(),
+        Some("lunar group resolve data --keep DISK")
+    );
+    // Each side alone starts.
+    assert_eq!(
+        world.assemble(&[0], CALM).unwrap().slots,
+        [InSync(0), Faulty]
+    );
+    assert_eq!(
+        world.assemble(&[1], CALM).unwrap().slots,
+        [Faulty, InSync(0)]
+    );
+}
+
+#[test]
+fn two_sides_are_named_although_their_ancestor_is_there() {
+    let world = World::new(Level::Raid1, 4)
+        .update(&[0], next_history(2))
+        .update(&[1], |group| {
+            group.parents = vec![history(1)];
+            group.history = history(3);
+        });
+    let refused = world.assemble(&[0, 1, 2, 3], FORCE).unwrap_err();
+    let AssemblyError::Split { a, b } = refused else {
+        panic!("{refused}")
+    };
+    assert_eq!((a.history, b.history), (history(3), history(2)));
+}
+
+#[test]
+fn unrelated_histories_are_refused() {
+    let world = World::new(Level::Raid5, 3).update(&[1], |group| group.history = history(9));
+    let refused = world.assemble(&[0, 1, 2], CALM).unwrap_err();
+    assert!(matches!(refused, AssemblyError::Split { .. }), "{refused}");
+}
+
+#[test]
+fn an_ancestor_that_went_on_by_itself_is_another_side() {
+    let world = World::new(Level::Raid1, 2)
+        .update(&[0], fails(1, 2))
+        .update(&[1], |group| {
+            group.history = history(1);
+            group.parents.clear();
+        });
+    let refused = world.assemble(&[0, 1], FORCE).unwrap_err();
+    assert!(matches!(refused, AssemblyError::Split { .. }), "{refused}");
+}
+
+#[test]
+fn grandparents_are_ancestors() {
+    let mut world = World::new(Level::Raid1, 2);
+    for n in 2..=9 {
+        world = world.update(&[0], next_history(n));
+    }
+    world = world.update(&[0], |group| group.members[1].state = MemberState::Faulty);
+    assert_eq!(
+        world.assemble(&[0, 1], CALM).unwrap().slots,
+        [InSync(0), Stale(1)]
+    );
+}
+
+#[test]
+fn one_generation_with_two_contents_is_refused() {
+    let mut world = World::new(Level::Raid5, 3);
+    world.superblocks[2]
+        .member
+        .as_mut()
+        .unwrap()
+        .group
+        .synced_to = MIB;
+    let refused = world.assemble(&[0, 1, 2], FORCE).unwrap_err();
+    let (a, b) = ("/dev/d0".to_owned(), "/dev/d2".to_owned());
+    assert_eq!(
+        refused,
+        AssemblyError::Differ {
+            a,
+            b,
+            generation: 10
+        }
+    );
+    // Not so where a newer one decides.
+    let world = world.update(&[1], |_| {});
+    assert!(world.assemble(&[0, 1, 2], CALM).is_ok());
+}
+
+#[test]
+fn what_is_older_than_the_witness_needs_force() {
+    let world = World::new(Level::Raid5, 3).update(&[0, 1, 2], next_history(2));
+    for (conditions, starts) in [
+        (seen(2, 11), true),
+        (seen(2, 10), true),
+        (seen(1, 10), true),
+        (seen(2, 12), false),
+        (seen(1, 12), false),
+        (seen(3, 1), false),
+    ] {
+        let plan = world.assemble(&[0, 1, 2], conditions);
+        assert_eq!(plan.is_ok(), starts, "{conditions:?}");
+        if starts {
+            assert!(!plan.unwrap().renew_history);
+            continue;
+        }
+        let refused = plan.unwrap_err();
+        assert!(
+            matches!(refused, AssemblyError::OlderThanWitness { .. }),
+            "{refused}"
+        );
+        assert!(refused.hint("g").unwrap().contains("--force"));
+        let forced = Conditions {
+            force: true,
+            ..conditions
+        };
+        let plan = world.assemble(&[0, 1, 2], forced).unwrap();
+        assert!(
+            plan.renew_history && plan.reasons[0].starts_with("forced"),
+            "{conditions:?}"
+        );
+    }
+}
+
+#[test]
+fn an_unclean_stop_is_resynced_a_mere_death_is_not() {
+    for (level, resync) in [
+        (Level::Raid0, false),
+        (Level::Raid1, true),
+        (Level::Raid5, true),
+    ] {
+        let world = World::new(level, 3).dirty();
+        let plan = world.assemble(&[0, 1, 2], CALM).unwrap();
+        let from = if resync { 0 } else { 58 * MIB };
+        assert_eq!((plan.resync, plan.synced_to), (resync, from), "{level:?}");
+        assert_eq!(plan.torn, level == Level::Raid5);
+        let plan = world.assemble(&[0, 1, 2], DEATH).unwrap();
+        assert_eq!(
+            (plan.resync, plan.synced_to, plan.torn),
+            (false, 58 * MIB, false)
+        );
+    }
+}
+
+#[test]
+fn dirty_and_degraded_by_level_and_condition() {
+    for (level, conditions, starts) in [
+        (Level::Raid5, CALM, false),
+        (Level::Raid5, FORCE, true),
+        (Level::Raid5, DEATH, true),
+        (Level::Raid1, CALM, true),
+        (Level::Raid1, DEATH, true),
+    ] {
+        let world = World::new(level, 3).dirty();
+        // Gone with the power, or failed before.
+        let failed = world.clone().update(&[0, 2], fails(1, 2));
+        for (world, there) in [
+            (&world, &[0, 2][..]),
+            (&failed, &[0, 2]),
+            (&failed, &[0, 1, 2]),
+        ] {
+            let plan = world.assemble(there, conditions);
+            assert_eq!(plan.is_ok(), starts, "{level:?} {conditions:?} {there:?}");
+            let Err(refused) = plan else { continue };
+            assert!(
+                matches!(refused, AssemblyError::DirtyDegraded { .. }),
+                "{refused}"
+            );
+            let error = refused.to_api("data");
+            assert_eq!(error.kind, ErrorKind::Refused);
+            assert!(
+                error
+                    .hint
+                    .unwrap()
+                    .contains("lunar group start data --force")
+            );
+        }
+    }
+}
+
+#[test]
+fn forced_parity_is_taken_as_it_is_and_not_asked_again() {
+    let world = World::new(Level::Raid5, 3).dirty();
+    let plan = world.assemble(&[0, 2], FORCE).unwrap();
+    assert_eq!(
+        (plan.synced_to, plan.torn, plan.renew_history),
+        (58 * MIB, false, true)
+    );
+    assert!(
+        plan.reasons
+            .iter()
+            .any(|reason| reason.starts_with("forced"))
+    );
+}
+
+#[test]
+fn clean_and_degraded_starts_unless_a_resync_was_due() {
+    let unsynced = |torn| {
+        World::new(Level::Raid5, 3).update(&[0, 1, 2], move |group| {
+            group.synced_to = MIB;
+            group.flags.torn = torn;
+        })
+    };
+    // A first sync: what was written has parity.
+    let plan = unsynced(false).assemble(&[0, 1], CALM).unwrap();
+    assert_eq!((plan.synced_to, plan.torn), (MIB, false));
+    // A resync after an unclean stop.
+    let refused = unsynced(true).assemble(&[0, 1], CALM).unwrap_err();
+    assert!(
+        matches!(refused, AssemblyError::DirtyDegraded { .. }),
+        "{refused}"
+    );
+    let plan = unsynced(true).assemble(&[0, 1], DEATH).unwrap();
+    assert_eq!((plan.synced_to, plan.torn), (MIB, true));
+    let plan = unsynced(true).assemble(&[0, 1, 2], CALM).unwrap();
+    assert_eq!((plan.synced_to, plan.torn, plan.resync), (MIB, true, true));
+}
+
+#[test]
+fn a_deleted_group_does_not_start() {
+    let world = World::new(Level::Raid5, 3).update(&[1], |group| group.flags.deleted = true);
+    assert_eq!(
+        world.assemble(&[0, 1, 2], FORCE),
+        Err(AssemblyError::Deleted)
+    );
+    assert!(
+        AssemblyError::Deleted
+            .hint("g")
+            .unwrap()
+            .contains("--deleted")
+    );
+}
+
+#[test]
+fn an_empty_slot_is_missing() {
+    let world = World::new(Level::Raid5, 3).update(&[0, 1], |group| {
+        group.members[2] = MemberEntry {
+            disk: DiskUuid::NIL,
+            state: MemberState::Missing,
+            rebuilt_to: 0,
+        };
+    });
+    let plan = world.assemble(&[0, 1], CALM).unwrap();
+    assert_eq!(plan.slots, [InSync(0), InSync(1), Missing]);
+    assert_eq!(plan.reasons, ["slot 2 is empty"]);
+    assert!(!plan.renew_history);
+    let plan = world.assemble(&[0, 1, 2], CALM).unwrap();
+    assert_eq!(plan.surplus, [2]);
+}
+
+/// Every combination of who is there, what the newest says of whom, and dirtiness: never a panic, and a
+/// plan never has fewer in-sync members than the level needs.
+#[test]
+fn no_combination_starts_without_enough_members() {
+    let states = [
+        MemberState::InSync,
+        MemberState::Faulty,
+        MemberState::Rebuilding,
+        MemberState::Missing,
+    ];
+    for level in [Level::Raid0, Level::Raid1, Level::Raid5] {
+        for combination in 0..4_usize.pow(3) {
+            let world = World::new(level, 3).update(&[combination % 3], |group| {
+                group.flags.dirty = combination % 2 == 0;
+                for (slot, entry) in group.members.iter_mut().enumerate() {
+                    let power = 4_usize.pow(u32::try_from(slot).unwrap());
+                    entry.state = states[combination / power % 4];
+                }
+            });
+            for there in 0..8_usize {
+                let there: Vec<usize> = (0..3).filter(|slot| there >> slot & 1 == 1).collect();
+                for conditions in [CALM, FORCE, DEATH] {
+                    let Ok(plan) = world.assemble(&there, conditions) else {
+                        continue;
+                    };
+                    let in_sync = plan.slots.iter().filter(|s| matches!(s, InSync(_))).count();
+                    let geometry = world.superblocks[0]
+                        .member
+                        .as_ref()
+                        .unwrap()
+                        .group
+                        .geometry();
+                    let geometry = geometry.unwrap();
+                    assert!(
+                        in_sync >= 3 - usize::from(geometry.redundancy()),
+                        "{plan:?}"
+                    );
+                    assert_eq!(usize::from(plan.degraded), 3 - in_sync);
+                }
+            }
+        }
+    }
+}
