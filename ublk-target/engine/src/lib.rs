@@ -6,7 +6,9 @@
 #![deny(unsafe_code)]
 
 pub mod assembly;
+mod background;
 pub mod config;
+mod control;
 pub mod extents;
 pub mod geometry;
 mod inflight;

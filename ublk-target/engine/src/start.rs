@@ -6,7 +6,7 @@ use std::rc::Rc;
 use lunar_api::target::MemberState;
 use lunar_api::{ApiError, ErrorKind, History};
 
-use crate::assembly::{self, Present, SlotPlan};
+use crate::assembly::{self, Conditions, Present, SlotPlan};
 use crate::background::RATE_MIN;
 use crate::config::GroupConfig;
 use crate::geometry::Geometry;
@@ -121,34 +121,45 @@ impl<E: Env> RaidGroup<E> {
     /// # Errors  what `assembly` refuses, by name; an unreadable configuration
     pub async fn start(parts: Parts<E>, spec: StartSpec) -> Result<Rc<Self>, ApiError> {
         let what = "the group could not be started";
-        let mut present: Vec<Present> = Vec::new();
-        for (index, given) in parts.members.iter().enumerate() {
+        let mut superblocks = Vec::new();
+        for given in &parts.members {
             let superblock = read_superblock(&given.disk, &parts.pool)
                 .await
                 .map_err(|error| failed(what, format!("{}: {}", given.path, chain(&error))))?;
-            present.push(Present {
-                index,
-                path: given.path.clone(),
-                superblock,
-            });
+            superblocks.push(superblock);
         }
         let memory = parts.pool.whole().len() as u64;
-        let left = inflight::read(&parts.pool, spec.group, memory);
-        let generation = present
+        let generation = superblocks
             .iter()
-            .map(|p| p.superblock.generation)
-            .max()
-            .unwrap_or(0);
+            .map(|superblock| superblock.generation)
+            .max();
         // A log of another time of the group says nothing about these disks.
-        let left = left.filter(|left| left.generation >= generation);
-        let plan = assembly::assemble(
-            spec.group,
-            &present,
-            spec.witness,
-            left.is_some(),
-            spec.force,
-        )?;
-        let record = plan.record.clone();
+        let left = inflight::read(&parts.pool, spec.group, memory)
+            .filter(|left| generation.is_some_and(|generation| left.generation >= generation));
+        let conditions = Conditions {
+            witness: spec.witness,
+            force: spec.force,
+            process_death_only: left.is_some(),
+        };
+        let present: Vec<Present<'_>> = superblocks
+            .iter()
+            .zip(&parts.members)
+            .map(|(superblock, given)| Present {
+                superblock,
+                path: &given.path,
+            })
+            .collect();
+        let plan = assembly::assemble(spec.group, &present, conditions)
+            .map_err(|error| error.to_api(&spec.group.to_string()))?;
+        let mut random = parts.random;
+        let record = plan
+            .next_record(History::from_bytes(random()))
+            .ok_or_else(|| failed(what, "its deciding superblock names no group"))?;
+        let is_changed = plan
+            .superblock
+            .member
+            .as_ref()
+            .is_none_or(|member| member.group != record);
         let geometry = record.geometry().map_err(|error| failed(what, error))?;
         let mut given: Vec<Option<Given<E::Disk>>> = parts.members.into_iter().map(Some).collect();
         let mut slots: Vec<Slot<E>> = Vec::new();
@@ -158,7 +169,7 @@ impl<E: Env> RaidGroup<E> {
                 SlotPlan::Stale(_) | SlotPlan::Faulty | SlotPlan::Missing => None,
             };
             slots.push(index.and_then(|i| {
-                let superblock = &present[i].superblock;
+                let superblock = &superblocks[i];
                 let reserve = Reserve {
                     layout: superblock.member.as_ref()?.layout,
                     data_bytes: record.member_bytes,
@@ -182,24 +193,17 @@ impl<E: Env> RaidGroup<E> {
             pool: parts.pool,
             clock: parts.clock,
             front: parts.front,
-            random: parts.random,
+            random,
         };
-        let group = Self::launch(rest, geometry, record, config, plan.generation, slots).await;
-        if plan.resync {
-            group.synced.set(0);
-            group.durable_synced.set(0);
-            group.record.borrow_mut().flags.torn = true;
-            group.event(
-                "ResyncNeeded",
-                None,
-                "it was not stopped cleanly: redundancy is made right from the start",
-            );
+        let generation = plan.superblock.generation;
+        let group = Self::launch(rest, geometry, record, config, generation, slots).await;
+        for reason in &plan.reasons {
+            group.event("Assembled", None, reason);
         }
-        if plan.lost {
-            group.renew_history();
+        if group.in_sync.get().count_ones() < u32::from(group.geometry.members()) {
             group.event("DegradedArray", None, &group.reason());
         }
-        if plan.resync || plan.lost {
+        if is_changed {
             group.advance();
             group
                 .publish()

@@ -458,7 +458,7 @@ fn clean_stop_starts_without_resync_unclean_with_and_degraded_not_at_all() {
     rig.storm(30, || ());
     rig.world.kill();
     let refused = rig.restart(&memory(), false).unwrap_err();
-    assert!(refused.contains("power loss"), "{refused}");
+    assert!(refused.contains("not stopped cleanly"), "{refused}");
     rig.restart(&memory(), true).unwrap();
     rig.check();
 }
