@@ -114,17 +114,6 @@ fn golden_version_1_is_read_and_written() {
     );
 }
 
-/// Prints the golden file, for `xxd -r -p`; only for a new version of the format.
-#[test]
-#[ignore = "prints fixtures/golden/superblock_1.bin"]
-fn golden_is_printed() {
-    let bytes = encoded(&sample(), Copy::Start);
-    println!(
-        "golden {}",
-        bytes.map(|byte| format!("{byte:02x}")).concat()
-    );
-}
-
 #[test]
 fn every_flipped_byte_is_refused() {
     for superblock in [sample(), free()] {
