@@ -163,7 +163,8 @@ impl<E: Env> RaidGroup<E> {
         let lease = self.pool.lease(Quota::Work, len).await;
         parity::zero(lease.cells(0..len));
         parity::copy_in(lease.cells(0..json.len()), json);
-        let mut ios = Vec::new();
+        // All that can be refused comes before the first I/O: one that was started is waited for.
+        let mut areas = Vec::new();
         for slot in bits(slots) {
             let area = match self.places.borrow().get(usize::from(slot)) {
                 Some(Some(place)) => place.reserve.layout.config[usize::from(which)],
@@ -175,17 +176,21 @@ impl<E: Env> RaidGroup<E> {
                     area.len
                 ));
             }
-            let member = self.member(slot);
-            let Some(disk) = &member.disk else { continue };
-            let piece = Piece {
-                offset: 0,
-                len: u32::try_from(len).expect("at most 4 MiB"),
-            };
-            let verb = DiskVerb::Write { fua: true };
-            ios.push((
-                slot,
-                disk.submit(verb, area.offset, len as u64, Buf::Pool(&lease), &[piece]),
-            ));
+            areas.push((slot, area.offset));
+        }
+        let piece = Piece {
+            offset: 0,
+            len: u32::try_from(len).expect("at most 4 MiB"),
+        };
+        let mut ios = Vec::new();
+        for (slot, at) in areas {
+            if let Some(disk) = &self.member(slot).disk {
+                let verb = DiskVerb::Write { fua: true };
+                ios.push((
+                    slot,
+                    disk.submit(verb, at, len as u64, Buf::Pool(&lease), &[piece]),
+                ));
+            }
         }
         let mut bad = 0;
         for (slot, io) in ios {
