@@ -305,7 +305,11 @@ fn run(
         }
     }
     local.executor.spawn(pass_events(Rc::clone(local), events));
-    while !(local.ending.get() && local.running.get() == 0) {
+    loop {
+        local.executor.run_ready();
+        if local.ending.get() && local.running.get() == 0 {
+            break;
+        }
         local.ring.turn(&local.executor);
     }
     local.executor.clear();

@@ -156,7 +156,9 @@ impl Ring {
             self.reap();
         }
         let timeout = self.timers.next();
-        self.enter(1, timeout);
+        // With nothing to wait for, nothing would ever end the wait.
+        let wait = u32::from(self.in_flight.get() > 0 || timeout.is_some());
+        self.enter(wait, timeout);
         self.timers.turn();
         self.reap();
     }
