@@ -5,7 +5,15 @@
 
 #![deny(unsafe_code)]
 
+pub mod config;
+pub mod extents;
+pub mod geometry;
+pub mod limits;
+pub mod parity;
 pub mod pool;
+mod publish;
 pub mod raid_group;
+pub mod reserve;
+pub mod superblock;
 pub mod sync;
 pub mod traits;

@@ -1,14 +1,29 @@
 //! A RAID group, served by its owner thread.
+//!
+//! Everything here is plain single-thread data: the owner thread polls the futures, nobody else looks. The
+//! parts: `serve` (host requests), `stripe_ops` (what is done to a stripe), `publish` (superblocks),
+//! `background` (resync, rebuild), `start` (create, assemble), `control` (LUs, members, stop).
 
+use std::cell::{Cell, RefCell};
+use std::fmt;
 use std::rc::Rc;
 
 use lunar_api::target::{
-    Consistency, GroupStatus, Level, LuSize, LuStatus, Probe, TargetEvent, Witness,
+    Consistency, GroupStatus, Level, LuCounters, LuStatus, SyncStatus, TargetEvent, Witness,
 };
-use lunar_api::{ApiError, DiskUuid, GroupUuid, LuUuid, SystemUuid};
+use lunar_api::{DiskUuid, GroupUuid, LuUuid, SystemUuid};
 
-use crate::pool::Pool;
-use crate::traits::{Disk, Env, HostRequest};
+use crate::config::GroupConfig;
+use crate::extents::ExtentMap;
+use crate::geometry::Geometry;
+use crate::inflight::InflightLog;
+use crate::member::Member;
+use crate::pool::{Lease, Pool};
+use crate::reserve::Reserve;
+use crate::stripe_table::StripeTable;
+use crate::superblock::GroupRecord;
+use crate::sync::Waiters;
+use crate::traits::Env;
 
 /// A member as the rim hands it in.
 #[derive(Debug)]
@@ -29,6 +44,14 @@ pub struct Parts<E: Env> {
     pub front: E::Front,
     /// Gives random 128 bits.
     pub random: Box<dyn FnMut() -> [u8; 16]>,
+}
+
+impl<E: Env> fmt::Debug for Parts<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Parts")
+            .field("system", &self.system)
+            .finish_non_exhaustive()
+    }
 }
 
 /// How to make a group; member i of the parts is slot i.
@@ -54,96 +77,275 @@ pub struct StartSpec {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Errno(pub i32);
 
-/// A running group. Every method is called on its owner thread.
-pub struct RaidGroup<E: Env> {
-    parts: Parts<E>,
-}
+/// Redundancy is exhausted, or the request is beyond the LU.
+pub const EIO: Errno = Errno(5);
+/// The request is not one that this device has.
+pub const EOPNOTSUPP: Errno = Errno(95);
 
 /// Tasks of `worker` that a rim spawns for a group.
 pub const WORKERS: usize = 64;
 
-impl<E: Env> RaidGroup<E> {
-    /// Writes superblocks and configuration to fresh members, and runs the group.
-    pub async fn create(_parts: Parts<E>, _spec: CreateSpec) -> Result<Rc<Self>, ApiError> {
-        unimplemented!()
-    }
-    /// Assembles, replays what a dead predecessor had in flight, and runs the group.
-    pub async fn start(_parts: Parts<E>, _spec: StartSpec) -> Result<Rc<Self>, ApiError> {
-        unimplemented!()
-    }
-    /// Serves one host request to its end. `lu` is the handle of `lu_handle`. Allocates nothing.
-    pub async fn serve(&self, _lu: u16, _request: HostRequest) -> Result<(), Errno> {
-        unimplemented!()
-    }
-    /// Works off stripe operations; the rim spawns [`WORKERS`] of them. Ends when the group has stopped.
-    pub async fn worker(self: Rc<Self>) {
-        unimplemented!()
-    }
-    /// Resync, rebuild, watching for members that do not answer; the rim spawns one. Ends when the group has stopped.
-    pub async fn background(self: Rc<Self>) {
-        unimplemented!()
-    }
-    /// LUs in order of handle, deleted ones left out.
-    pub fn lus(&self) -> Vec<(u16, LuStatus)> {
-        unimplemented!()
-    }
-    /// Makes a LU durable; the rim then makes its device.
-    pub async fn lu_create(
-        &self,
-        _lu: LuUuid,
-        _name: &str,
-        _size: LuSize,
-        _depth: u16,
-    ) -> Result<u16, ApiError> {
-        unimplemented!()
-    }
-    /// Forgets a LU whose device is gone.
-    pub async fn lu_delete(&self, _lu: LuUuid) -> Result<(), ApiError> {
-        unimplemented!()
-    }
-    pub async fn lu_rename(&self, _lu: LuUuid, _name: &str) -> Result<(), ApiError> {
-        unimplemented!()
-    }
-    pub async fn rename(&self, _name: &str) -> Result<(), ApiError> {
-        unimplemented!()
-    }
-    pub async fn member_fail(&self, _disk: DiskUuid, _why: &str) -> Result<(), ApiError> {
-        unimplemented!()
-    }
-    pub async fn member_replace(&self, _slot: u16, _with: Given<E::Disk>) -> Result<(), ApiError> {
-        unimplemented!()
-    }
-    pub fn set_rebuild_rate(&self, _min: Option<u64>, _max: Option<u64>) {
-        unimplemented!()
-    }
-    /// Ends background work, flushes and marks the group clean. Fronts are stopped before. With `delete`, marks it deleted.
-    pub async fn stop(&self, _delete: bool) -> Result<(), ApiError> {
-        unimplemented!()
-    }
-    /// Everything about it; `ublk` and `problem` of the LUs are the rim's to fill.
-    pub fn status(&self) -> GroupStatus {
-        unimplemented!()
-    }
-    /// Moves what happened since the last call to `to` (seq 0: the rim numbers them).
-    pub fn take_events(&self, _to: &mut Vec<TargetEvent>) {
-        unimplemented!()
+/// A slot that is being filled.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rebuild {
+    pub slot: u16,
+    /// Stripes below are right on it: they are read there.
+    pub done: u64,
+    /// Stripes below may be under work: writes go there too.
+    pub window: u64,
+}
+
+/// Counters of a LU, as cells.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub reads: Cell<u64>,
+    pub writes: Cell<u64>,
+    pub flushes: Cell<u64>,
+    pub discards: Cell<u64>,
+    pub read_bytes: Cell<u64>,
+    pub write_bytes: Cell<u64>,
+    pub errors: Cell<u64>,
+    pub zero_copy: Cell<u64>,
+    pub user_copy: Cell<u64>,
+    pub bounced: Cell<u64>,
+    pub range_lock_waits: Cell<u64>,
+    pub full_stripe_writes: Cell<u64>,
+    pub reconstruct_writes: Cell<u64>,
+    pub read_modify_writes: Cell<u64>,
+    pub degraded_reads: Cell<u64>,
+    pub merged: Cell<u64>,
+}
+
+impl Counters {
+    fn get(&self) -> LuCounters {
+        LuCounters {
+            reads: self.reads.get(),
+            writes: self.writes.get(),
+            flushes: self.flushes.get(),
+            discards: self.discards.get(),
+            read_bytes: self.read_bytes.get(),
+            write_bytes: self.write_bytes.get(),
+            errors: self.errors.get(),
+            zero_copy: self.zero_copy.get(),
+            user_copy: self.user_copy.get(),
+            bounced: self.bounced.get(),
+            range_lock_waits: self.range_lock_waits.get(),
+            full_stripe_writes: self.full_stripe_writes.get(),
+            reconstruct_writes: self.reconstruct_writes.get(),
+            read_modify_writes: self.read_modify_writes.get(),
+            degraded_reads: self.degraded_reads.get(),
+            merged: self.merged.get(),
+        }
     }
 }
 
-/// Reads what a disk carries.
-pub async fn probe<D: Disk>(_disk: &D, _path: &str, _pool: &Rc<Pool>) -> Probe {
-    unimplemented!()
+/// A LU of a running group.
+#[derive(Debug)]
+pub(crate) struct Lu {
+    pub handle: u16,
+    pub uuid: LuUuid,
+    pub name: RefCell<String>,
+    pub capacity: u64,
+    pub depth: u16,
+    pub extents: ExtentMap,
+    pub counters: Counters,
 }
-/// Writes the label of a free disk.
-pub async fn label<D: Disk>(
-    _disk: &D,
-    _pool: &Rc<Pool>,
-    _system: SystemUuid,
-    _uuid: DiskUuid,
-) -> Result<(), ApiError> {
-    unimplemented!()
+
+impl Lu {
+    /// Where byte `at` of the LU is in the group, and how many bytes follow there.
+    ///
+    /// # Panics  if `at` is beyond the LU: requests are checked when they arrive
+    pub(crate) fn resolve(&self, at: u64) -> (u64, u64) {
+        self.extents
+            .resolve(at)
+            .expect("requests lie within the LU")
+    }
 }
-/// Overwrites both superblocks.
-pub async fn wipe<D: Disk>(_disk: &D, _pool: &Rc<Pool>) -> Result<(), ApiError> {
-    unimplemented!()
+
+/// Where the metadata of a member lies.
+#[derive(Debug, Clone)]
+pub(crate) struct MemberPlace {
+    pub device_size: u64,
+    pub reserve: Reserve,
+}
+
+/// A running group. Every method is called on its owner thread.
+pub struct RaidGroup<E: Env> {
+    pub(crate) id: GroupUuid,
+    pub(crate) system: SystemUuid,
+    pub(crate) geometry: Geometry,
+    pub(crate) pool: Rc<Pool>,
+    pub(crate) clock: E::Clock,
+    pub(crate) front: E::Front,
+    pub(crate) random: RefCell<Box<dyn FnMut() -> [u8; 16]>>,
+
+    pub(crate) members: RefCell<Vec<Rc<Member<E::Disk>>>>,
+    pub(crate) places: RefCell<Vec<Option<MemberPlace>>>,
+    /// Slots that hold what they should, as bits.
+    pub(crate) in_sync: Cell<u64>,
+    pub(crate) rebuild: Cell<Option<Rebuild>>,
+    /// Stripes below have right redundancy.
+    pub(crate) synced: Cell<u64>,
+    /// What the superblocks say of both, in stripes.
+    pub(crate) durable_synced: Cell<u64>,
+    pub(crate) durable_rebuild: Cell<u64>,
+    /// Redundancy is exhausted: nothing more is written.
+    pub(crate) failed: Cell<bool>,
+
+    pub(crate) record: RefCell<GroupRecord>,
+    pub(crate) config: RefCell<GroupConfig>,
+    pub(crate) generation: Cell<u64>,
+    pub(crate) durable: Cell<u64>,
+    pub(crate) publishing: Cell<bool>,
+    pub(crate) configuring: Cell<bool>,
+    pub(crate) dirty: Cell<bool>,
+    pub(crate) dirty_durable: Cell<bool>,
+    /// A place for every slot's superblock, held for ever: publishing never waits for memory.
+    pub(crate) meta: Lease,
+    /// `durable`, `publishing`, `configuring`, `background_ended` changed.
+    pub(crate) changed: Waiters,
+
+    pub(crate) lus: RefCell<Vec<Option<Rc<Lu>>>>,
+    pub(crate) stripes: StripeTable,
+    pub(crate) log: InflightLog,
+    pub(crate) requests: Cell<u64>,
+    pub(crate) active_writes: Cell<u64>,
+    pub(crate) turn: Cell<u32>,
+    pub(crate) stopping: Cell<bool>,
+    pub(crate) background_ended: Cell<bool>,
+    /// Counts what makes background work look anew.
+    pub(crate) sync_wanted: Cell<u64>,
+    pub(crate) sync_status: RefCell<Option<SyncStatus>>,
+    pub(crate) rate_min: Cell<u64>,
+    pub(crate) rate_max: Cell<Option<u64>>,
+    pub(crate) events: RefCell<Vec<TargetEvent>>,
+}
+
+impl<E: Env> fmt::Debug for RaidGroup<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RaidGroup")
+            .field("id", &self.id)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<E: Env> RaidGroup<E> {
+    /// The group's name for ever.
+    pub fn id(&self) -> GroupUuid {
+        self.id
+    }
+
+    /// Slots whose chunk of this stripe can be believed, as bits.
+    pub(crate) fn readable(&self, stripe: u64) -> u64 {
+        match self.rebuild.get() {
+            Some(rebuild) if stripe < rebuild.done => self.in_sync.get() | 1 << rebuild.slot,
+            _ => self.in_sync.get(),
+        }
+    }
+
+    /// Slots that a write of this stripe goes to, as bits.
+    pub(crate) fn writable(&self, stripe: u64) -> u64 {
+        match self.rebuild.get() {
+            Some(rebuild) if stripe < rebuild.window => self.in_sync.get() | 1 << rebuild.slot,
+            _ => self.in_sync.get(),
+        }
+    }
+
+    pub(crate) fn rebuilding(&self) -> Option<u16> {
+        self.rebuild.get().map(|rebuild| rebuild.slot)
+    }
+
+    pub(crate) fn lu(&self, handle: u16) -> Option<Rc<Lu>> {
+        self.lus
+            .borrow()
+            .get(usize::from(handle))
+            .cloned()
+            .flatten()
+    }
+
+    /// LUs in order of handle, deleted ones left out.
+    pub fn lus(&self) -> Vec<(u16, LuStatus)> {
+        let lus = self.lus.borrow();
+        lus.iter()
+            .flatten()
+            .map(|lu| (lu.handle, self.lu_status(lu)))
+            .collect()
+    }
+
+    pub(crate) fn lu_status(&self, lu: &Lu) -> LuStatus {
+        LuStatus {
+            lu: lu.uuid,
+            name: lu.name.borrow().clone(),
+            group: self.id,
+            capacity: lu.capacity,
+            depth: lu.depth,
+            ublk: None,
+            problem: String::new(),
+            counters: lu.counters.get(),
+        }
+    }
+
+    /// Everything about it; `ublk` and `problem` of the LUs are the rim's to fill, `zero_copy` too.
+    pub fn status(&self) -> GroupStatus {
+        let record = self.record.borrow();
+        let config = self.config.borrow();
+        GroupStatus {
+            group: self.id,
+            name: config.name.clone(),
+            level: self.geometry.level(),
+            chunk: self.geometry.chunk(),
+            consistency: record.consistency,
+            state: self.group_state(),
+            reason: self.reason(),
+            history: record.history,
+            generation: self.durable.get(),
+            capacity: self.geometry.capacity(),
+            free: self.free_bytes(),
+            member_bytes: self.geometry.member_bytes(),
+            logical_block: record.logical_block,
+            members: self
+                .members
+                .borrow()
+                .iter()
+                .map(|member| member.status())
+                .collect(),
+            lus: self.lus().into_iter().map(|(_, status)| status).collect(),
+            sync: self.sync_status.borrow().clone(),
+            zero_copy: false,
+        }
+    }
+
+    pub(crate) fn event(&self, name: &str, slot: Option<u16>, text: &str) {
+        let disk = slot.map(|slot| self.members.borrow()[usize::from(slot)].uuid);
+        self.events.borrow_mut().push(TargetEvent {
+            seq: 0,
+            name: name.to_owned(),
+            group: Some(self.id),
+            disk,
+            lu: None,
+            text: text.to_owned(),
+        });
+    }
+
+    pub(crate) fn event_repaired(&self, slot: u16, at: u64, len: u64) {
+        let text = format!(
+            "{len} bytes at byte {at} of the data of slot {slot} were read from redundancy and rewritten"
+        );
+        self.event("ReadErrorRepaired", Some(slot), &text);
+    }
+
+    /// Moves what happened since the last call to `to` (seq 0: the rim numbers them).
+    pub fn take_events(&self, to: &mut Vec<TargetEvent>) {
+        to.append(&mut self.events.borrow_mut());
+    }
+
+    /// Bounds in bytes a second of a member: what a sync may take while the host works, and at all.
+    pub fn set_rebuild_rate(&self, min: Option<u64>, max: Option<u64>) {
+        if let Some(min) = min {
+            self.rate_min.set(min.max(1 << 20));
+        }
+        if max.is_some() {
+            self.rate_max.set(max.map(|max| max.max(1 << 20)));
+        }
+    }
 }

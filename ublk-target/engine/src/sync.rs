@@ -22,10 +22,24 @@ impl Waiters {
         }
     }
 
+    /// Wakes the one that waits longest.
+    pub fn wake_one(&self) {
+        let mut wakers = self.wakers.borrow_mut();
+        if !wakers.is_empty() {
+            wakers.remove(0).wake();
+        }
+    }
+
     /// Waits until `ready` gives a value; it is asked now and after each `wake_all`.
     pub async fn until<T>(&self, mut ready: impl FnMut() -> Option<T>) -> T {
         poll_fn(|cx| match ready() {
-            Some(value) => Poll::Ready(value),
+            Some(value) => {
+                // A stale entry here would swallow a later `wake_one`.
+                self.wakers
+                    .borrow_mut()
+                    .retain(|waker| !waker.will_wake(cx.waker()));
+                Poll::Ready(value)
+            }
             None => {
                 let mut wakers = self.wakers.borrow_mut();
                 if !wakers.iter().any(|waker| waker.will_wake(cx.waker())) {

@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# Runs the tests. `tests/run.sh` runs all parts; `tests/run.sh PART..` only these:
+#
+#   fmt clippy docs    style and documentation, as the compiler's tools see it
+#   unit               unit, property, simulator and tidy tests: nothing but a file system needed
+#   tidy               only the house rules out of `unit` (not run twice by default)
+#   lab                the machine harness itself
+#   e2e                real /dev/ublkbN in a real kernel, see fixtures/lab.sh
+#
+# Each test's result goes to target/test-results.tsv (name<TAB>passed|failed|skipped). The last line is
+# `N passed, N failed, N skipped`; exit 1 if any failed. No kernel for the lab: its parts are skipped, and say why.
+# A new part: a function part_NAME, and its name in `parts`.
+set -u -o pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+parts=(fmt clippy docs unit lab e2e)
+
+export CARGO_TERM_COLOR=never
+export RUST_BACKTRACE=${RUST_BACKTRACE:-1}
+target=${CARGO_TARGET_DIR:-target}
+if ! command -v cargo > /dev/null && [ -x "$HOME/.cargo/bin/cargo" ]; then
+  PATH=$PATH:$HOME/.cargo/bin
+fi
+
+part_fmt() { cargo fmt --all --check; }
+part_clippy() { cargo clippy --locked --workspace --all-targets -- -D warnings; }
+part_docs() { RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --workspace --document-private-items; }
+part_unit() {
+  if cargo nextest --version > /dev/null 2>&1; then
+    cargo nextest run --locked --workspace --no-fail-fast --no-tests=pass --status-level all --final-status-level fail \
+      && cargo test --locked --workspace --doc --no-fail-fast
+  else
+    cargo test --locked --workspace --no-fail-fast
+  fi
+}
+part_tidy() { cargo test --locked -p lunar-tests --test tidy; }
+part_lab() { fixtures/selftest.sh; }
+part_e2e() {
+  if ! grep -qs '"lunar-e2e"' tests/Cargo.toml && [ ! -e tests/src/bin/lunar-e2e.rs ]; then
+    echo 'skipped: this tree has no lunar-e2e yet'
+    return 77
+  fi
+  cargo build --locked --release --workspace || return 1
+  if [ "${LUNAR_TEST_ON_HOST:-}" != 1 ]; then
+    fixtures/kernel/find.sh > /dev/null || return 77
+  fi
+  # 16 RAM disks of 256 MiB take memory only as they are written; ext4-file members lie on the scratch disk.
+  fixtures/lab.sh --timeout "${LUNAR_E2E_TIMEOUT:-2400}" --mem 4G --ram-disks-kib 262144 --new-disk 8G \
+    --env "KUBLK=${KUBLK:-}" -- "$(realpath "$target")/release/lunar-e2e"
+}
+declare -A limits=([unit]=30m [lab]=10m [e2e]=60m) # the others: 20m
+
+# Reads the output of cargo test, nextest, libtest-mimic or the lab's self-test; prints name<TAB>status.
+# A name is BINARY::TEST for cargo's tests, so that it is the same under nextest.
+test_results() {
+  awk '
+    function binary(path) { sub(/.*[\/:]/, "", path); sub(/-[0-9a-f]+\)?$/, "", path); gsub(/_/, "-", path); return path }
+    function put(name, status) { if (!(name in seen)) order[++n] = name; seen[name] = status }
+    $1 == "Running" && /\(.*\)$/ { prefix = binary($NF) "::"; next }
+    $1 == "Doc-tests" { prefix = binary($2 "-0") "::doc::"; next }
+    /^ +(PASS|LEAK|FAIL|LEAK-FAIL|ABORT|TIMEOUT|SIG[A-Z0-9]+|SKIP) +\[/ {
+      status = $1
+      name = $0; sub(/^[^\]]*\] +/, "", name); sub(/^\( *[0-9\/-]+\) +/, "", name)
+      test = name; sub(/^[^ ]+ +/, "", test); sub(/ .*/, "", name)
+      put(binary(name) "::" test, status ~ /^(PASS|LEAK)$/ ? "passed" : status == "SKIP" ? "skipped" : "failed")
+      next
+    }
+    /^test .* \.\.\. *(ok|FAILED|failed|ignored)/ {
+      name = $0; sub(/^test +/, "", name); status = name
+      sub(/ +\.\.\. .*/, "", name); sub(/^.* \.\.\. +/, "", status)
+      put(prefix name, status ~ /^ok/ ? "passed" : status ~ /^ignored/ ? "skipped" : "failed")
+    }
+    END { for (i = 1; i <= n; i++) print order[i] "\t" seen[order[i]] }
+  ' "$1"
+}
+
+selected=("$@")
+[ ${#selected[@]} -gt 0 ] || selected=("${parts[@]}")
+for part in "${selected[@]}"; do
+  declare -F "part_$part" > /dev/null || { echo "no part $part. Try: tests/run.sh ${parts[*]}"; exit 2; }
+done
+
+fixtures/setup.sh --for tests || exit 1
+mkdir -p "$target"
+results=$target/test-results.tsv
+: > "$results"
+
+export -f "${parts[@]/#/part_}" part_tidy
+export target
+summary=''
+for part in "${selected[@]}"; do
+  echo "== $part"
+  log=$target/test-$part.log
+  start=$SECONDS
+  timeout -k 10 "${limits[$part]:-20m}" bash -c "part_$part" < /dev/null 2>&1 | tee "$log"
+  code=${PIPESTATUS[0]}
+  test_results "$log" > "$log.tsv"
+  case $code in
+    0) [ -s "$log.tsv" ] || printf '%s\tpassed\n' "$part" >> "$log.tsv" ;;
+    77) printf '%s\tskipped\n' "$part" >> "$log.tsv" ;;
+    *)
+      # The part failed as a whole: it did not compile, or was cut short, or the kernel warned.
+      if ! grep -q $'\tfailed$' "$log.tsv" || [ "$code" -ge 124 ]; then
+        printf '%s (exit %s)\tfailed\n' "$part" "$code" >> "$log.tsv"
+      fi
+      ;;
+  esac
+  cat "$log.tsv" >> "$results"
+  summary+=$(printf '%-8s %5.1f min  %4d passed %4d failed %4d skipped' "$part" "$(((SECONDS - start) * 10 / 60))e-1" \
+    "$(grep -c $'\tpassed$' "$log.tsv")" "$(grep -c $'\tfailed$' "$log.tsv")" "$(grep -c $'\tskipped$' "$log.tsv")")$'\n'
+  rm -f "$log.tsv"
+done
+
+printf '\n%s' "$summary"
+for status in failed skipped; do
+  grep -q $'\t'"$status"'$' "$results" && { echo "$status:"; sed -n "s/\t$status\$//p" "$results" | sed 's/^/  /'; }
+done
+failed=$(grep -c $'\tfailed$' "$results")
+printf '%d passed, %d failed, %d skipped\n' "$(grep -c $'\tpassed$' "$results")" "$failed" "$(grep -c $'\tskipped$' "$results")"
+[ "$failed" = 0 ]

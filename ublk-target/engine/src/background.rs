@@ -1,0 +1,279 @@
+//! What a group does by itself: resync, rebuild, clean marks, and failing members that do not answer.
+
+use std::collections::VecDeque;
+use std::rc::Rc;
+
+use lunar_api::target::{MemberState, SyncAction, SyncStatus};
+
+use crate::raid_group::RaidGroup;
+use crate::serve::bits;
+use crate::stripe_table::{Item, JoinId, Task};
+use crate::traits::{Clock, Disk, Env, MILLISECOND, SECOND, Tick};
+
+/// A member that has not answered for so long is failed (`--disk-limit`).
+const DISK_LIMIT: u64 = 30 * SECOND;
+/// Between two looks at the members.
+const LOOK: u64 = 250 * MILLISECOND;
+/// Without a write for so long a group is marked clean.
+const CLEAN_AFTER: u64 = 5 * SECOND;
+/// The cursor is made durable after so many bytes of a member, or so long.
+const CURSOR_BYTES: u64 = 256 << 20;
+const CURSOR_AFTER: u64 = 10 * SECOND;
+/// After a sync that could not go on it is tried again.
+const RETRY_AFTER: u64 = 60 * SECOND;
+/// Bytes of a member that are synced at once while nobody else wants the disks, and the bounds in stripes.
+const WINDOW_BYTES: u64 = 2 << 20;
+const WINDOW_MAX: u64 = 32;
+/// Bytes a second that a sync may take while the host works, by default; md's `speed_limit_min`.
+pub(crate) const RATE_MIN: u64 = 32 << 20;
+
+impl<E: Env> RaidGroup<E> {
+    /// Watches the members and marks an idle group clean; the rim spawns one. Ends when the group has stopped.
+    pub async fn watch(self: Rc<Self>) {
+        let mut idle_since = self.clock.now();
+        let mut seen = self.requests.get();
+        while !self.stopping.get() {
+            self.clock.sleep(LOOK).await;
+            let mut stalled = 0;
+            for slot in bits(self.in_sync.get() | self.rebuilding().map_or(0, |slot| 1 << slot)) {
+                if self
+                    .member(slot)
+                    .disk
+                    .as_ref()
+                    .is_some_and(|disk| disk.oldest() > DISK_LIMIT)
+                {
+                    stalled |= 1 << slot;
+                }
+            }
+            if stalled != 0 && self.can_lose(stalled) {
+                // Whoever publishes now may wait for this very member: it is given up first.
+                self.fail_now(stalled, "no answer for 30 s");
+                let _ = self.publish().await;
+            }
+            let now = self.clock.now();
+            let requests = self.requests.get();
+            if requests != seen || self.active_writes.get() != 0 {
+                seen = requests;
+                idle_since = now;
+            } else if now.0 - idle_since.0 >= CLEAN_AFTER && self.dirty.get() {
+                self.mark_clean().await;
+            }
+        }
+    }
+
+    /// Resync and rebuild; the rim spawns one. Ends when the group has stopped.
+    pub async fn background(self: Rc<Self>) {
+        while !self.stopping.get() {
+            if self.failed.get() || !self.has_sync_work() {
+                self.pause(LOOK).await;
+                continue;
+            }
+            if self.sync().await.is_err() && !self.stopping.get() {
+                self.sync_status.borrow_mut().take();
+                self.pause(RETRY_AFTER).await;
+            }
+        }
+        self.background_ended.set(true);
+        self.changed.wake_all();
+    }
+
+    /// Sleeps in small parts, so that a stop or new work does not wait for it.
+    async fn pause(&self, ns: u64) {
+        let end = self.clock.now().0 + ns;
+        let wanted = self.sync_wanted.get();
+        while self.clock.now().0 < end && !self.stopping.get() && self.sync_wanted.get() == wanted {
+            self.clock.sleep(LOOK.min(ns)).await;
+        }
+    }
+
+    fn has_sync_work(&self) -> bool {
+        if self.rebuilding().is_some() {
+            return true;
+        }
+        let whole = self.in_sync.get().count_ones() == u32::from(self.geometry.members());
+        self.geometry.redundancy() > 0
+            && self.synced.get() < self.geometry.stripes()
+            && (whole
+                || self.geometry.parity_slot(0).is_none() && self.in_sync.get().count_ones() > 1)
+    }
+
+    /// Runs one resync or rebuild to its end.
+    ///
+    /// # Crash  what is above the durable cursor is done again; the cursor is durable only after a flush of
+    ///          what was written below it
+    async fn sync(&self) -> Result<(), ()> {
+        let slot = self.rebuilding();
+        let (action, name) = match slot {
+            Some(_) => (SyncAction::Recover, "Rebuild"),
+            None => (SyncAction::Resync, "Resync"),
+        };
+        let wanted = self.sync_wanted.get();
+        let stripes = self.geometry.stripes();
+        let chunk = self.geometry.chunk();
+        let mut next = match slot {
+            Some(_) => self.rebuild.get().map_or(0, |r| r.done),
+            None => self.synced.get(),
+        };
+        let mut done = next;
+        self.event(
+            &format!("{name}Started"),
+            slot,
+            &format!("from {} of {stripes} stripes", next),
+        );
+        let mut window: VecDeque<JoinId> = VecDeque::new();
+        let (mut saved, mut saved_at) = (done, self.clock.now());
+        let (mut mark, mut mark_at) = (done, saved_at);
+        let (mut seen, mut busy_until) = (self.requests.get(), Tick(0));
+        let mut result = Ok(());
+        while done < stripes || !window.is_empty() {
+            let now = self.clock.now();
+            if self.requests.get() != seen {
+                seen = self.requests.get();
+                busy_until = Tick(now.0 + 100 * MILLISECOND);
+            }
+            let busy = now < busy_until;
+            let gone = self.stopping.get()
+                || self.rebuilding() != slot
+                || self.sync_wanted.get() != wanted;
+            let room = match busy {
+                true => (64 * 1024 / chunk).clamp(1, 8),
+                false => (WINDOW_BYTES / chunk).clamp(2, WINDOW_MAX),
+            };
+            while !gone && result.is_ok() && next < stripes && (window.len() as u64) < room {
+                if let Some(mut rebuild) = self.rebuild.get() {
+                    rebuild.window = next + 1;
+                    self.rebuild.set(Some(rebuild));
+                }
+                let join = self.stripes.open();
+                self.stripes.push(
+                    next,
+                    Item {
+                        task: Task::Sync,
+                        join,
+                        lu: None,
+                    },
+                );
+                window.push_back(join);
+                next += 1;
+            }
+            let Some(join) = window.pop_front() else {
+                break;
+            };
+            match self.stripes.wait(join).await {
+                Ok(()) if result.is_ok() => {
+                    done += 1;
+                    match (slot, self.rebuild.get()) {
+                        (Some(_), Some(mut rebuild)) => {
+                            rebuild.done = done;
+                            self.rebuild.set(Some(rebuild));
+                        }
+                        (None, _) => self.synced.set(done),
+                        (Some(_), None) => {}
+                    }
+                }
+                Ok(()) => {}
+                Err(_) => result = Err(()),
+            }
+            let now = self.clock.now();
+            if now.0 - mark_at.0 >= SECOND {
+                let rate = (done - mark) * chunk * SECOND / (now.0 - mark_at.0);
+                let total = stripes * chunk;
+                let status = SyncStatus {
+                    action,
+                    done: done * chunk,
+                    total,
+                    rate,
+                    slot,
+                };
+                *self.sync_status.borrow_mut() = Some(status);
+                (mark, mark_at) = (done, now);
+            } else if self.sync_status.borrow().is_none() {
+                let total = stripes * chunk;
+                let status = SyncStatus {
+                    action,
+                    done: done * chunk,
+                    total,
+                    rate: 0,
+                    slot,
+                };
+                *self.sync_status.borrow_mut() = Some(status);
+            }
+            let due = (done - saved) * chunk >= CURSOR_BYTES || now.0 - saved_at.0 >= CURSOR_AFTER;
+            if due && result.is_ok() && !gone {
+                result = self.save_cursor(slot, done).await;
+                (saved, saved_at) = (done, self.clock.now());
+            }
+            self.throttle(busy, chunk).await;
+        }
+        let complete = result.is_ok()
+            && done == stripes
+            && self.rebuilding() == slot
+            && self.sync_wanted.get() == wanted;
+        if complete {
+            self.sync_end(slot).await?;
+            self.event(&format!("{name}Finished"), slot, "");
+        } else if result.is_ok() && self.rebuilding() == slot && self.sync_wanted.get() == wanted {
+            // Stopping: the next start goes on from here.
+            result = self.save_cursor(slot, done).await;
+        } else if result.is_err() {
+            self.event(
+                &format!("{name}Stopped"),
+                slot,
+                "an I/O error on what it reads; tried again in 60 s",
+            );
+        }
+        self.sync_status.borrow_mut().take();
+        result
+    }
+
+    /// Waits so long that the sync keeps to its rate: the minimum while the host works, else the maximum.
+    async fn throttle(&self, busy: bool, bytes: u64) {
+        let rate = if busy {
+            Some(self.rate_min.get())
+        } else {
+            self.rate_max.get()
+        };
+        if let Some(rate) = rate {
+            let ns = bytes.saturating_mul(SECOND) / rate.max(1);
+            self.clock.sleep(ns.min(SECOND)).await;
+        }
+    }
+
+    async fn save_cursor(&self, slot: Option<u16>, done: u64) -> Result<(), ()> {
+        self.flush_members().await;
+        match slot {
+            Some(_) if self.rebuilding() != slot => return Err(()),
+            Some(_) => self.durable_rebuild.set(done),
+            None => self.durable_synced.set(done),
+        }
+        self.advance();
+        self.publish().await.map_err(|_| ())
+    }
+
+    async fn sync_end(&self, slot: Option<u16>) -> Result<(), ()> {
+        self.flush_members().await;
+        if let Some(slot) = slot {
+            if self.rebuilding() != Some(slot) {
+                return Err(());
+            }
+            // Whoever reads it from now on relies on data that is flushed; a crash before the publish only
+            // repeats the end of the rebuild.
+            self.in_sync.set(self.in_sync.get() | 1 << slot);
+            self.rebuild.set(None);
+            self.member(slot).state.set(MemberState::InSync);
+            self.member(slot).reason.borrow_mut().clear();
+            let whole = self.in_sync.get().count_ones() == u32::from(self.geometry.members());
+            if whole && self.geometry.parity_slot(0).is_some() {
+                // Every row was read and written: parity is right wherever the rebuilt slot is.
+                self.synced.set(self.geometry.stripes());
+            }
+        }
+        if self.synced.get() == self.geometry.stripes() {
+            self.record.borrow_mut().flags.torn = false;
+        }
+        self.durable_rebuild.set(0);
+        self.durable_synced.set(self.synced.get());
+        self.advance();
+        self.publish().await.map_err(|_| ())
+    }
+}

@@ -1,0 +1,365 @@
+//! What people do to a running group: LUs, names, members, stop.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use lunar_api::target::{LuSize, MemberState};
+use lunar_api::{ApiError, DiskUuid, ErrorKind, LuUuid};
+
+use crate::config::{GroupConfig, LuConfig};
+use crate::member::Member;
+use crate::parity;
+use crate::pool::{BLOCK_MAX, Quota};
+use crate::raid_group::{Counters, Given, Lu, MemberPlace, RaidGroup, Rebuild};
+use crate::reserve::lay_out;
+use crate::serve::bits;
+use crate::traits::{Buf, Clock, Disk, DiskVerb, Env, MILLISECOND, Piece};
+
+fn failed(what: &str, why: impl ToString) -> ApiError {
+    ApiError::new(ErrorKind::Failed, what).because(why.to_string())
+}
+
+impl<E: Env> RaidGroup<E> {
+    /// Makes a LU durable; the rim then makes its device.
+    ///
+    /// # Crash  the new configuration is durable on every member before the superblocks point to it: the LU is
+    ///          there with all its extents, or not at all
+    pub async fn lu_create(
+        &self,
+        uuid: LuUuid,
+        name: &str,
+        size: LuSize,
+        depth: u16,
+    ) -> Result<u16, ApiError> {
+        let _turn = self.configure().await;
+        let mut config = self.config.borrow().clone();
+        let lu = config
+            .create_lu(&self.geometry, uuid, name, size, depth)
+            .cloned()
+            .map_err(|error| {
+                ApiError::new(ErrorKind::Failed, format!("LU `{name}` could not be made"))
+                    .because(error.to_string())
+            })?;
+        self.write_config(config).await?;
+        let handle = self.add_lu(&lu);
+        Ok(handle)
+    }
+
+    pub(crate) fn add_lu(&self, lu: &LuConfig) -> u16 {
+        let mut lus = self.lus.borrow_mut();
+        let at = lus.iter().position(Option::is_none).unwrap_or(lus.len());
+        let handle = u16::try_from(at).expect("LU_MAX is below 2^16");
+        let lu = Rc::new(Lu {
+            handle,
+            uuid: lu.uuid,
+            name: RefCell::new(lu.name.clone()),
+            capacity: lu.capacity,
+            depth: lu.depth,
+            extents: lu.map(),
+            counters: Counters::default(),
+        });
+        if at == lus.len() {
+            lus.push(Some(lu));
+        } else {
+            lus[at] = Some(lu);
+        }
+        drop(lus);
+        self.stripes.grow(64);
+        handle
+    }
+
+    /// Forgets a LU whose device is gone.
+    pub async fn lu_delete(&self, uuid: LuUuid) -> Result<(), ApiError> {
+        let _turn = self.configure().await;
+        let mut config = self.config.borrow().clone();
+        config
+            .delete_lu(uuid)
+            .map_err(|error| failed("the LU could not be deleted", error))?;
+        self.write_config(config).await?;
+        for place in self.lus.borrow_mut().iter_mut() {
+            if place.as_ref().is_some_and(|lu| lu.uuid == uuid) {
+                *place = None;
+            }
+        }
+        Ok(())
+    }
+
+    /// Renames a LU.
+    pub async fn lu_rename(&self, uuid: LuUuid, name: &str) -> Result<(), ApiError> {
+        let _turn = self.configure().await;
+        let mut config = self.config.borrow().clone();
+        config
+            .rename_lu(uuid, name)
+            .map_err(|error| failed("the LU could not be renamed", error))?;
+        self.write_config(config).await?;
+        for lu in self
+            .lus
+            .borrow()
+            .iter()
+            .flatten()
+            .filter(|lu| lu.uuid == uuid)
+        {
+            name.clone_into(&mut lu.name.borrow_mut());
+        }
+        Ok(())
+    }
+
+    /// Renames the group.
+    pub async fn rename(&self, name: &str) -> Result<(), ApiError> {
+        let _turn = self.configure().await;
+        let mut config = self.config.borrow().clone();
+        config
+            .rename(name)
+            .map_err(|error| failed("the group could not be renamed", error))?;
+        self.write_config(config).await
+    }
+
+    /// One change of configuration at a time.
+    async fn configure(&self) -> Turn<'_, E> {
+        self.changed
+            .until(|| (!self.configuring.replace(true)).then_some(()))
+            .await;
+        Turn(self)
+    }
+
+    pub(crate) fn free_bytes(&self) -> u64 {
+        self.config.borrow().free_bytes(&self.geometry)
+    }
+
+    /// Writes a configuration to the slot that does not count, then makes it count.
+    pub(crate) async fn write_config(&self, config: GroupConfig) -> Result<(), ApiError> {
+        let what = "the change could not be made durable";
+        let current = self.record.borrow().config.current;
+        let (json, version) = config
+            .encode(&self.geometry, 1 - current, self.generation.get() + 1)
+            .map_err(|why| failed(what, why))?;
+        let slots = self.in_sync.get() | self.rebuilding().map_or(0, |slot| 1 << slot);
+        let bad = self
+            .put_config(&json, version.current, slots)
+            .await
+            .map_err(|why| failed(what, why))?;
+        if bad != 0 {
+            self.fail(bad, "configuration could not be written")
+                .await
+                .map_err(|_| failed(what, "too few members took it"))?;
+        }
+        self.record.borrow_mut().config = version;
+        *self.config.borrow_mut() = config;
+        self.advance();
+        self.publish()
+            .await
+            .map_err(|_| failed(what, "too few members took the superblock"))
+    }
+
+    /// Writes JSON to configuration slot `which` of some members; returns those that did not take it.
+    async fn put_config(&self, json: &[u8], which: u8, slots: u64) -> Result<u64, String> {
+        let len = json.len().next_multiple_of(4096);
+        if len > BLOCK_MAX {
+            return Err(format!(
+                "a configuration of {len} bytes is beyond {BLOCK_MAX}"
+            ));
+        }
+        // Leased before anything is held that a stripe worker could wait for.
+        let lease = self.pool.lease(Quota::Work, len).await;
+        parity::zero(lease.cells(0..len));
+        parity::copy_in(lease.cells(0..json.len()), json);
+        let mut ios = Vec::new();
+        for slot in bits(slots) {
+            let area = match self.places.borrow().get(usize::from(slot)) {
+                Some(Some(place)) => place.reserve.layout.config[usize::from(which)],
+                Some(None) | None => continue,
+            };
+            if area.len < len as u64 {
+                return Err(format!(
+                    "a configuration of {len} bytes does not fit the {} of slot {slot}",
+                    area.len
+                ));
+            }
+            let member = self.member(slot);
+            let Some(disk) = &member.disk else { continue };
+            let piece = Piece {
+                offset: 0,
+                len: u32::try_from(len).expect("at most 4 MiB"),
+            };
+            let verb = DiskVerb::Write { fua: true };
+            ios.push((
+                slot,
+                disk.submit(verb, area.offset, len as u64, Buf::Pool(&lease), &[piece]),
+            ));
+        }
+        let mut bad = 0;
+        for (slot, io) in ios {
+            if io.await.is_err() {
+                bad |= 1 << slot;
+            }
+        }
+        Ok(bad)
+    }
+
+    /// Fails a member by hand.
+    ///
+    /// # Errors  `NoRedundancy` where data would be lost
+    pub async fn member_fail(&self, disk: DiskUuid, why: &str) -> Result<(), ApiError> {
+        let slot = self.slot_of(disk)?;
+        let state = self.member(slot).state.get();
+        if matches!(state, MemberState::Faulty | MemberState::Missing) {
+            return Ok(());
+        }
+        if state == MemberState::InSync && !self.can_lose(1 << slot) {
+            return Err(
+                ApiError::new(ErrorKind::NoRedundancy, "the disk was not failed")
+                    .because("without it data would be lost: the group has no redundancy left")
+                    .hint("lunar status"),
+            );
+        }
+        self.fail_now(1 << slot, why);
+        self.publish().await.map_err(|_| {
+            failed(
+                "the disk is failed, but that is not durable",
+                "too few members took it",
+            )
+        })
+    }
+
+    fn slot_of(&self, disk: DiskUuid) -> Result<u16, ApiError> {
+        let members = self.members.borrow();
+        members
+            .iter()
+            .find(|member| member.uuid == disk)
+            .map(|member| member.slot)
+            .ok_or_else(|| {
+                ApiError::new(ErrorKind::Usage, "the disk is not a member of this group")
+            })
+    }
+
+    /// Puts a disk into a slot that is faulty or missing; the rebuild starts by itself.
+    ///
+    /// # Crash  the configuration is on the new member before any superblock names it
+    pub async fn member_replace(&self, slot: u16, with: Given<E::Disk>) -> Result<(), ApiError> {
+        let what = "the disk was not put into the group";
+        let refuse = |why: String| ApiError::new(ErrorKind::Usage, what).because(why);
+        let _turn = self.configure().await;
+        if usize::from(slot) >= self.members.borrow().len() {
+            return Err(refuse(format!("there is no slot {slot}")));
+        }
+        if self.geometry.redundancy() == 0 {
+            return Err(refuse("the group has no redundancy to fill it from".into()));
+        }
+        let state = self.member(slot).state.get();
+        if !matches!(state, MemberState::Faulty | MemberState::Missing) {
+            let hint = format!("lunar disk fail {}", self.member(slot).path);
+            return Err(refuse(format!("slot {slot} is in use")).hint(hint));
+        }
+        if let Some(other) = self.rebuilding() {
+            return Err(refuse(format!(
+                "slot {other} is being rebuilt; one after the other"
+            ))
+            .hint("lunar job list"));
+        }
+        if self.failed.get() {
+            return Err(ApiError::new(ErrorKind::NoService, what).because(self.reason()));
+        }
+        let size = with.disk.capacity();
+        let reserve = lay_out(size).map_err(|error| refuse(error.to_string()))?;
+        if reserve.data_bytes < self.geometry.member_bytes() {
+            return Err(refuse(format!(
+                "it has room for {} bytes of data, the group needs {}",
+                reserve.data_bytes,
+                self.geometry.member_bytes()
+            )));
+        }
+        let block = self.record.borrow().logical_block;
+        if with.disk.logical_block() > block {
+            return Err(refuse(format!(
+                "its logical block is {} bytes, the group's is {block}",
+                with.disk.logical_block()
+            )));
+        }
+        let old = self.member(slot);
+        let old_place = self.places.borrow()[usize::from(slot)].clone();
+        let mut member = Member::new(slot, with.uuid, with.path, MemberState::Rebuilding);
+        member.data_offset = reserve.layout.data_offset;
+        member.disk = Some(Rc::new(with.disk));
+        self.places.borrow_mut()[usize::from(slot)] = Some(MemberPlace {
+            device_size: size,
+            reserve,
+        });
+        self.members.borrow_mut()[usize::from(slot)] = Rc::new(member);
+        let version = self.record.borrow().config;
+        // The same bytes as on the others.
+        let encoded =
+            self.config
+                .borrow()
+                .encode(&self.geometry, version.current, version.generation);
+        let (json, encoded) = encoded.map_err(|error| failed(what, error))?;
+        if encoded != version {
+            return Err(failed(
+                what,
+                "the configuration in memory is not the one on the disks",
+            ));
+        }
+        let bad = self.put_config(&json, version.current, 1 << slot).await;
+        if bad != Ok(0) {
+            self.members.borrow_mut()[usize::from(slot)] = old;
+            self.places.borrow_mut()[usize::from(slot)] = old_place;
+            return Err(failed(what, "it does not take writes"));
+        }
+        self.durable_rebuild.set(0);
+        self.rebuild.set(Some(Rebuild {
+            slot,
+            done: 0,
+            window: 0,
+        }));
+        self.advance();
+        self.publish()
+            .await
+            .map_err(|_| failed(what, "too few members took the superblock"))?;
+        self.sync_wanted.set(self.sync_wanted.get() + 1);
+        if self.rebuilding() == Some(slot) {
+            Ok(())
+        } else {
+            Err(failed(what, "it does not take writes"))
+        }
+    }
+
+    /// Ends background work, flushes and marks the group clean. Fronts are stopped before. With `delete`, marks
+    /// it deleted.
+    ///
+    /// # Crash  everything is flushed before the clean mark; without the mark the group is dirty, no more
+    pub async fn stop(&self, delete: bool) -> Result<(), ApiError> {
+        let what = "the group was not stopped cleanly";
+        self.stopping.set(true);
+        self.changed
+            .until(|| self.background_ended.get().then_some(()))
+            .await;
+        while self.active_writes.get() > 0 || !self.stripes.is_idle() {
+            self.clock.sleep(MILLISECOND).await;
+        }
+        self.flush_members().await;
+        let mut result = Ok(());
+        if !self.failed.get() {
+            self.dirty.set(false);
+            self.record.borrow_mut().flags.deleted |= delete;
+            self.advance();
+            result = self
+                .publish()
+                .await
+                .map_err(|_| failed(what, "too few members took the superblock"));
+        }
+        if result.is_ok() && !self.failed.get() {
+            self.log.end();
+        }
+        self.stripes.stop();
+        result
+    }
+}
+
+/// Holds the right to change the configuration.
+struct Turn<'a, E: Env>(&'a RaidGroup<E>);
+
+impl<E: Env> Drop for Turn<'_, E> {
+    fn drop(&mut self) {
+        self.0.configuring.set(false);
+        self.0.changed.wake_all();
+    }
+}

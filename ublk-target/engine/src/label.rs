@@ -1,0 +1,195 @@
+//! Superblocks of disks that no running group holds: read, label, wipe.
+
+use std::rc::Rc;
+
+use lunar_api::target::{Label, Probe};
+use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid, History, SystemUuid};
+
+use crate::parity;
+use crate::pool::{Lease, Pool, Quota};
+use crate::reserve::{end_copy_at, lay_out};
+use crate::superblock::{At, BYTES, Copy, Superblock, SuperblockError, choose, decode};
+use crate::traits::{Buf, Disk, DiskError, DiskVerb, Piece};
+
+/// Why a disk's superblock could not be had.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum LabelError {
+    /// The disk answered an error.
+    #[error("the disk cannot be read")]
+    Read(#[source] DiskError),
+    /// What is there is not to be believed.
+    #[error("the superblock is not valid")]
+    Invalid(#[source] SuperblockError),
+    /// Nothing of Lunar is there.
+    #[error("the disk carries no Lunar superblock")]
+    None,
+}
+
+const PIECE: Piece = Piece {
+    offset: 0,
+    len: 4096,
+};
+
+async fn read_at<D: Disk>(disk: &D, at: u64, lease: &Lease) -> Result<[u8; BYTES], DiskError> {
+    disk.submit(DiskVerb::Read, at, BYTES as u64, Buf::Pool(lease), &[PIECE])
+        .await?;
+    let mut bytes = [0; BYTES];
+    parity::copy_out(&mut bytes, lease.cells(0..BYTES));
+    Ok(bytes)
+}
+
+/// Reads both copies of a disk's superblock and takes the newer.
+///
+/// # Errors  `None` where nothing of Lunar is, else why neither copy is believed
+pub async fn read_superblock<D: Disk>(disk: &D, pool: &Rc<Pool>) -> Result<Superblock, LabelError> {
+    let size = disk.capacity();
+    if size < 2 * BYTES as u64 {
+        return Err(LabelError::None);
+    }
+    let lease = pool.lease(Quota::Work, BYTES).await;
+    let start_at = 4096;
+    let first = read_at(disk, start_at, &lease).await;
+    let start = match &first {
+        Ok(bytes) => decode(
+            bytes,
+            At {
+                offset: start_at,
+                device_size: size,
+            },
+        ),
+        Err(_) => Err(SuperblockError::NotLunar),
+    };
+    let end_at = match &start {
+        Ok(superblock) => superblock.end_copy,
+        Err(_) => match end_copy_at(size) {
+            Ok(at) => at,
+            Err(_) => return Err(LabelError::None),
+        },
+    };
+    let end = match read_at(disk, end_at, &lease).await {
+        Ok(bytes) => decode(
+            &bytes,
+            At {
+                offset: end_at,
+                device_size: size,
+            },
+        ),
+        Err(_) => Err(SuperblockError::NotLunar),
+    };
+    match choose([start, end]) {
+        Ok(superblock) => Ok(superblock),
+        Err(SuperblockError::NotLunar) => match first {
+            Err(error) => Err(LabelError::Read(error)),
+            Ok(_) => Err(LabelError::None),
+        },
+        Err(error) => Err(LabelError::Invalid(error)),
+    }
+}
+
+/// Reads what a disk carries.
+pub async fn probe<D: Disk>(disk: &D, path: &str, pool: &Rc<Pool>) -> Probe {
+    let (label, problem) = match read_superblock(disk, pool).await {
+        Ok(superblock) => (Some(short(&superblock)), None),
+        Err(LabelError::None) => (None, None),
+        Err(LabelError::Read(cause)) => (None, Some(format!("cannot be read: {cause}"))),
+        Err(LabelError::Invalid(cause)) => (None, Some(format!("superblock not valid: {cause}"))),
+    };
+    let (capacity, logical_block) = (disk.capacity(), disk.logical_block());
+    Probe {
+        path: path.to_owned(),
+        capacity,
+        logical_block,
+        label,
+        problem,
+    }
+}
+
+fn short(superblock: &Superblock) -> Label {
+    let group = superblock.member.as_ref().map(|member| &member.group);
+    Label {
+        system: superblock.system,
+        disk: superblock.disk,
+        group: group.map_or(GroupUuid::NIL, |group| group.uuid),
+        group_name: String::new(),
+        level: group.map(|group| group.level),
+        slots: group.map_or(0, |group| {
+            u16::try_from(group.members.len()).unwrap_or(u16::MAX)
+        }),
+        slot: superblock.member.as_ref().map(|member| member.slot),
+        history: group.map_or(History::NIL, |group| group.history),
+        generation: superblock.generation,
+        members: group.map_or(Vec::new(), |group| {
+            group.members.iter().map(|m| m.disk).collect()
+        }),
+        deleted: group.is_some_and(|group| group.flags.deleted),
+    }
+}
+
+/// Writes the label of a free disk: a superblock without a group.
+///
+/// # Crash  copy 0 is durable before copy 1 is begun: the disk is what it was, or labelled
+/// # Errors  a disk that is too small, or does not take the writes
+pub async fn label<D: Disk>(
+    disk: &D,
+    pool: &Rc<Pool>,
+    system: SystemUuid,
+    uuid: DiskUuid,
+) -> Result<(), ApiError> {
+    let failed = |cause: String| {
+        ApiError::new(ErrorKind::Failed, "the disk could not be labelled").because(cause)
+    };
+    let reserve = lay_out(disk.capacity()).map_err(|error| failed(error.to_string()))?;
+    let generation = match read_superblock(disk, pool).await {
+        Ok(old) => old.generation + 1,
+        Err(_) => 1,
+    };
+    let block = Superblock {
+        system,
+        disk: uuid,
+        device_size: disk.capacity(),
+        end_copy: reserve.end_copy,
+        generation,
+        member: None,
+    };
+    let lease = pool.lease(Quota::Work, BYTES).await;
+    for copy in Copy::BOTH {
+        let mut bytes = [0; BYTES];
+        block
+            .encode(copy, &mut bytes)
+            .map_err(|error| failed(error.to_string()))?;
+        parity::copy_in(lease.cells(0..BYTES), &bytes);
+        let verb = DiskVerb::Write { fua: true };
+        disk.submit(
+            verb,
+            block.copy_at(copy),
+            BYTES as u64,
+            Buf::Pool(&lease),
+            &[PIECE],
+        )
+        .await
+        .map_err(|error| failed(error.to_string()))?;
+    }
+    Ok(())
+}
+
+/// Overwrites both superblocks.
+///
+/// # Crash  copy 1 goes first: a disk that still says anything says it by copy 0
+pub async fn wipe<D: Disk>(disk: &D, pool: &Rc<Pool>) -> Result<(), ApiError> {
+    let failed = |cause: String| {
+        ApiError::new(ErrorKind::Failed, "the disk could not be wiped").because(cause)
+    };
+    let end = match read_superblock(disk, pool).await {
+        Ok(superblock) => superblock.end_copy,
+        Err(_) => end_copy_at(disk.capacity()).map_err(|error| failed(error.to_string()))?,
+    };
+    let lease = pool.lease(Quota::Work, BYTES).await;
+    parity::copy_in(lease.cells(0..BYTES), &[0; BYTES]);
+    for at in [end, 4096] {
+        let verb = DiskVerb::Write { fua: true };
+        disk.submit(verb, at, BYTES as u64, Buf::Pool(&lease), &[PIECE])
+            .await
+            .map_err(|error| failed(error.to_string()))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,62 @@
+//! Every limit of the engine, with the arithmetic that gave it.
+
+use lunar_api::units::{KIB, MIB};
+
+/// Most members of a group: 64 slots of 32 bytes are the second half of the 4 KiB superblock.
+pub const MEMBERS_MAX: usize = 64;
+
+/// Smallest unit the engine reads or writes on a member, in bytes: a page, and the physical block of every
+/// disk made today. What is smaller is read, merged and written back.
+pub const GRAIN: u64 = 4 * KIB;
+
+/// Smallest chunk, in bytes: one grain.
+pub const CHUNK_MIN: u64 = GRAIN;
+/// Largest chunk, in bytes: a 64-member stripe is then 63 MiB, and a row of it still 63 grains.
+pub const CHUNK_MAX: u64 = MIB;
+/// Stripe of a raid1, in bytes. raid1 has no chunk; this is the granule of its locks and its sync.
+pub const RAID1_STRIPE: u64 = 64 * KIB;
+
+/// Longest host read or write, in bytes.
+pub const MAX_IO: u64 = 512 * KIB;
+/// Private memory of a group, in bytes: one request of `MAX_IO` takes at most data + old data + parity, so
+/// 24 MiB keep 16 of the longest or, at 4 KiB and five buffers each, 1200 of the shortest going; with depth
+/// 128 a group stays under 64 MiB resident.
+pub const POOL_BYTES: u64 = 24 * MIB;
+
+/// Smallest member, in bytes: below it the 6 MiB reserve would be more than a tenth.
+pub const MEMBER_MIN: u64 = 64 * MIB;
+/// Largest member, in bytes: 2^60 keeps every sum of 64 members and 64-bit byte addresses from overflowing.
+pub const MEMBER_BYTES_MAX: u64 = 1 << 57;
+
+/// Smallest reserve of a member, in bytes.
+pub const RESERVE_MIN: u64 = 6 * MIB;
+/// The reserve is at most this part of the disk (where that is above `RESERVE_MIN`).
+pub const RESERVE_PART: u64 = 32;
+
+/// A configuration slot when a group is made, in bytes: 1000 LUs of a dozen extents.
+pub const CONFIG_SLOT_MIN: u64 = MIB;
+/// Largest configuration, in bytes: [`LU_MAX`] LUs and as many deleted ones with 200 bytes of JSON each are
+/// 1.6 MB, the rest is [`EXTENTS_MAX`] extents with 48 bytes of JSON each: 3.1 MB.
+pub const CONFIG_MAX: u64 = 8 * MIB;
+
+/// Most LUs of a group; ublk has 2^20 devices, a person has patience for fewer.
+pub const LU_MAX: usize = 4096;
+/// Most extents of all LUs of a group, deleted ones too.
+pub const EXTENTS_MAX: usize = 65_536;
+/// Most deleted LUs that are remembered; the oldest go first.
+pub const DELETED_MAX: usize = 256;
+/// Longest name of a group or LU, in bytes.
+pub const NAME_MAX: usize = 64;
+/// Deepest queue of a LU: ublk's UBLK_MAX_QUEUE_DEPTH.
+pub const DEPTH_MAX: u16 = 4096;
+
+/// Regions of an intent or missed map: 2^20 bits are 128 KiB a map.
+pub const REGIONS_MAX: u64 = 1 << 20;
+/// Smallest region of a map, in bytes.
+pub const REGION_MIN: u64 = MIB;
+
+/// Former histories a superblock remembers.
+pub const PARENTS_MAX: usize = 8;
+
+/// Smallest unit of a LU, in bytes; the unit of a group is the next multiple of its stripe.
+pub const EXTENT_MIN: u64 = MIB;

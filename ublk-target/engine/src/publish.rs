@@ -1,0 +1,353 @@
+//! The superblocks of a running group: state changes in memory at once, is made durable here, and whoever
+//! relies on it waits for that.
+//!
+//! Two generations: that of memory (`generation`) is ahead of that on the disks (`durable`) while a change is under
+//! way. A write is acknowledged when `durable` has caught up with what it relied on.
+
+use std::rc::Rc;
+
+use lunar_api::History;
+use lunar_api::target::{GroupState, MemberState};
+
+use crate::limits::PARENTS_MAX;
+use crate::parity;
+use crate::raid_group::{EIO, Errno, RaidGroup};
+use crate::serve::bits;
+use crate::superblock::{
+    BYTES, Copy, Flags, GroupRecord, Member as MemberBlock, MemberEntry, Superblock,
+};
+use crate::traits::{Buf, Disk, DiskVerb, Env, Piece};
+
+impl<E: Env> RaidGroup<E> {
+    /// Counts a change of state that has to become durable.
+    pub(crate) fn advance(&self) {
+        self.generation.set(self.generation.get() + 1);
+        self.log.expect_generation(self.generation.get());
+    }
+
+    /// Says whether data survives without these slots too.
+    pub(crate) fn can_lose(&self, slots: u64) -> bool {
+        let left = (self.in_sync.get() & !slots).count_ones();
+        left >= self.slots_needed()
+    }
+
+    /// In-sync members without which data is missing.
+    pub(crate) fn slots_needed(&self) -> u32 {
+        u32::from(self.geometry.members() - self.geometry.redundancy())
+    }
+
+    /// Fails members in memory: from now on nobody reads them or waits for them. Not durable yet.
+    pub(crate) fn fail_now(&self, slots: u64, why: &str) {
+        let rebuilding = self.rebuilding().map_or(0, |slot| 1u64 << slot);
+        let slots = slots & (self.in_sync.get() | rebuilding);
+        if slots == 0 {
+            return;
+        }
+        self.in_sync.set(self.in_sync.get() & !slots);
+        if rebuilding & slots != 0 {
+            self.rebuild.set(None);
+            self.durable_rebuild.set(0);
+        }
+        for slot in bits(slots) {
+            let member = self.member(slot);
+            member.state.set(MemberState::Faulty);
+            *member.reason.borrow_mut() = why.to_owned();
+            if let Some(disk) = &member.disk {
+                disk.abandon();
+            }
+            self.event(
+                "Fail",
+                Some(slot),
+                &format!("disk {} (slot {slot}): {why}", member.path),
+            );
+        }
+        if slots & !rebuilding != 0 {
+            self.renew_history();
+            self.event("DegradedArray", None, &self.reason());
+        }
+        self.advance();
+    }
+
+    pub(crate) fn renew_history(&self) {
+        let next = History::from_bytes((self.random.borrow_mut())());
+        let mut record = self.record.borrow_mut();
+        let old = std::mem::replace(&mut record.history, next);
+        record.parents.insert(0, old);
+        record.parents.truncate(PARENTS_MAX);
+    }
+
+    /// Fails members for what they answered, durably.
+    ///
+    /// # Errors  EIO if redundancy does not allow it: then the group stops serving what it cannot prove, and
+    ///           nothing is written to the superblocks, so that they still say what was true last
+    pub(crate) async fn fail(&self, slots: u64, why: &str) -> Result<(), Errno> {
+        let rebuilding = self.rebuilding().map_or(0, |slot| 1u64 << slot);
+        let live = slots & (self.in_sync.get() | rebuilding);
+        if live & self.in_sync.get() != 0 && !self.can_lose(live) {
+            if self.geometry.redundancy() > 0 && !self.failed.replace(true) {
+                let text = format!(
+                    "slots {:?} failed too ({why}): redundancy is exhausted",
+                    bits(live).collect::<Vec<_>>()
+                );
+                self.event("ArrayFailed", None, &text);
+            }
+            return Err(EIO);
+        }
+        if live != 0 {
+            self.fail_now(live, why);
+            self.publish().await?;
+        }
+        self.wait_durable().await
+    }
+
+    /// Waits until the superblocks say what memory says now.
+    pub(crate) async fn wait_durable(&self) -> Result<(), Errno> {
+        let wanted = self.generation.get();
+        if self.durable.get() >= wanted {
+            return Ok(());
+        }
+        self.changed
+            .until(|| {
+                (self.durable.get() >= wanted || self.failed.get()).then_some(
+                    if self.durable.get() >= wanted {
+                        Ok(())
+                    } else {
+                        Err(EIO)
+                    },
+                )
+            })
+            .await
+    }
+
+    /// Makes the first write after start (or after a clean mark) wait until the disks say `dirty`.
+    pub(crate) async fn ensure_dirty(&self) -> Result<(), Errno> {
+        if self.dirty.get() && self.dirty_durable.get() {
+            return Ok(());
+        }
+        if self.stopping.get() || self.failed.get() {
+            return Err(EIO);
+        }
+        if !self.dirty.replace(true) {
+            self.advance();
+        }
+        self.publish().await?;
+        self.wait_durable().await
+    }
+
+    /// Marks an idle group clean.
+    ///
+    /// # Crash  everything is flushed before; a write that comes meanwhile marks it dirty again first
+    pub(crate) async fn mark_clean(&self) {
+        if self.in_sync.get().count_ones() < u32::from(self.geometry.members()) {
+            // Degraded, the mark buys nothing, and a start would have to trust it.
+            return;
+        }
+        self.flush_members().await;
+        if self.active_writes.get() == 0 && self.dirty.get() && !self.failed.get() {
+            self.dirty.set(false);
+            self.dirty_durable.set(false);
+            self.advance();
+            let _ = self.publish().await;
+        }
+    }
+
+    /// Flushes every member that counts; one that fails it is failed.
+    pub(crate) async fn flush_members(&self) {
+        let mut failed = 0;
+        for slot in bits(self.writable(0) | self.in_sync.get()) {
+            if self
+                .member(slot)
+                .submit(DiskVerb::Flush, 0, 0, Buf::None, &[])
+                .await
+                .is_err()
+            {
+                failed |= 1 << slot;
+            }
+        }
+        if failed != 0 && self.can_lose(failed) {
+            self.fail_now(failed, "flush failed");
+        }
+    }
+
+    /// Writes the superblocks until the disks say what memory says.
+    ///
+    /// # Crash  per member copy 0 is durable before copy 1 is begun; across members in parallel. After a stop in
+    ///          between, the newest generation decides, and members that are behind are not stale by that
+    /// # Errors  EIO when too few members are left to say anything
+    pub(crate) async fn publish(&self) -> Result<(), Errno> {
+        let wanted = self.generation.get();
+        loop {
+            let turn = self
+                .changed
+                .until(|| {
+                    if self.durable.get() >= wanted {
+                        Some(false)
+                    } else {
+                        (!self.publishing.replace(true)).then_some(true)
+                    }
+                })
+                .await;
+            if !turn {
+                return Ok(());
+            }
+            let result = self.publish_once().await;
+            self.publishing.set(false);
+            self.changed.wake_all();
+            result?;
+        }
+    }
+
+    async fn publish_once(&self) -> Result<(), Errno> {
+        let generation = self.generation.get();
+        let dirty = self.dirty.get();
+        let record = self.record_now();
+        let slots = self.in_sync.get() | self.rebuilding().map_or(0, |slot| 1 << slot);
+        let mut failed = 0u64;
+        for copy in Copy::BOTH {
+            let mut ios = Vec::new();
+            for slot in bits(slots & !failed) {
+                let member = self.member(slot);
+                let block = self.superblock(slot, generation, &record);
+                let Some(block) = block else { continue };
+                let mut bytes = [0; BYTES];
+                if block.encode(copy, &mut bytes).is_err() {
+                    self.event(
+                        "BadSuperblock",
+                        Some(slot),
+                        "refused to write a superblock that no reader would take",
+                    );
+                    failed |= 1 << slot;
+                    continue;
+                }
+                let at = usize::from(slot) * BYTES;
+                parity::copy_in(self.meta.cells(at..at + BYTES), &bytes);
+                let piece = Piece {
+                    offset: u32::from(slot) * 4096,
+                    len: 4096,
+                };
+                let Some(disk) = &member.disk else { continue };
+                let verb = DiskVerb::Write { fua: true };
+                let io = disk.submit(
+                    verb,
+                    block.copy_at(copy),
+                    4096,
+                    Buf::Pool(&self.meta),
+                    &[piece],
+                );
+                ios.push((slot, io));
+            }
+            for (slot, io) in ios {
+                if io.await.is_err() {
+                    self.member(slot).note_error(DiskVerb::Write { fua: true });
+                    failed |= 1 << slot;
+                }
+            }
+        }
+        if failed & self.in_sync.get() != 0 && !self.can_lose(failed) {
+            if self.geometry.redundancy() > 0 {
+                self.failed.set(true);
+            }
+            return Err(EIO);
+        }
+        if failed != 0 {
+            // The next generation, without them, is written by the loop of `publish`.
+            self.fail_now(failed, "superblock could not be written");
+            return Ok(());
+        }
+        self.durable.set(generation);
+        self.dirty_durable.set(dirty);
+        Ok(())
+    }
+
+    /// The group as it is now.
+    pub(crate) fn record_now(&self) -> GroupRecord {
+        let record = self.record.borrow();
+        let members = self.members.borrow();
+        let chunk = self.geometry.chunk();
+        GroupRecord {
+            flags: Flags {
+                dirty: self.dirty.get(),
+                ..record.flags
+            },
+            synced_to: self.durable_synced.get() * chunk,
+            members: members
+                .iter()
+                .map(|member| MemberEntry {
+                    disk: member.uuid,
+                    state: member.state.get(),
+                    rebuilt_to: match member.state.get() {
+                        MemberState::Rebuilding => self.durable_rebuild.get() * chunk,
+                        MemberState::InSync | MemberState::Faulty | MemberState::Missing => 0,
+                    },
+                })
+                .collect(),
+            ..record.clone()
+        }
+    }
+
+    fn superblock(&self, slot: u16, generation: u64, record: &GroupRecord) -> Option<Superblock> {
+        let places = self.places.borrow();
+        let place = places.get(usize::from(slot))?.as_ref()?;
+        Some(Superblock {
+            system: self.system,
+            disk: self.member(slot).uuid,
+            device_size: place.device_size,
+            end_copy: place.reserve.end_copy,
+            generation,
+            member: Some(MemberBlock {
+                slot,
+                layout: place.reserve.layout,
+                group: record.clone(),
+            }),
+        })
+    }
+
+    /// Why it is not optimal, for people.
+    pub(crate) fn reason(&self) -> String {
+        let members = self.members.borrow();
+        let lost = members
+            .iter()
+            .filter(|m| m.state.get() != MemberState::InSync);
+        let parts: Vec<String> = lost
+            .map(|m| {
+                let state = match m.state.get() {
+                    MemberState::Faulty => "failed",
+                    MemberState::Rebuilding => "rebuilding",
+                    MemberState::Missing => "missing",
+                    MemberState::InSync => "in sync",
+                };
+                let reason = m.reason.borrow();
+                let why = if reason.is_empty() {
+                    String::new()
+                } else {
+                    format!(": {reason}")
+                };
+                format!("disk {} (slot {}) {state}{why}", m.path, m.slot)
+            })
+            .collect();
+        let mut text = parts.join("; ");
+        if self.failed.get() {
+            if !text.is_empty() {
+                text.push_str("; ");
+            }
+            text.push_str("redundancy is exhausted, writes are answered EIO");
+        }
+        text
+    }
+
+    pub(crate) fn group_state(&self) -> GroupState {
+        let in_sync = self.in_sync.get().count_ones();
+        if self.failed.get() || in_sync < self.slots_needed() {
+            GroupState::Failed
+        } else if in_sync < u32::from(self.geometry.members()) {
+            GroupState::Degraded
+        } else {
+            GroupState::Optimal
+        }
+    }
+
+    /// The member in a slot.
+    pub(crate) fn member(&self, slot: u16) -> Rc<crate::member::Member<E::Disk>> {
+        Rc::clone(&self.members.borrow()[usize::from(slot)])
+    }
+}

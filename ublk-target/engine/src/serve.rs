@@ -1,0 +1,439 @@
+//! A host request on its way to the members: reads of every level, writes without redundancy, and the
+//! splitting of redundant writes into stripes.
+
+use arrayvec::ArrayVec;
+use lunar_api::target::Level;
+
+use crate::limits::MEMBERS_MAX;
+use crate::member::{MemberIo, add};
+use crate::plan::Span;
+use crate::pool::{Lease, Quota};
+use crate::raid_group::{EIO, EOPNOTSUPP, Errno, Lu, RaidGroup};
+use crate::stripe_table::{Item, Task};
+use crate::sync::join_all;
+use crate::traits::{Buf, Disk, DiskVerb, Env, Front, HostRequest, HostVerb, PIECES_MAX, Piece};
+
+/// Adjacent bytes of one member, scattered in the request.
+struct Run {
+    slot: u16,
+    at: u64,
+    len: u64,
+    pieces: ArrayVec<Piece, PIECES_MAX>,
+}
+
+/// I/Os of one request in flight at once; more go in a second round.
+const IOS_MAX: usize = 2 * MEMBERS_MAX;
+
+type Ios<E> = ArrayVec<(u16, Option<MemberIo<<<E as Env>::Disk as Disk>::Io>>), IOS_MAX>;
+
+impl<E: Env> RaidGroup<E> {
+    /// Serves one host request to its end. `lu` is the handle of `lus`. Allocates nothing.
+    ///
+    /// # Crash  a write is answered after its data, its parity, and the state that they rely on are written
+    ///          (with FUA: durable); before the answer each of its sectors is old or new
+    pub async fn serve(&self, lu: u16, request: HostRequest) -> Result<(), Errno> {
+        let Some(lu) = self.lu(lu) else {
+            return Err(EIO);
+        };
+        add(&self.requests, 1);
+        let counters = &lu.counters;
+        let fits = request
+            .at
+            .checked_add(request.len)
+            .is_some_and(|end| end <= lu.capacity);
+        let result = match request.verb {
+            _ if !fits => Err(EIO),
+            HostVerb::Read => {
+                add(&counters.reads, 1);
+                add(&counters.read_bytes, request.len);
+                self.read(&lu, request).await
+            }
+            HostVerb::Write { fua } => {
+                add(&counters.writes, 1);
+                add(&counters.write_bytes, request.len);
+                if self.geometry.redundancy() == 0 {
+                    self.write_plain(&lu, request, fua).await
+                } else {
+                    self.active_writes.set(self.active_writes.get() + 1);
+                    let result = self.write_redundant(&lu, request, fua).await;
+                    self.active_writes.set(self.active_writes.get() - 1);
+                    result
+                }
+            }
+            HostVerb::Flush => {
+                add(&counters.flushes, 1);
+                self.flush().await
+            }
+            HostVerb::Discard | HostVerb::WriteZeroes => {
+                add(&counters.discards, 1);
+                Err(EOPNOTSUPP)
+            }
+        };
+        if result.is_err() {
+            add(&counters.errors, 1);
+        }
+        result
+    }
+
+    /// Submits member I/O for the request's bytes; `each_lost` hears of pieces whose member cannot be used.
+    /// Returns the slots that failed, as bits.
+    async fn transfer(
+        &self,
+        lu: &Lu,
+        request: &HostRequest,
+        verb: DiskVerb,
+        lease: Option<&Lease>,
+    ) -> (u64, bool) {
+        let mut runs: ArrayVec<Run, MEMBERS_MAX> = ArrayVec::new();
+        let mut ios: Ios<E> = ArrayVec::new();
+        let (mut failed, mut lost) = (0u64, false);
+        let leg = self.choose_leg();
+        let mut offset = 0u64;
+        while offset < request.len {
+            let (at, room) = lu.resolve(request.at + offset);
+            let len = room.min(request.len - offset);
+            for piece in self.geometry.pieces(at, len) {
+                let slot = match self.geometry.level() {
+                    Level::Raid1 => self.leg_for(leg, piece.stripe),
+                    Level::Raid0 | Level::Raid5 => piece.slot,
+                };
+                if verb == DiskVerb::Read && self.readable(piece.stripe) & 1 << slot == 0 {
+                    lost = true;
+                    continue;
+                }
+                let start = u32::try_from(offset + piece.offset_in_request).expect("MAX_IO");
+                let part = Piece {
+                    offset: start,
+                    len: piece.len,
+                };
+                let open = runs.iter().position(|r| r.slot == slot);
+                if let Some(i) = open {
+                    if extend(&mut runs[i], piece.member_at, part) {
+                        continue;
+                    }
+                    let run = runs.swap_remove(i);
+                    self.start_run(&run, verb, request, lease, &mut ios, &mut failed)
+                        .await;
+                }
+                let mut pieces = ArrayVec::new();
+                pieces.push(part);
+                runs.push(Run {
+                    slot,
+                    at: piece.member_at,
+                    len: u64::from(piece.len),
+                    pieces,
+                });
+            }
+            offset += len;
+        }
+        for run in &runs {
+            self.start_run(run, verb, request, lease, &mut ios, &mut failed)
+                .await;
+        }
+        self.join(&mut ios, verb, &mut failed).await;
+        (failed, lost)
+    }
+
+    async fn start_run(
+        &self,
+        run: &Run,
+        verb: DiskVerb,
+        request: &HostRequest,
+        lease: Option<&Lease>,
+        ios: &mut Ios<E>,
+        failed: &mut u64,
+    ) {
+        if ios.is_full() {
+            self.join(ios, verb, failed).await;
+        }
+        let buf = match lease {
+            Some(lease) => Buf::Pool(lease),
+            None => Buf::Request(request.id),
+        };
+        let io = self
+            .member(run.slot)
+            .submit(verb, run.at, run.len, buf, &run.pieces);
+        ios.push((run.slot, Some(io)));
+    }
+
+    async fn join(&self, ios: &mut Ios<E>, verb: DiskVerb, failed: &mut u64) {
+        join_all(ios, |slot, result| {
+            if result.is_err() {
+                self.member(slot).note_error(verb);
+                *failed |= 1 << slot;
+            }
+        })
+        .await;
+    }
+
+    async fn read(&self, lu: &Lu, request: HostRequest) -> Result<(), Errno> {
+        let mut lease = None;
+        if request.zero_copy {
+            add(&lu.counters.zero_copy, 1);
+        } else {
+            add(&lu.counters.user_copy, 1);
+            lease = Some(self.pool.lease(Quota::Data, to_len(request.len)).await);
+        }
+        let (failed, lost) = self
+            .transfer(lu, &request, DiskVerb::Read, lease.as_ref())
+            .await;
+        if failed == 0 && !lost {
+            return match &lease {
+                Some(lease) => self.fill(&request, 0, request.len, lease).await,
+                None => Ok(()),
+            };
+        }
+        if self.geometry.redundancy() == 0 {
+            return Err(EIO);
+        }
+        add(&lu.counters.degraded_reads, 1);
+        if request.zero_copy {
+            add(&lu.counters.user_copy, 1);
+        }
+        let whole = lease.is_some();
+        let lease = match lease {
+            Some(lease) => lease,
+            None => self.pool.lease(Quota::Data, to_len(request.len)).await,
+        };
+        self.read_lost(lu, &request, failed, &lease).await?;
+        if whole {
+            return self.fill(&request, 0, request.len, &lease).await;
+        }
+        // Pieces that came straight from a member are in the request already.
+        let mut offset = 0u64;
+        while offset < request.len {
+            let (at, room) = lu.resolve(request.at + offset);
+            let len = room.min(request.len - offset);
+            for piece in self.geometry.pieces(at, len) {
+                if self.is_lost(&piece, failed) || lost {
+                    let start = offset + piece.offset_in_request;
+                    self.fill(&request, start, u64::from(piece.len), &lease)
+                        .await?;
+                }
+            }
+            offset += len;
+        }
+        Ok(())
+    }
+
+    fn is_lost(&self, piece: &crate::geometry::Piece, failed: u64) -> bool {
+        match self.geometry.level() {
+            // Which leg was asked is not remembered: all pieces are read again.
+            Level::Raid1 => true,
+            Level::Raid0 | Level::Raid5 => {
+                (failed | !self.readable(piece.stripe)) & 1 << piece.slot != 0
+            }
+        }
+    }
+
+    /// Reads into the lease what did not come from its own member.
+    async fn read_lost(
+        &self,
+        lu: &Lu,
+        request: &HostRequest,
+        failed: u64,
+        lease: &Lease,
+    ) -> Result<(), Errno> {
+        let join = self.stripes.open();
+        let mut offset = 0u64;
+        while offset < request.len {
+            let (at, room) = lu.resolve(request.at + offset);
+            let len = room.min(request.len - offset);
+            for piece in self.geometry.pieces(at, len) {
+                let start = piece.in_chunk;
+                let span = Span {
+                    data: piece.data,
+                    start,
+                    end: start + piece.len,
+                };
+                let to = u32::try_from(offset + piece.offset_in_request).expect("MAX_IO");
+                let avoid = if self.is_lost(&piece, failed) {
+                    failed
+                } else {
+                    0
+                };
+                let task = Task::Read {
+                    span,
+                    lease: lease.clone(),
+                    to,
+                    avoid,
+                };
+                if self.stripes.push(
+                    piece.stripe,
+                    Item {
+                        task,
+                        join,
+                        lu: Some(lu.handle),
+                    },
+                ) {
+                    add(&lu.counters.range_lock_waits, 1);
+                }
+            }
+            offset += len;
+        }
+        self.stripes.wait(join).await.map_err(Errno)
+    }
+
+    async fn fill(
+        &self,
+        request: &HostRequest,
+        offset: u64,
+        len: u64,
+        lease: &Lease,
+    ) -> Result<(), Errno> {
+        let (offset, len) = (to_u32(offset), to_u32(len));
+        self.front
+            .fill(request.id, offset, len, lease, offset)
+            .await
+            .map_err(|_| EIO)
+    }
+
+    async fn write_plain(&self, lu: &Lu, request: HostRequest, fua: bool) -> Result<(), Errno> {
+        let mut lease = None;
+        if request.zero_copy {
+            add(&lu.counters.zero_copy, 1);
+        } else {
+            add(&lu.counters.user_copy, 1);
+            let private = self.pool.lease(Quota::Data, to_len(request.len)).await;
+            self.front
+                .fetch(request.id, 0, to_u32(request.len), &private, 0)
+                .await
+                .map_err(|_| EIO)?;
+            lease = Some(private);
+        }
+        let (failed, _) = self
+            .transfer(lu, &request, DiskVerb::Write { fua }, lease.as_ref())
+            .await;
+        if failed == 0 { Ok(()) } else { Err(EIO) }
+    }
+
+    /// Takes one private copy and writes it, stripe by stripe.
+    async fn write_redundant(&self, lu: &Lu, request: HostRequest, fua: bool) -> Result<(), Errno> {
+        self.ensure_dirty().await?;
+        add(&lu.counters.user_copy, 1);
+        // The copy keeps its place within a grain, so that whole grains of it are aligned.
+        let pad = to_u32(request.at % u64::from(crate::plan::GRAIN));
+        let lease = self
+            .pool
+            .lease(Quota::Data, to_len(u64::from(pad) + request.len))
+            .await;
+        self.front
+            .fetch(request.id, 0, to_u32(request.len), &lease, pad)
+            .await
+            .map_err(|_| EIO)?;
+        let join = self.stripes.open();
+        let mut partial = false;
+        let mut offset = 0u64;
+        while offset < request.len {
+            let (at, room) = lu.resolve(request.at + offset);
+            let len = room.min(request.len - offset);
+            for piece in self.geometry.pieces(at, len) {
+                let start = piece.in_chunk;
+                let span = Span {
+                    data: piece.data,
+                    start,
+                    end: start + piece.len,
+                };
+                partial |= span.is_partial_in(&span.grains());
+                let from = pad + to_u32(offset + piece.offset_in_request);
+                let task = Task::Write {
+                    span,
+                    lease: lease.clone(),
+                    from,
+                    fua,
+                };
+                if self.stripes.push(
+                    piece.stripe,
+                    Item {
+                        task,
+                        join,
+                        lu: Some(lu.handle),
+                    },
+                ) {
+                    add(&lu.counters.range_lock_waits, 1);
+                }
+            }
+            offset += len;
+        }
+        if partial && self.geometry.level() == Level::Raid5 {
+            add(&lu.counters.bounced, 1);
+        }
+        drop(lease);
+        self.stripes.wait(join).await.map_err(Errno)
+    }
+
+    /// Makes every completed write durable on every member that counts.
+    async fn flush(&self) -> Result<(), Errno> {
+        let mut ios: Ios<E> = ArrayVec::new();
+        let mut failed = 0;
+        for slot in bits(self.writable(0) | self.in_sync.get()) {
+            ios.push((
+                slot,
+                Some(
+                    self.member(slot)
+                        .submit(DiskVerb::Flush, 0, 0, Buf::None, &[]),
+                ),
+            ));
+        }
+        self.join(&mut ios, DiskVerb::Flush, &mut failed).await;
+        if failed != 0 {
+            self.fail(failed, "flush failed").await?;
+        }
+        self.wait_durable().await
+    }
+
+    /// The mirror leg with the fewest requests of late.
+    fn choose_leg(&self) -> u16 {
+        if self.geometry.level() != Level::Raid1 {
+            return 0;
+        }
+        let legs = self.in_sync.get();
+        let turn = self.turn.get().wrapping_add(1);
+        self.turn.set(turn);
+        let n = legs.count_ones().max(1);
+        bits(legs).nth((turn % n) as usize).unwrap_or(0)
+    }
+
+    /// Where equality is not proven every read goes to the same leg.
+    fn leg_for(&self, chosen: u16, stripe: u64) -> u16 {
+        if stripe < self.synced.get() {
+            chosen
+        } else {
+            u16::try_from(self.in_sync.get().trailing_zeros().min(63)).expect("at most 63")
+        }
+    }
+}
+
+/// Adds a piece that follows on the member; false if it does not, or there is no room.
+fn extend(run: &mut Run, member_at: u64, part: Piece) -> bool {
+    if run.at + run.len != member_at {
+        return false;
+    }
+    match run.pieces.last_mut() {
+        Some(last) if last.offset + last.len == part.offset => last.len += part.len,
+        Some(_) | None => {
+            if run.pieces.try_push(part).is_err() {
+                return false;
+            }
+        }
+    }
+    run.len += u64::from(part.len);
+    true
+}
+
+/// Slots of a bit set.
+pub(crate) fn bits(mut set: u64) -> impl Iterator<Item = u16> {
+    std::iter::from_fn(move || {
+        let slot = set.trailing_zeros();
+        set &= set.wrapping_sub(1);
+        u16::try_from(slot).ok().filter(|slot| *slot < 64)
+    })
+}
+
+fn to_u32(n: u64) -> u32 {
+    u32::try_from(n).expect("within a request: at most MAX_IO")
+}
+
+fn to_len(n: u64) -> usize {
+    usize::try_from(n).expect("within a request: at most MAX_IO")
+}

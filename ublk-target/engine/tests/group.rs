@@ -1,0 +1,465 @@
+//! The real engine on disks in memory: content against a plain byte model, healthy, degraded, rebuilt.
+#![allow(clippy::cast_possible_truncation, missing_debug_implementations)]
+
+mod world;
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use lunar_api::LuUuid;
+use lunar_api::target::{Consistency, GroupState, Level, LuSize, MemberState};
+use lunar_engine::raid_group::{CreateSpec, RaidGroup, StartSpec};
+use lunar_engine::traits::{HostRequest, HostVerb, RequestId};
+
+use world::{GROUP, Sim, Store, World, given, memory, parts, run, uuid};
+
+const DISK: usize = 80 << 20;
+const LU: LuUuid = LuUuid::from_bytes([3; 16]);
+const LU_BYTES: u64 = 4 << 20;
+
+struct Rig {
+    world: Rc<World>,
+    stores: Vec<Rc<Store>>,
+    group: Rc<RaidGroup<Sim>>,
+    memory: Rc<Vec<Cell<u8>>>,
+    model: Rc<RefCell<Vec<u8>>>,
+    /// Bytes whose content is defined: all of a group of zeroed disks, else those written.
+    known: RefCell<Vec<bool>>,
+}
+
+fn spec(level: Level, chunk: u64, assume_clean: bool) -> CreateSpec {
+    CreateSpec {
+        group: GROUP,
+        name: "data".into(),
+        level,
+        chunk,
+        consistency: Consistency::None,
+        assume_clean,
+    }
+}
+
+fn rig(seed: u64, level: Level, n: u8, chunk: u64, assume_clean: bool) -> Rig {
+    let world = World::new(seed);
+    let fill = |i: u8| if assume_clean { 0 } else { 0xA5 ^ i };
+    let stores: Vec<_> = (0..n).map(|i| Store::new(DISK, fill(i))).collect();
+    let members = stores
+        .iter()
+        .zip(0..)
+        .map(|(store, i)| given(&world, i, store))
+        .collect();
+    let memory = memory();
+    let parts = parts(&world, members, &memory);
+    let group = world
+        .block_on(RaidGroup::create(parts, spec(level, chunk, assume_clean)))
+        .unwrap();
+    run(&world, &group);
+    let g = Rc::clone(&group);
+    let handle =
+        world.block_on(async move { g.lu_create(LU, "vol", LuSize::Bytes(LU_BYTES), 32).await });
+    assert_eq!(handle, Ok(0));
+    let model = Rc::new(RefCell::new(vec![0; LU_BYTES as usize]));
+    let known = RefCell::new(vec![assume_clean; LU_BYTES as usize]);
+    let rig = Rig {
+        memory,
+        world,
+        stores,
+        group,
+        model,
+        known,
+    };
+    // The model starts from what is there: content of a new LU is undefined.
+    let now = rig.read_all();
+    *rig.model.borrow_mut() = now;
+    rig
+}
+
+impl Rig {
+    fn request(tag: u16, verb: HostVerb, at: u64, len: u64) -> HostRequest {
+        HostRequest {
+            id: RequestId { device: 0, tag },
+            verb,
+            at,
+            len,
+            zero_copy: true,
+        }
+    }
+
+    fn read(&self, at: u64, len: u64) -> Result<Vec<u8>, i32> {
+        self.world.pages.borrow_mut()[63] = vec![0; len as usize];
+        let group = Rc::clone(&self.group);
+        let result = self.world.block_on(async move {
+            group
+                .serve(0, Self::request(63, HostVerb::Read, at, len))
+                .await
+        });
+        result.map_err(|e| e.0)?;
+        Ok(self.world.pages.borrow()[63].clone())
+    }
+
+    fn read_all(&self) -> Vec<u8> {
+        let mut all = Vec::new();
+        for at in (0..LU_BYTES).step_by(512 << 10) {
+            all.extend(self.read(at, 512 << 10).expect("readable"));
+        }
+        all
+    }
+
+    fn check(&self) {
+        let all = self.read_all();
+        let model = self.model.borrow();
+        let known = self.known.borrow();
+        if let Some(i) = (0..all.len()).find(|i| known[*i] && all[*i] != model[*i]) {
+            panic!("byte {i} is {:#x}, was written {:#x}", all[i], model[i]);
+        }
+    }
+
+    /// A successor of the process: the same disks in another order, the same tmpfs file.
+    fn restart(&mut self, memory: &Rc<Vec<Cell<u8>>>, force: bool) -> Result<(), String> {
+        let n = self.stores.len();
+        let first = self.world.random(n as u64) as usize;
+        let members = (0..n)
+            .map(|i| (i + first) % n)
+            .filter(|i| !self.stores[*i].faults.dead.get())
+            .map(|i| given(&self.world, i as u8, &self.stores[i]))
+            .collect();
+        let parts = parts(&self.world, members, memory);
+        let spec = StartSpec {
+            group: GROUP,
+            force,
+            witness: None,
+        };
+        let group = self
+            .world
+            .block_on(RaidGroup::start(parts, spec))
+            .map_err(|e| format!("{} {:?}", e.message, e.causes))?;
+        run(&self.world, &group);
+        self.group = group;
+        Ok(())
+    }
+
+    /// Storms with SIGKILL at a drawn I/O; every request that was not answered is issued again.
+    fn storm_with_kills(&mut self, kills: u64) {
+        for _ in 0..kills {
+            let mut busy: Vec<(HostRequest, Rc<Cell<bool>>)> = Vec::new();
+            self.world.crash_in.set(Some(1 + self.world.random(400)));
+            let mut tag = 0;
+            while !self.world.crashed() {
+                busy.retain(|b| !b.1.get());
+                tag = (0..60)
+                    .cycle()
+                    .skip(tag + 1)
+                    .find(|t| !busy.iter().any(|b| usize::from(b.0.id.tag) == *t))
+                    .unwrap();
+                let sectors = 1 + self
+                    .world
+                    .random([1, 8, 16, 300][self.world.random(4) as usize]);
+                let at = self.world.random(LU_BYTES / 512 - sectors) * 512;
+                let len = sectors * 512;
+                let overlaps = busy
+                    .iter()
+                    .any(|b| at < b.0.at + b.0.len && b.0.at < at + len);
+                if !overlaps && busy.len() < 24 {
+                    let bytes: Vec<u8> = (0..len).map(|_| self.world.random(256) as u8).collect();
+                    self.model.borrow_mut()[at as usize..(at + len) as usize]
+                        .copy_from_slice(&bytes);
+                    self.known.borrow_mut()[at as usize..(at + len) as usize].fill(true);
+                    self.world.pages.borrow_mut()[tag] = bytes;
+                    let done = Rc::new(Cell::new(false));
+                    let request =
+                        Self::request(tag as u16, HostVerb::Write { fua: false }, at, len);
+                    busy.push((request, Rc::clone(&done)));
+                    let group = Rc::clone(&self.group);
+                    self.world.spawn(async move {
+                        assert_eq!(group.serve(0, request).await, Ok(()));
+                        done.set(true);
+                    });
+                    continue;
+                }
+                let before = busy.iter().filter(|b| b.1.get()).count();
+                self.world
+                    .run_until(|| busy.iter().filter(|b| b.1.get()).count() > before);
+            }
+            busy.retain(|b| !b.1.get());
+            self.world.kill();
+            let memory = Rc::clone(&self.memory);
+            self.restart(&memory, false)
+                .expect("a dead process never keeps a group down");
+            // What was answered, and what nobody is writing, is right even before anything is issued again.
+            let mut unknown = self.known.borrow().clone();
+            for (request, _) in &busy {
+                unknown[request.at as usize..(request.at + request.len) as usize].fill(false);
+            }
+            let known = self.known.replace(unknown);
+            self.check();
+            *self.known.borrow_mut() = known;
+            for (request, _) in busy {
+                let group = Rc::clone(&self.group);
+                let result = self
+                    .world
+                    .block_on(async move { group.serve(0, request).await });
+                assert_eq!(result, Ok(()));
+            }
+            self.check();
+        }
+    }
+
+    /// Many writers at once, none overlapping another in flight by sectors, all sharing stripes.
+    fn storm(&self, writes: u64, mut at_half: impl FnMut()) -> u64 {
+        let errors = Rc::new(Cell::new(0));
+        let mut busy: Vec<(u64, u64, Rc<Cell<bool>>)> = Vec::new();
+        let mut started = 0;
+        while started < writes || !busy.is_empty() {
+            busy.retain(|b| !b.2.get());
+            if started < writes && busy.len() < 24 {
+                let tag = (0..60)
+                    .find(|t| !busy.iter().any(|b| b.0 >> 48 == *t))
+                    .unwrap();
+                let max = [1, 8, 16, 100, 1024][self.world.random(5) as usize];
+                let sectors = 1 + self.world.random(max);
+                let at = self.world.random(LU_BYTES / 512 - sectors) * 512;
+                let len = sectors * 512;
+                let overlaps = busy.iter().any(|b| {
+                    let start = b.0 & 0xFFFF_FFFF_FFFF;
+                    at < start + b.1 && start < at + len
+                });
+                if !overlaps {
+                    let mut bytes = vec![0; len as usize];
+                    for chunk in bytes.chunks_mut(8) {
+                        chunk.copy_from_slice(&self.world.random(u64::MAX).to_le_bytes());
+                    }
+                    self.model.borrow_mut()[at as usize..(at + len) as usize]
+                        .copy_from_slice(&bytes);
+                    self.known.borrow_mut()[at as usize..(at + len) as usize].fill(true);
+                    self.world.pages.borrow_mut()[tag as usize] = bytes;
+                    let done = Rc::new(Cell::new(false));
+                    busy.push((tag << 48 | at, len, Rc::clone(&done)));
+                    let (group, errors) = (Rc::clone(&self.group), Rc::clone(&errors));
+                    let verb = HostVerb::Write {
+                        fua: self.world.random(8) == 0,
+                    };
+                    let request = Self::request(tag as u16, verb, at, len);
+                    self.world.spawn(async move {
+                        if group.serve(0, request).await.is_err() {
+                            errors.set(errors.get() + 1);
+                        }
+                        done.set(true);
+                    });
+                    started += 1;
+                    if started == writes / 2 {
+                        at_half();
+                    }
+                    continue;
+                }
+            }
+            let before = busy.iter().filter(|b| b.2.get()).count();
+            self.world.run_until(|| {
+                busy.iter().filter(|b| b.2.get()).count() > before || busy.is_empty()
+            });
+        }
+        errors.get()
+    }
+
+    fn wait_synced(&self) {
+        let group = Rc::clone(&self.group);
+        self.world.run_until(move || {
+            let status = group.status();
+            status.sync.is_none() && status.state == GroupState::Optimal
+        });
+    }
+
+    fn without_each(&self, but: &[u8]) {
+        for (i, store) in self.stores.iter().enumerate() {
+            if but.contains(&(i as u8)) {
+                continue;
+            }
+            // Reads of this one fail: everything is read from the others.
+            let bad = (0..(DISK / 512) as u64).collect();
+            *store.faults.bad.borrow_mut() = bad;
+            store.faults.worn.set(true);
+            self.check();
+            break;
+        }
+    }
+}
+
+#[test]
+fn write_and_read_equal_the_model() {
+    for (seed, level, n, chunk) in [
+        (1, Level::Raid0, 1, 65536),
+        (2, Level::Raid0, 3, 4096),
+        (3, Level::Raid0, 5, 1 << 20),
+        (4, Level::Raid1, 2, 65536),
+        (5, Level::Raid1, 3, 65536),
+        (6, Level::Raid5, 3, 4096),
+        (7, Level::Raid5, 4, 65536),
+        (8, Level::Raid5, 5, 1 << 20),
+        (9, Level::Raid5, 8, 16384),
+    ] {
+        for clean in [true, false] {
+            let rig = rig(seed, level, n, chunk, clean);
+            assert_eq!(rig.storm(300, || ()), 0, "{level:?} {n}");
+            rig.check();
+        }
+    }
+}
+
+#[test]
+fn member_lost_under_writes_then_replaced_and_each_other_taken_away() {
+    for (seed, level, n, chunk) in [
+        (11, Level::Raid1, 2, 65536),
+        (12, Level::Raid5, 3, 4096),
+        (13, Level::Raid5, 4, 65536),
+        (14, Level::Raid5, 5, 1 << 20),
+    ] {
+        for lost in 0..n.min(3) {
+            for other in 0..n {
+                if other == lost {
+                    continue;
+                }
+                let mut rig = rig(
+                    seed * 100 + u64::from(lost),
+                    level,
+                    n,
+                    chunk,
+                    other % 2 == 0,
+                );
+                let store = Rc::clone(&rig.stores[usize::from(lost)]);
+                assert_eq!(rig.storm(120, || store.faults.dead.set(true)), 0);
+                rig.check();
+                assert_eq!(rig.group.status().state, GroupState::Degraded);
+                let fresh = Store::new(DISK, 0x77);
+                let new = given(&rig.world, 40, &fresh);
+                let group = Rc::clone(&rig.group);
+                let slot = u16::from(lost);
+                let replaced = rig
+                    .world
+                    .block_on(async move { group.member_replace(slot, new).await });
+                assert_eq!(replaced, Ok(()));
+                assert_eq!(rig.storm(120, || ()), 0);
+                rig.wait_synced();
+                rig.check();
+                rig.stores[usize::from(lost)] = fresh;
+                rig.stores[usize::from(other)].faults.dead.set(true);
+                rig.check();
+                assert_eq!(rig.storm(40, || ()), 0);
+                rig.check();
+            }
+        }
+    }
+}
+
+#[test]
+fn unreadable_sector_is_rewritten_from_redundancy() {
+    for (level, n) in [(Level::Raid1, 2), (Level::Raid5, 4)] {
+        let rig = rig(21, level, n, 65536, true);
+        rig.storm(100, || ());
+        for store in &rig.stores[..1] {
+            let data: Vec<u64> = (0..DISK as u64 / 512).skip(16).step_by(3).collect();
+            store.faults.bad.borrow_mut().extend(data);
+        }
+        rig.check();
+        rig.check();
+        let status = rig.group.status();
+        assert_eq!(status.state, GroupState::Optimal, "{}", status.reason);
+        assert!(status.members[0].read_errors > 0);
+        assert_eq!(rig.storm(100, || ()), 0);
+        rig.check();
+    }
+}
+
+#[test]
+fn member_that_cannot_be_rewritten_is_failed() {
+    let rig = rig(22, Level::Raid5, 4, 65536, true);
+    rig.storm(50, || ());
+    rig.without_each(&[]);
+    assert_eq!(rig.group.status().members[0].state, MemberState::Faulty);
+    rig.check();
+}
+
+#[test]
+fn second_loss_is_eio_and_never_wrong_bytes() {
+    let rig = rig(23, Level::Raid5, 4, 65536, true);
+    rig.storm(60, || ());
+    rig.stores[0].faults.dead.set(true);
+    rig.check();
+    rig.storm(20, || ());
+    rig.stores[2].faults.dead.set(true);
+    let mut errors = 0;
+    for at in (0..LU_BYTES).step_by(65536) {
+        match rig.read(at, 65536) {
+            Ok(bytes) => assert_eq!(bytes, rig.model.borrow()[at as usize..at as usize + 65536]),
+            Err(_) => errors += 1,
+        }
+    }
+    assert!(errors > 0);
+    let _ = uuid(0);
+}
+
+#[test]
+fn parity_is_right_on_every_stripe_after_writes_and_sync() {
+    let rig = rig(24, Level::Raid5, 5, 16384, false);
+    rig.storm(200, || ());
+    rig.wait_synced();
+    let stores: Vec<_> = rig.stores.iter().map(|s| s.bytes.borrow()).collect();
+    let data = DISK - (8 << 20);
+    let start = 16 << 20;
+    for at in (start..data).step_by(512) {
+        let mut sum = [0u8; 512];
+        for store in &stores {
+            for (a, b) in sum.iter_mut().zip(&store[at..at + 512]) {
+                *a ^= b;
+            }
+        }
+        assert_eq!(sum, [0; 512], "sector at {at}");
+    }
+}
+
+#[test]
+fn killed_process_loses_nothing_healthy_or_degraded() {
+    for (seed, level, n, chunk) in [
+        (31, Level::Raid1, 2, 65536),
+        (32, Level::Raid1, 3, 65536),
+        (33, Level::Raid5, 3, 4096),
+        (34, Level::Raid5, 4, 65536),
+        (35, Level::Raid5, 6, 16384),
+    ] {
+        for lost in [None, Some(0), Some(n - 1)] {
+            let mut rig = rig(seed, level, n, chunk, true);
+            rig.storm(30, || ());
+            if let Some(lost) = lost {
+                rig.stores[usize::from(lost)].faults.dead.set(true);
+                rig.storm(20, || ());
+            }
+            rig.storm_with_kills(12);
+        }
+    }
+}
+
+#[test]
+fn clean_stop_starts_without_resync_unclean_with_and_degraded_not_at_all() {
+    let mut rig = rig(41, Level::Raid5, 4, 65536, true);
+    rig.storm(30, || ());
+    let group = Rc::clone(&rig.group);
+    assert_eq!(
+        rig.world.block_on(async move { group.stop(false).await }),
+        Ok(())
+    );
+    let lost_memory = memory();
+    rig.restart(&lost_memory, false).unwrap();
+    assert_eq!(rig.group.status().sync, None);
+    rig.check();
+    rig.storm(30, || ());
+    rig.world.kill();
+    let lost_memory = memory();
+    rig.restart(&lost_memory, false).unwrap();
+    rig.wait_synced();
+    rig.check();
+    rig.storm(30, || ());
+    rig.stores[1].faults.dead.set(true);
+    rig.storm(30, || ());
+    rig.world.kill();
+    let refused = rig.restart(&memory(), false).unwrap_err();
+    assert!(refused.contains("power loss"), "{refused}");
+    rig.restart(&memory(), true).unwrap();
+    rig.check();
+}

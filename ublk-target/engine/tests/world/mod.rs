@@ -1,0 +1,526 @@
+//! A small world for the engine: disks in memory, a clock that jumps, one thread. Each I/O completes on a later
+//! turn, in an order drawn from a seed.
+#![allow(dead_code, clippy::cast_possible_truncation)]
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
+use std::future::Future;
+use std::ops::Range;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
+
+use lunar_api::{DiskUuid, GroupUuid, SystemUuid};
+use lunar_engine::pool::{BLOCK_MAX, Lease, PREFIX, Pool};
+use lunar_engine::raid_group::{Given, Parts, RaidGroup, WORKERS};
+use lunar_engine::traits::*;
+
+pub(crate) struct Flag(AtomicBool);
+impl Wake for Flag {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+type Task = Pin<Box<dyn Future<Output = ()>>>;
+
+#[derive(Default)]
+struct IoState {
+    done: Option<Result<(), DiskError>>,
+    waker: Option<Waker>,
+}
+
+pub(crate) struct Io(Rc<RefCell<IoState>>);
+impl Future for Io {
+    type Output = Result<(), DiskError>;
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut state = self.0.borrow_mut();
+        match state.done {
+            Some(result) => Poll::Ready(result),
+            None => {
+                state.waker = Some(cx.waker().clone());
+                Poll::Pending
+            }
+        }
+    }
+}
+
+type Action = Box<dyn FnOnce() -> Result<(), DiskError>>;
+
+pub(crate) struct World {
+    pub seed: Cell<u64>,
+    now: Cell<u64>,
+    pending: RefCell<Vec<(Rc<RefCell<IoState>>, Option<Action>)>>,
+    timers: RefCell<Vec<(u64, Rc<RefCell<IoState>>)>>,
+    tasks: RefCell<Vec<Option<(Task, Arc<Flag>)>>>,
+    fresh: RefCell<Vec<Task>>,
+    /// Bytes of each request, by tag.
+    pub pages: RefCell<Vec<Vec<u8>>>,
+    pub io_count: Cell<u64>,
+    /// I/Os left until the process dies (nothing completes any more).
+    pub crash_in: Cell<Option<u64>>,
+}
+
+impl World {
+    pub(crate) fn new(seed: u64) -> Rc<Self> {
+        Rc::new(Self {
+            seed: Cell::new(seed * 2 + 1),
+            now: Cell::new(0),
+            pending: RefCell::default(),
+            timers: RefCell::default(),
+            tasks: RefCell::default(),
+            fresh: RefCell::default(),
+            pages: RefCell::new(vec![Vec::new(); 64]),
+            io_count: Cell::new(0),
+            crash_in: Cell::new(None),
+        })
+    }
+
+    pub(crate) fn random(&self, below: u64) -> u64 {
+        let mut x = self.seed.get();
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        self.seed.set(x);
+        (x.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) % below.max(1)
+    }
+
+    fn start(&self, action: Action) -> Io {
+        let state = Rc::new(RefCell::new(IoState::default()));
+        self.pending
+            .borrow_mut()
+            .push((Rc::clone(&state), Some(action)));
+        self.io_count.set(self.io_count.get() + 1);
+        Io(state)
+    }
+
+    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + 'static) {
+        self.fresh.borrow_mut().push(Box::pin(task));
+    }
+
+    pub(crate) fn crashed(&self) -> bool {
+        self.crash_in.get() == Some(0)
+    }
+
+    fn turn(&self) -> bool {
+        let mut tasks = self.tasks.borrow_mut();
+        for task in self.fresh.borrow_mut().drain(..) {
+            tasks.push(Some((task, Arc::new(Flag(AtomicBool::new(true))))));
+        }
+        let mut ran = false;
+        for place in tasks.iter_mut() {
+            let Some((task, flag)) = place else { continue };
+            if flag.0.swap(false, Ordering::SeqCst) {
+                ran = true;
+                let waker = Waker::from(Arc::clone(flag));
+                if task
+                    .as_mut()
+                    .poll(&mut Context::from_waker(&waker))
+                    .is_ready()
+                {
+                    *place = None;
+                }
+            }
+        }
+        ran || !self.fresh.borrow().is_empty()
+    }
+
+    fn complete_one(&self) -> bool {
+        let n = self.pending.borrow().len();
+        if n == 0 || self.crashed() {
+            return false;
+        }
+        if let Some(left) = self.crash_in.get() {
+            self.crash_in.set(Some(left - 1));
+            if left == 1 {
+                return false;
+            }
+        }
+        let i = self.random(n as u64) as usize;
+        let (state, action) = self.pending.borrow_mut().swap_remove(i);
+        let result = action.map_or(Ok(()), |action| action());
+        let mut state = state.borrow_mut();
+        if state.done.is_none() {
+            state.done = Some(result);
+        }
+        if let Some(waker) = state.waker.take() {
+            waker.wake();
+        }
+        true
+    }
+
+    fn fire_timer(&self) -> bool {
+        let mut timers = self.timers.borrow_mut();
+        let Some(i) = (0..timers.len()).min_by_key(|i| timers[*i].0) else {
+            return false;
+        };
+        let (at, state) = timers.swap_remove(i);
+        self.now.set(self.now.get().max(at));
+        let mut state = state.borrow_mut();
+        state.done = Some(Ok(()));
+        if let Some(waker) = state.waker.take() {
+            waker.wake();
+        }
+        true
+    }
+
+    /// Runs until `done`, the crash, or virtual time runs out.
+    pub(crate) fn run_until(&self, mut done: impl FnMut() -> bool) {
+        let limit = self.now.get() + 600 * SECOND;
+        for _ in 0..20_000_000u64 {
+            if done() || self.crashed() {
+                return;
+            }
+            if self.turn() {
+                continue;
+            }
+            if self.complete_one() {
+                continue;
+            }
+            if self.crashed() {
+                return;
+            }
+            assert!(self.fire_timer(), "nothing left to happen: a lost request");
+            assert!(
+                self.now.get() < limit,
+                "no end in ten minutes of virtual time"
+            );
+        }
+        panic!("no end in 20 million turns");
+    }
+
+    /// Runs one future to its end, or none if the process crashed.
+    pub(crate) fn try_block_on<T: 'static>(
+        &self,
+        future: impl Future<Output = T> + 'static,
+    ) -> Option<T> {
+        let out = Rc::new(RefCell::new(None));
+        let to = Rc::clone(&out);
+        self.spawn(async move {
+            let value = future.await;
+            *to.borrow_mut() = Some(value);
+        });
+        let seen = Rc::clone(&out);
+        self.run_until(move || seen.borrow().is_some());
+        out.borrow_mut().take()
+    }
+
+    pub(crate) fn block_on<T: 'static>(&self, future: impl Future<Output = T> + 'static) -> T {
+        self.try_block_on(future).expect("no crash was planned")
+    }
+
+    /// Everything of the process is gone: tasks, I/O that did not complete, timers.
+    pub(crate) fn kill(&self) {
+        for task in self.tasks.borrow_mut().drain(..).flatten() {
+            // Destructors of a killed process do not run.
+            std::mem::forget(task);
+        }
+        for task in self.fresh.borrow_mut().drain(..) {
+            std::mem::forget(task);
+        }
+        for pending in self.pending.borrow_mut().drain(..) {
+            // Each I/O in flight has happened or has not.
+            if self.random(2) == 0
+                && let Some(action) = pending.1
+            {
+                let _ = action();
+            }
+        }
+        self.timers.borrow_mut().clear();
+        self.crash_in.set(None);
+    }
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Faults {
+    pub dead: Cell<bool>,
+    pub hang: Cell<bool>,
+    /// Sectors whose reads fail until they are written.
+    pub bad: RefCell<BTreeSet<u64>>,
+    /// Reads of them fail even after a write.
+    pub worn: Cell<bool>,
+    pub write_errors: Cell<bool>,
+}
+
+pub(crate) struct Store {
+    pub bytes: RefCell<Vec<u8>>,
+    pub faults: Faults,
+    pub reads: Cell<u64>,
+    pub writes: Cell<u64>,
+}
+
+impl Store {
+    pub(crate) fn new(len: usize, fill: u8) -> Rc<Self> {
+        Rc::new(Self {
+            bytes: RefCell::new(vec![fill; len]),
+            faults: Faults::default(),
+            reads: Cell::new(0),
+            writes: Cell::new(0),
+        })
+    }
+}
+
+pub(crate) struct MemDisk {
+    pub world: Rc<World>,
+    pub store: Rc<Store>,
+    pub abandoned: Rc<Cell<bool>>,
+    pub hung: Rc<RefCell<Vec<Rc<RefCell<IoState2>>>>>,
+}
+pub(crate) type IoState2 = ();
+
+impl Disk for MemDisk {
+    type Io = Io;
+
+    fn submit(&self, verb: DiskVerb, at: u64, len: u64, buf: Buf<'_>, pieces: &[Piece]) -> Io {
+        let sum: u64 = pieces.iter().map(|p| u64::from(p.len)).sum();
+        match verb {
+            DiskVerb::Read | DiskVerb::Write { .. } => assert_eq!(sum, len),
+            _ => {}
+        }
+        assert!(
+            at + len <= self.store.bytes.borrow().len() as u64,
+            "beyond the disk: {at}+{len}"
+        );
+        assert!(at.is_multiple_of(512) && len.is_multiple_of(512));
+        let store = Rc::clone(&self.store);
+        let world = Rc::clone(&self.world);
+        let pieces = pieces.to_vec();
+        let abandoned = Rc::clone(&self.abandoned);
+        enum Held {
+            None,
+            Pages(usize),
+            Lease(Lease),
+        }
+        let held = match buf {
+            Buf::None => Held::None,
+            Buf::Request(id) => Held::Pages(usize::from(id.tag)),
+            Buf::Pool(lease) => Held::Lease(lease.clone()),
+        };
+        let pages = Rc::clone(&self.world);
+        let _ = &pages;
+        self.world.start(Box::new(move || {
+            if abandoned.get() {
+                return Err(DiskError::Abandoned);
+            }
+            if store.faults.dead.get() {
+                return Err(DiskError::Errno(5));
+            }
+            let mut bytes = store.bytes.borrow_mut();
+            let mut pos = at as usize;
+            match verb {
+                DiskVerb::Read => {
+                    store.reads.set(store.reads.get() + 1);
+                    let bad = store.faults.bad.borrow();
+                    if bad
+                        .range(at / 512..(at + len).div_ceil(512))
+                        .next()
+                        .is_some()
+                    {
+                        return Err(DiskError::Errno(5));
+                    }
+                    for p in &pieces {
+                        let n = p.len as usize;
+                        match &held {
+                            Held::Pages(tag) => {
+                                let mut pages = world.pages.borrow_mut();
+                                pages[*tag][p.offset as usize..][..n]
+                                    .copy_from_slice(&bytes[pos..pos + n]);
+                            }
+                            Held::Lease(lease) => {
+                                let cells = lease.cells(p.offset as usize..p.offset as usize + n);
+                                for (c, b) in cells.iter().zip(&bytes[pos..pos + n]) {
+                                    c.set(*b);
+                                }
+                            }
+                            Held::None => {}
+                        }
+                        pos += n;
+                    }
+                }
+                DiskVerb::Write { .. } => {
+                    store.writes.set(store.writes.get() + 1);
+                    if store.faults.write_errors.get() {
+                        return Err(DiskError::Errno(5));
+                    }
+                    if !store.faults.worn.get() {
+                        let mut bad = store.faults.bad.borrow_mut();
+                        for sector in at / 512..(at + len) / 512 {
+                            bad.remove(&sector);
+                        }
+                    }
+                    for p in &pieces {
+                        let n = p.len as usize;
+                        match &held {
+                            Held::Pages(tag) => {
+                                let pages = world.pages.borrow();
+                                bytes[pos..pos + n]
+                                    .copy_from_slice(&pages[*tag][p.offset as usize..][..n]);
+                            }
+                            Held::Lease(lease) => {
+                                let cells = lease.cells(p.offset as usize..p.offset as usize + n);
+                                for (c, b) in cells.iter().zip(&mut bytes[pos..pos + n]) {
+                                    *b = c.get();
+                                }
+                            }
+                            Held::None => {}
+                        }
+                        pos += n;
+                    }
+                }
+                _ => {}
+            }
+            Ok(())
+        }))
+    }
+
+    fn capacity(&self) -> u64 {
+        self.store.bytes.borrow().len() as u64
+    }
+    fn logical_block(&self) -> u32 {
+        512
+    }
+    fn abandon(&self) {
+        self.abandoned.set(true);
+    }
+    fn oldest(&self) -> u64 {
+        0
+    }
+    fn has_volatile_cache(&self) -> bool {
+        false
+    }
+}
+
+#[derive(Clone)]
+pub(crate) struct SimClock(pub Rc<World>);
+impl Clock for SimClock {
+    type Sleep = Sleep;
+    fn now(&self) -> Tick {
+        Tick(self.0.now.get())
+    }
+    fn sleep(&self, ns: u64) -> Sleep {
+        let state = Rc::new(RefCell::new(IoState::default()));
+        self.0
+            .timers
+            .borrow_mut()
+            .push((self.0.now.get() + ns.max(1), Rc::clone(&state)));
+        Sleep(Io(state))
+    }
+}
+pub(crate) struct Sleep(Io);
+impl Future for Sleep {
+    type Output = ();
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        Pin::new(&mut self.0).poll(cx).map(|_| ())
+    }
+}
+
+pub(crate) struct SimFront(pub Rc<World>);
+impl Front for SimFront {
+    type Io = Io;
+    fn fetch(&self, id: RequestId, offset: u32, len: u32, lease: &Lease, into: u32) -> Io {
+        let (world, lease) = (Rc::clone(&self.0), lease.clone());
+        self.0.start(Box::new(move || {
+            let pages = world.pages.borrow();
+            let from = &pages[usize::from(id.tag)][offset as usize..][..len as usize];
+            for (c, b) in lease
+                .cells(into as usize..(into + len) as usize)
+                .iter()
+                .zip(from)
+            {
+                c.set(*b);
+            }
+            Ok(())
+        }))
+    }
+    fn fill(&self, id: RequestId, offset: u32, len: u32, lease: &Lease, from: u32) -> Io {
+        let (world, lease) = (Rc::clone(&self.0), lease.clone());
+        self.0.start(Box::new(move || {
+            let mut pages = world.pages.borrow_mut();
+            let to = &mut pages[usize::from(id.tag)][offset as usize..][..len as usize];
+            for (c, b) in lease
+                .cells(from as usize..(from + len) as usize)
+                .iter()
+                .zip(to)
+            {
+                *b = c.get();
+            }
+            Ok(())
+        }))
+    }
+}
+
+/// The memory is shared with a successor, as a file on tmpfs is.
+pub(crate) struct SimMemory(pub Rc<Vec<Cell<u8>>>);
+impl Memory for SimMemory {
+    fn bytes(&self) -> usize {
+        self.0.len()
+    }
+    fn cells(&self, range: Range<usize>) -> &[Cell<u8>] {
+        &self.0[range]
+    }
+}
+
+pub(crate) fn memory() -> Rc<Vec<Cell<u8>>> {
+    Rc::new(vec![Cell::new(0); PREFIX + 3 * BLOCK_MAX])
+}
+
+#[derive(Debug)]
+pub(crate) struct Sim;
+impl Env for Sim {
+    type Disk = MemDisk;
+    type Clock = SimClock;
+    type Front = SimFront;
+}
+
+pub(crate) const SYSTEM: SystemUuid = SystemUuid::from_bytes([7; 16]);
+pub(crate) const GROUP: GroupUuid = GroupUuid::from_bytes([9; 16]);
+
+pub(crate) fn uuid(n: u8) -> DiskUuid {
+    DiskUuid::from_bytes([n + 1; 16])
+}
+
+pub(crate) fn given(world: &Rc<World>, n: u8, store: &Rc<Store>) -> Given<MemDisk> {
+    let disk = MemDisk {
+        world: Rc::clone(world),
+        store: Rc::clone(store),
+        abandoned: Rc::default(),
+        hung: Rc::default(),
+    };
+    Given {
+        uuid: uuid(n),
+        path: format!("/dev/disk{n}"),
+        disk,
+    }
+}
+
+pub(crate) fn parts(
+    world: &Rc<World>,
+    members: Vec<Given<MemDisk>>,
+    memory: &Rc<Vec<Cell<u8>>>,
+) -> Parts<Sim> {
+    let random = Rc::clone(world);
+    Parts {
+        system: SYSTEM,
+        members,
+        pool: Pool::new(Box::new(SimMemory(Rc::clone(memory)))),
+        clock: SimClock(Rc::clone(world)),
+        front: SimFront(Rc::clone(world)),
+        random: Box::new(move || {
+            let mut bytes = [0; 16];
+            for b in &mut bytes {
+                *b = random.random(255) as u8 + 1;
+            }
+            bytes
+        }),
+    }
+}
+
+pub(crate) fn run(world: &Rc<World>, group: &Rc<RaidGroup<Sim>>) {
+    for _ in 0..WORKERS {
+        world.spawn(Rc::clone(group).worker());
+    }
+    world.spawn(Rc::clone(group).background());
+    world.spawn(Rc::clone(group).watch());
+}
