@@ -21,6 +21,8 @@ use crate::ublk::{Geometry, identity};
 
 /// How long the tags of a stopped device may take to come back: member I/O in flight ends or is given up.
 const DETACH_LIMIT: Duration = Duration::from_secs(60);
+/// The engine answers discards and zeroing with EOPNOTSUPP, which makes mkfs fail where they are announced.
+const ENGINE_DISCARDS: bool = false;
 /// Most requests of a LU at a time.
 const DEPTH_MAX: u16 = 1024;
 
@@ -378,7 +380,7 @@ impl Group {
         let found = group.lus.iter().find(|status| status.lu == lu);
         let status = found
             .ok_or_else(|| ApiError::new(ErrorKind::NoService, format!("there is no LU {lu}")))?;
-        let geometry = Geometry::of(&group, status.capacity, true);
+        let geometry = Geometry::of(&group, status.capacity, ENGINE_DISCARDS);
         let info = kernel
             .add(again, identity(lu), status.depth, &geometry)
             .map_err(say("the device cannot be made"))?;

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use lunar_api::target::{Features, TargetAnswer, TargetReply, TargetRequest};
 use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid, SystemUuid};
-use lunar_engine::raid_group;
+use lunar_engine::label;
 
 use crate::buffers::{Mapping, PROBE_BYTES};
 use crate::control::api_error;
@@ -219,7 +219,7 @@ impl Groups {
             let found = self.with_probe(|owner| {
                 owner.call(async move |local| {
                     let disk = open(&local, &path, fd)?;
-                    Ok(raid_group::probe(&disk, &path, &local.pool).await)
+                    Ok(label::probe(&disk, &path, &local.pool).await)
                 })?
             });
             disks.push(found?);
@@ -238,7 +238,7 @@ impl Groups {
         self.with_probe(|owner| {
             owner.call(async move |local| {
                 let disk = open(&local, &path, fd)?;
-                raid_group::label(&disk, &local.pool, system, uuid).await
+                label::label(&disk, &local.pool, system, uuid).await
             })?
         })?;
         Ok(TargetAnswer::Done)
@@ -249,7 +249,7 @@ impl Groups {
         self.with_probe(|owner| {
             owner.call(async move |local| {
                 let disk = open(&local, &path, fd)?;
-                raid_group::wipe(&disk, &local.pool).await
+                label::wipe(&disk, &local.pool).await
             })?
         })?;
         Ok(TargetAnswer::Done)

@@ -236,6 +236,7 @@ impl Local {
             self.spawn_counted(Rc::clone(&group).worker());
         }
         self.spawn_counted(Rc::clone(&group).background());
+        self.spawn_counted(Rc::clone(&group).watch());
         assert!(self.group.set(group).is_ok(), "one group a thread");
     }
 

@@ -18,6 +18,8 @@ use lunar_engine::raid_group;
 
 /// Largest request: what one private copy takes, and 1/48 of the pool.
 pub(crate) const IO_BYTES_MAX: u32 = 512 << 10;
+/// The engine's grain: what is smaller it reads, merges and writes back.
+const PHYSICAL_BLOCK: u32 = lunar_engine::plan::GRAIN;
 /// Sectors of a discard or zeroing request; kernels before 6.11 cut what does not fit 32 bits of bytes.
 const ZEROES_SECTORS_MAX: u32 = u32::MAX >> 9;
 /// Least alignment of a request's pages that members take: the block layer's own default.
@@ -156,7 +158,7 @@ impl Geometry {
         Self {
             bytes,
             logical_block: group.logical_block,
-            physical_block: u32::try_from(raid_group_grain()).unwrap_or(4096),
+            physical_block: PHYSICAL_BLOCK,
             io_min,
             io_opt: 1 << stripe.max(1).ilog2(),
             discard,
@@ -196,11 +198,6 @@ impl Geometry {
         put(4, &types.to_ne_bytes());
         to
     }
-}
-
-/// Smallest unit that the engine writes without reading, in bytes.
-fn raid_group_grain() -> u64 {
-    4096
 }
 
 /// One control command as it goes to the kernel.

@@ -198,14 +198,21 @@ impl Device {
             sys::UBLK_IO_OP_WRITE_ZEROES => HostVerb::WriteZeroes,
             _ => return Err(libc::EOPNOTSUPP),
         };
+        // A flush has no place; what the kernel leaves there is beyond every device.
+        let (sector, sectors) = match verb {
+            HostVerb::Flush => (0, 0),
+            HostVerb::Read | HostVerb::Write { .. } | HostVerb::Discard | HostVerb::WriteZeroes => {
+                (descriptor.start_sector, descriptor.nr_sectors)
+            }
+        };
         Ok(HostRequest {
             id: RequestId {
                 device: self.slot,
                 tag,
             },
             verb,
-            at: descriptor.start_sector << 9,
-            len: u64::from(descriptor.nr_sectors) << 9,
+            at: sector << 9,
+            len: u64::from(sectors) << 9,
             // Registration failed for this one: it goes by copy.
             zero_copy: self.shape.zero_copy && flags & sys::UBLK_IO_F_NEED_REG_BUF == 0,
         })
