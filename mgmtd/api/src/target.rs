@@ -291,6 +291,8 @@ pub struct MemberStatus {
     pub disk: DiskUuid,
     pub path: String,
     pub state: MemberState,
+    /// Bytes from the start of the disk to the group's data; 0 where nobody is.
+    pub data_offset: u64,
     /// Why it is not in sync; empty when it is.
     pub reason: String,
     /// Counted since the group started.

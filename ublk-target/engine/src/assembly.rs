@@ -44,7 +44,7 @@ pub struct Plan {
 /// cut may have stopped an update after one member of four, and the others are not behind by that.
 ///
 /// # Errors  `NoService` with the reason: not enough members, two histories, older than the witness, unclean after
-///           a power loss and degraded; `Usage` for disks that are not of this group
+/// a power loss and degraded; `Usage` for disks that are not of this group
 pub fn assemble(
     group: GroupUuid,
     present: &[Present],

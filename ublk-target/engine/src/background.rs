@@ -100,7 +100,7 @@ impl<E: Env> RaidGroup<E> {
     /// Runs one resync or rebuild to its end.
     ///
     /// # Crash  what is above the durable cursor is done again; the cursor is durable only after a flush of
-    ///          what was written below it
+    /// what was written below it
     async fn sync(&self) -> Result<(), ()> {
         let slot = self.rebuilding();
         let (action, name) = match slot {

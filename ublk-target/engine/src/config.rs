@@ -132,7 +132,7 @@ impl GroupConfig {
     /// Writes it as JSON, and returns what the superblock has to say of it.
     ///
     /// # Errors  what [`Self::decode`] would refuse, and what is longer than any slot; whether it fits the slots
-    ///           that the members have, [`check_fits`] says
+    /// that the members have, [`check_fits`] says
     pub fn encode(
         &self,
         geometry: &Geometry,

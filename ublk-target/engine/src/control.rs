@@ -23,7 +23,7 @@ impl<E: Env> RaidGroup<E> {
     /// Makes a LU durable; the rim then makes its device.
     ///
     /// # Crash  the new configuration is durable on every member before the superblocks point to it: the LU is
-    ///          there with all its extents, or not at all
+    /// there with all its extents, or not at all
     pub async fn lu_create(
         &self,
         uuid: LuUuid,

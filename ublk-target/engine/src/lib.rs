@@ -5,15 +5,26 @@
 
 #![deny(unsafe_code)]
 
+pub mod assembly;
+mod background;
 pub mod config;
+mod control;
 pub mod extents;
 pub mod geometry;
+mod inflight;
+pub mod label;
 pub mod limits;
+mod member;
 pub mod parity;
+pub mod plan;
 pub mod pool;
 mod publish;
 pub mod raid_group;
 pub mod reserve;
+mod serve;
+mod start;
+mod stripe_ops;
+mod stripe_table;
 pub mod superblock;
 pub mod sync;
 pub mod traits;

@@ -100,6 +100,7 @@ impl<D: Disk> Member<D> {
             disk: self.uuid,
             path: self.path.clone(),
             state: self.state.get(),
+            data_offset: self.data_offset,
             reason: self.reason.borrow().clone(),
             reads: self.reads.get(),
             writes: self.writes.get(),

@@ -22,7 +22,8 @@ pub struct Span {
 }
 
 /// Bytes of a grain; a smaller write reads what surrounds it.
-pub const GRAIN: u32 = crate::limits::GRAIN as u32;
+pub const GRAIN: u32 = 4096;
+const _: () = assert!(GRAIN as u64 == crate::limits::GRAIN);
 
 impl Span {
     /// Grains that it touches.

@@ -79,7 +79,7 @@ impl<E: Env> RaidGroup<E> {
     /// Fails members for what they answered, durably.
     ///
     /// # Errors  EIO if redundancy does not allow it: then the group stops serving what it cannot prove, and
-    ///           nothing is written to the superblocks, so that they still say what was true last
+    /// nothing is written to the superblocks, so that they still say what was true last
     pub(crate) async fn fail(&self, slots: u64, why: &str) -> Result<(), Errno> {
         let rebuilding = self.rebuilding().map_or(0, |slot| 1u64 << slot);
         let live = slots & (self.in_sync.get() | rebuilding);
@@ -172,7 +172,7 @@ impl<E: Env> RaidGroup<E> {
     /// Writes the superblocks until the disks say what memory says.
     ///
     /// # Crash  per member copy 0 is durable before copy 1 is begun; across members in parallel. After a stop in
-    ///          between, the newest generation decides, and members that are behind are not stale by that
+    /// between, the newest generation decides, and members that are behind are not stale by that
     /// # Errors  EIO when too few members are left to say anything
     pub(crate) async fn publish(&self) -> Result<(), Errno> {
         let wanted = self.generation.get();

@@ -30,7 +30,7 @@ impl<E: Env> RaidGroup<E> {
     /// Serves one host request to its end. `lu` is the handle of `lus`. Allocates nothing.
     ///
     /// # Crash  a write is answered after its data, its parity, and the state that they rely on are written
-    ///          (with FUA: durable); before the answer each of its sectors is old or new
+    /// (with FUA: durable); before the answer each of its sectors is old or new
     pub async fn serve(&self, lu: u16, request: HostRequest) -> Result<(), Errno> {
         let Some(lu) = self.lu(lu) else {
             return Err(EIO);

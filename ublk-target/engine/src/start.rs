@@ -31,7 +31,7 @@ impl<E: Env> RaidGroup<E> {
     /// Writes superblocks and configuration to fresh members, and runs the group.
     ///
     /// # Crash  a member's superblock names the group only after its configuration is durable; members that were
-    ///          not reached stay free disks, and the group does not start without them
+    /// not reached stay free disks, and the group does not start without them
     /// # Errors  a level that cannot have so many members, a chunk that is none, disks that do not fit together
     pub async fn create(parts: Parts<E>, spec: CreateSpec) -> Result<Rc<Self>, ApiError> {
         let what = "the group could not be made";
@@ -117,7 +117,7 @@ impl<E: Env> RaidGroup<E> {
     /// Assembles, replays what a dead predecessor had in flight, and runs the group.
     ///
     /// # Crash  replay writes what was being written, again: it may be repeated. The superblocks change only after
-    ///          it, and before anything is served
+    /// it, and before anything is served
     /// # Errors  what `assembly` refuses, by name; an unreadable configuration
     pub async fn start(parts: Parts<E>, spec: StartSpec) -> Result<Rc<Self>, ApiError> {
         let what = "the group could not be started";
@@ -205,6 +205,13 @@ impl<E: Env> RaidGroup<E> {
                 .publish()
                 .await
                 .map_err(|_| failed(what, "too few members took the superblock"))?;
+        }
+        if unreplayed != 0 {
+            let why = "did not take what a dead process was writing";
+            group
+                .fail(unreplayed, why)
+                .await
+                .map_err(|_| failed(what, format!("a member {why}")))?;
         }
         if left.is_some() {
             group.event(

@@ -125,7 +125,7 @@ impl<E: Env> RaidGroup<E> {
     /// Writes data and parity of one stripe.
     ///
     /// # Crash  process: the in-flight log has every write of a pass before the first of them is issued. Power:
-    ///          data and parity may be torn; policy `none` resyncs the group (write hole open)
+    /// data and parity may be torn; policy `none` resyncs the group (write hole open)
     async fn write_parity(&self, stripe: u64, batch: &[Item]) -> Result<(), Errno> {
         let mut spans: ArrayVec<Span, { crate::plan::WRITES_MAX }> = ArrayVec::new();
         let mut fua = false;

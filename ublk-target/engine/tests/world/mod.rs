@@ -1,6 +1,11 @@
 //! A small world for the engine: disks in memory, a clock that jumps, one thread. Each I/O completes on a later
 //! turn, in an order drawn from a seed.
-#![allow(dead_code, clippy::cast_possible_truncation)]
+#![allow(
+    dead_code,
+    missing_debug_implementations,
+    clippy::cast_possible_truncation,
+    clippy::type_complexity
+)]
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -266,9 +271,7 @@ pub(crate) struct MemDisk {
     pub world: Rc<World>,
     pub store: Rc<Store>,
     pub abandoned: Rc<Cell<bool>>,
-    pub hung: Rc<RefCell<Vec<Rc<RefCell<IoState2>>>>>,
 }
-pub(crate) type IoState2 = ();
 
 impl Disk for MemDisk {
     type Io = Io;
@@ -298,8 +301,6 @@ impl Disk for MemDisk {
             Buf::Request(id) => Held::Pages(usize::from(id.tag)),
             Buf::Pool(lease) => Held::Lease(lease.clone()),
         };
-        let pages = Rc::clone(&self.world);
-        let _ = &pages;
         self.world.start(Box::new(move || {
             if abandoned.get() {
                 return Err(DiskError::Abandoned);
@@ -486,7 +487,6 @@ pub(crate) fn given(world: &Rc<World>, n: u8, store: &Rc<Store>) -> Given<MemDis
         world: Rc::clone(world),
         store: Rc::clone(store),
         abandoned: Rc::default(),
-        hung: Rc::default(),
     };
     Given {
         uuid: uuid(n),
