@@ -1,0 +1,168 @@
+//! Time of an owner thread: read once a turn, handed to the engine, with the waits that hang on it.
+
+use std::cell::{Cell, RefCell};
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use lunar_engine::traits::{Clock, Tick};
+
+/// Waits that there is room for before the lists grow: every tag and worker of a busy group.
+const SLEEPS_EXPECTED: usize = 4096;
+
+#[derive(Debug, Default)]
+struct Place {
+    generation: u32,
+    fired: bool,
+    waker: Option<Waker>,
+}
+
+#[derive(Debug, Default)]
+struct Sleeps {
+    places: Vec<Place>,
+    free: Vec<u32>,
+    /// Earliest first; entries of dropped waits stay until they are due.
+    due: BinaryHeap<Reverse<(u64, u32, u32)>>,
+}
+
+/// The waits of one thread.
+#[derive(Debug)]
+pub(crate) struct Timers {
+    base: Instant,
+    now: Cell<u64>,
+    sleeps: RefCell<Sleeps>,
+}
+
+impl Timers {
+    /// Makes an empty set; its clock starts at 1 ns.
+    pub(crate) fn new() -> Rc<Self> {
+        Rc::new(Self {
+            base: Instant::now(),
+            now: Cell::new(1),
+            sleeps: RefCell::new(Sleeps {
+                places: Vec::with_capacity(SLEEPS_EXPECTED),
+                free: Vec::with_capacity(SLEEPS_EXPECTED),
+                due: BinaryHeap::with_capacity(SLEEPS_EXPECTED),
+            }),
+        })
+    }
+
+    /// Nanoseconds as of the last [`Timers::turn`].
+    pub(crate) fn now(&self) -> u64 {
+        self.now.get()
+    }
+
+    /// Reads the clock and wakes what is due.
+    pub(crate) fn turn(&self) {
+        let now = u64::try_from(self.base.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.now.set(now + 1);
+        let sleeps = &mut *self.sleeps.borrow_mut();
+        while let Some(Reverse((at, place, generation))) = sleeps.due.peek().copied() {
+            if at > now {
+                return;
+            }
+            sleeps.due.pop();
+            let place = &mut sleeps.places[place as usize];
+            if place.generation == generation {
+                place.fired = true;
+                if let Some(waker) = place.waker.take() {
+                    waker.wake();
+                }
+            }
+        }
+    }
+
+    /// Time until the next wait is due; None: there is none.
+    pub(crate) fn next(&self) -> Option<Duration> {
+        let sleeps = self.sleeps.borrow();
+        let Reverse((at, ..)) = sleeps.due.peek()?;
+        Some(Duration::from_nanos(at.saturating_sub(self.now.get()) + 1))
+    }
+
+    fn start(self: &Rc<Self>, ns: u64) -> Sleep {
+        let sleeps = &mut *self.sleeps.borrow_mut();
+        let place = sleeps.free.pop().unwrap_or_else(|| {
+            sleeps.places.push(Place::default());
+            u32::try_from(sleeps.places.len() - 1).expect("far fewer than 2^32 waits")
+        });
+        let generation = sleeps.places[place as usize].generation;
+        let at = self.now.get().saturating_add(ns);
+        sleeps.due.push(Reverse((at, place, generation)));
+        Sleep {
+            timers: Rc::clone(self),
+            place,
+        }
+    }
+}
+
+/// A wait; dropping it forgets it.
+#[derive(Debug)]
+pub(crate) struct Sleep {
+    timers: Rc<Timers>,
+    place: u32,
+}
+
+impl Future for Sleep {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let place = &mut self.timers.sleeps.borrow_mut().places[self.place as usize];
+        if place.fired {
+            return Poll::Ready(());
+        }
+        place.waker = Some(cx.waker().clone());
+        Poll::Pending
+    }
+}
+
+impl Drop for Sleep {
+    fn drop(&mut self) {
+        let sleeps = &mut *self.timers.sleeps.borrow_mut();
+        let place = &mut sleeps.places[self.place as usize];
+        place.generation = place.generation.wrapping_add(1);
+        place.fired = false;
+        place.waker = None;
+        sleeps.free.push(self.place);
+    }
+}
+
+/// The clock that the engine gets.
+#[derive(Debug, Clone)]
+pub(crate) struct RingClock(pub Rc<Timers>);
+
+impl Clock for RingClock {
+    type Sleep = Sleep;
+
+    fn now(&self) -> Tick {
+        Tick(self.0.now())
+    }
+
+    fn sleep(&self, ns: u64) -> Sleep {
+        self.0.start(ns)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sleep_fires_when_due_and_not_when_dropped() {
+        let timers = Timers::new();
+        let clock = RingClock(Rc::clone(&timers));
+        let dropped = clock.sleep(0);
+        drop(dropped);
+        let mut late = clock.sleep(3_600_000_000_000);
+        let mut soon = clock.sleep(0);
+        while timers.next() < Some(Duration::from_secs(60)) {
+            timers.turn();
+        }
+        let mut cx = Context::from_waker(Waker::noop());
+        assert_eq!(Pin::new(&mut soon).poll(&mut cx), Poll::Ready(()));
+        assert_eq!(Pin::new(&mut late).poll(&mut cx), Poll::Pending);
+    }
+}

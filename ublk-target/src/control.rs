@@ -1,0 +1,201 @@
+//! The control socket: one thread a connection, requests answered in order.
+
+use std::error::Error;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use lunar_api::target::{MESSAGE_MAX, TARGET_API, TargetAnswer, TargetReply, TargetRequest};
+use lunar_api::{ApiError, ErrorKind, SystemUuid};
+
+use crate::groups::Groups;
+use crate::socket::{self, Message};
+
+/// Connections at a time: mgmtd has a few, nobody else has any.
+const CONNECTIONS_MAX: usize = 16;
+const STACK_BYTES: usize = 256 << 10;
+
+/// Makes the error that crosses the socket, with its causes.
+pub(crate) fn api_error(kind: ErrorKind, what: &str, error: &dyn Error) -> ApiError {
+    let mut answer = ApiError::new(kind, what).because(error.to_string());
+    let mut source = error.source();
+    while let Some(cause) = source {
+        answer = answer.because(cause.to_string());
+        source = cause.source();
+    }
+    answer
+}
+
+/// Accepts for ever.
+pub(crate) fn listen(listener: &UnixListener, groups: &Arc<Groups>) {
+    let open = Arc::new(AtomicUsize::new(0));
+    loop {
+        let connection = match socket::accept(listener) {
+            Ok(connection) => connection,
+            Err(error) => {
+                tracing::error!(error = &error as &dyn Error, "no connection");
+                let _ = crossbeam::channel::after(Duration::from_millis(100)).recv();
+                continue;
+            }
+        };
+        if open.fetch_add(1, Ordering::Relaxed) >= CONNECTIONS_MAX {
+            open.fetch_sub(1, Ordering::Relaxed);
+            let reply = Err(ApiError::new(
+                ErrorKind::Busy,
+                format!("all {CONNECTIONS_MAX} connections are in use"),
+            ));
+            put(&connection, &reply);
+            continue;
+        }
+        let (groups, open) = (Arc::clone(groups), Arc::clone(&open));
+        let counted = Arc::clone(&open);
+        let thread = std::thread::Builder::new()
+            .name("control".into())
+            .stack_size(STACK_BYTES)
+            .spawn(move || {
+                serve(&connection, &groups);
+                open.fetch_sub(1, Ordering::Relaxed);
+            });
+        if let Err(error) = thread {
+            counted.fetch_sub(1, Ordering::Relaxed);
+            tracing::error!(%error, "no thread for a connection");
+        }
+    }
+}
+
+fn put(connection: &OwnedFd, reply: &TargetReply) -> bool {
+    let bytes = match serde_json::to_vec(reply) {
+        Ok(bytes) if bytes.len() <= MESSAGE_MAX => bytes,
+        Ok(_) | Err(_) => {
+            br#"{"Err":{"kind":"failed","message":"the answer is too long"}}"#.to_vec()
+        }
+    };
+    socket::answer(connection, &bytes).is_ok()
+}
+
+fn serve(connection: &OwnedFd, groups: &Arc<Groups>) {
+    // Only as much as packets need is ever touched, but it is locked: shared by all would be a lock.
+    let mut buffer = vec![0; MESSAGE_MAX];
+    let mut system = None;
+    loop {
+        let (reply, end) = match socket::receive(connection, &mut buffer) {
+            Ok(None) => return,
+            Ok(Some(message)) => match decode(&message) {
+                Ok(request) => {
+                    let end = request == TargetRequest::Shutdown;
+                    let reply = dispatch(request, message.fds, &mut system, groups);
+                    let end = end && reply.is_ok();
+                    (reply, end)
+                }
+                Err(error) => (Err(error), false),
+            },
+            Err(socket::SocketError::TooLong) => (
+                Err(ApiError::new(
+                    ErrorKind::Usage,
+                    socket::SocketError::TooLong.to_string(),
+                )),
+                false,
+            ),
+            Err(socket::SocketError::Io(_)) => return,
+        };
+        let heard = put(connection, &reply);
+        if end {
+            std::process::exit(0);
+        }
+        if !heard {
+            return;
+        }
+    }
+}
+
+fn decode(message: &Message) -> Result<TargetRequest, ApiError> {
+    serde_json::from_slice(&message.bytes)
+        .map_err(|error| api_error(ErrorKind::Usage, "the request makes no sense", &error))
+}
+
+fn take<const N: usize>(fds: Vec<OwnedFd>) -> Result<[OwnedFd; N], ApiError> {
+    let count = fds.len();
+    fds.try_into().map_err(|_| {
+        let what = format!("{N} descriptors are needed with this request, {count} came");
+        ApiError::new(ErrorKind::Usage, what)
+    })
+}
+
+fn dispatch(
+    request: TargetRequest,
+    fds: Vec<OwnedFd>,
+    hello: &mut Option<SystemUuid>,
+    groups: &Arc<Groups>,
+) -> TargetReply {
+    if let TargetRequest::Hello { api, system } = request {
+        if api != TARGET_API {
+            let what = format!("version {api} of the protocol is not spoken, {TARGET_API} is");
+            return Err(ApiError::new(ErrorKind::Usage, what));
+        }
+        groups.set_system(system)?;
+        *hello = Some(system);
+        return Ok(TargetAnswer::Hello {
+            api,
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            features: groups.features().clone(),
+        });
+    }
+    let Some(system) = *hello else {
+        return Err(ApiError::new(
+            ErrorKind::Usage,
+            "the first message is hello",
+        ));
+    };
+    match request {
+        TargetRequest::Hello { .. } => unreachable!("answered above"),
+        TargetRequest::Probe { paths } => groups.probe(paths, fds),
+        TargetRequest::Label { path, disk } => {
+            let [fd] = take(fds)?;
+            groups.label(path, fd, system, disk)
+        }
+        TargetRequest::Wipe { path } => {
+            let [fd] = take(fds)?;
+            groups.wipe(path, fd)
+        }
+        request @ (TargetRequest::GroupCreate { .. } | TargetRequest::GroupStart { .. }) => {
+            groups.begin(request, fds, system)
+        }
+        TargetRequest::GroupStop { group } => groups.end(group, false),
+        TargetRequest::GroupDelete { group } => groups.end(group, true),
+        TargetRequest::GroupRename { group, name } => groups.get(group)?.rename(name),
+        TargetRequest::GroupSet {
+            group,
+            rebuild_min_bytes,
+            rebuild_max_bytes,
+        } => groups.get(group)?.set(rebuild_min_bytes, rebuild_max_bytes),
+        TargetRequest::MemberFail { group, disk } => groups.get(group)?.member_fail(disk),
+        TargetRequest::MemberReplace {
+            group,
+            slot,
+            member,
+        } => {
+            let [fd] = take(fds)?;
+            groups.get(group)?.member_replace(slot, member, fd)
+        }
+        TargetRequest::LuCreate {
+            group,
+            lu,
+            name,
+            size,
+            depth,
+        } => groups.get(group)?.lu_create(lu, name, size, depth),
+        TargetRequest::LuDelete { group, lu } => groups.get(group)?.lu_delete(lu),
+        TargetRequest::LuRename { group, lu, name } => groups.get(group)?.lu_rename(lu, name),
+        TargetRequest::Status => groups.status(),
+        TargetRequest::Events { after, wait_ms } => {
+            let events = groups
+                .events()
+                .after(after, Duration::from_millis(wait_ms.into()));
+            Ok(TargetAnswer::Events { events })
+        }
+        TargetRequest::Shutdown => groups.shutdown().map(|()| TargetAnswer::Done),
+    }
+}

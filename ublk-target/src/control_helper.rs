@@ -1,0 +1,369 @@
+//! ublk control commands, out of the way of everything else.
+//!
+//! A control command can block for ever (a device whose server hangs holds a lock that every other command
+//! wants). So none runs in this process: a helper, forked before there are threads and descriptors, forks a
+//! child for each, and gives up on one that takes too long. It holds no device, so that it never stands in
+//! the way of a recovery.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Sender, bounded};
+use libublk::sys;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
+
+use crate::sandbox::{SandboxError, fork_single};
+use crate::ublk::{self, Command};
+
+const CONTROL: &str = "/dev/ublk-control";
+/// Longest message: a command with its parameters as JSON.
+const MESSAGE_MAX: usize = 16 << 10;
+/// START_DEV and END_USER_RECOVERY wait for every tag; TRY_STOP and DEL for I/O to drain.
+const LIMIT_LONG: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(10);
+/// Added before this side gives up on the helper itself.
+const HELPER_SLACK: Duration = Duration::from_secs(5);
+
+/// What a child of the helper does.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+enum Job {
+    Command(Command),
+    /// STOP_DEV, if the block device can be opened exclusively: for kernels without TRY_STOP_DEV.
+    StopUnheld(u32),
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Order {
+    id: u64,
+    job: Job,
+    limit_ms: u64,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Report {
+    id: u64,
+    /// Result of the command, negative errno, or None: it took too long or died.
+    result: Option<i32>,
+    buffer: Vec<u8>,
+}
+
+/// Why a control command did not succeed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ControlError {
+    #[error("ublk command {name} on device {device} failed")]
+    Failed {
+        name: String,
+        device: u32,
+        #[source]
+        source: io::Error,
+    },
+    #[error("ublk command {name} on device {device} did not end in {seconds} s and was given up")]
+    Late {
+        name: String,
+        device: u32,
+        seconds: u64,
+    },
+    #[error("the process for ublk control commands is gone")]
+    Gone(#[source] io::Error),
+}
+
+impl ControlError {
+    /// The kernel's errno, if it gave one.
+    pub(crate) fn errno(&self) -> Option<i32> {
+        match self {
+            Self::Failed { source, .. } => source.raw_os_error(),
+            Self::Late { .. } | Self::Gone(_) => None,
+        }
+    }
+}
+
+type Waiting = Arc<Mutex<BTreeMap<u64, Sender<Report>>>>;
+
+/// This side of the helper.
+#[derive(Debug)]
+pub(crate) struct ControlHelper {
+    socket: OwnedFd,
+    waiting: Waiting,
+    next: AtomicU64,
+}
+
+/// The helper, forked but not attended yet.
+#[derive(Debug)]
+pub(crate) struct Forked(OwnedFd);
+
+/// Forks the helper. While the process has one thread.
+pub(crate) fn fork_helper() -> Result<Forked, SandboxError> {
+    let (ours, theirs) = pair()?;
+    if fork_single()?.is_some() {
+        return Ok(Forked(ours));
+    }
+    drop(ours);
+    serve(&theirs);
+    std::process::exit(0);
+}
+
+fn pair() -> Result<(OwnedFd, OwnedFd), SandboxError> {
+    let pair = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    );
+    crate::sandbox::step("no socket pair", pair)
+}
+
+impl Forked {
+    /// Starts the thread that hands reports to who waits for them.
+    pub(crate) fn attend(self) -> io::Result<ControlHelper> {
+        let waiting = Waiting::default();
+        let (reports, socket) = (Arc::clone(&waiting), self.0.try_clone()?);
+        std::thread::Builder::new()
+            .name("control-reports".into())
+            .stack_size(128 << 10)
+            .spawn(move || hand_out(&socket, &reports))?;
+        Ok(ControlHelper {
+            socket: self.0,
+            waiting,
+            next: AtomicU64::new(1),
+        })
+    }
+}
+
+fn hand_out(socket: &OwnedFd, waiting: &Waiting) {
+    let mut buffer = vec![0; MESSAGE_MAX];
+    while let Ok(Some(report)) = receive::<Report>(socket.as_fd(), &mut buffer) {
+        let to = waiting
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&report.id);
+        // Nobody waits for what was given up.
+        if let Some(to) = to {
+            let _ = to.send(report);
+        }
+    }
+    // Dropping the senders tells everybody.
+    waiting
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .clear();
+    tracing::error!("the process for ublk control commands is gone");
+}
+
+fn receive<T: for<'a> Deserialize<'a>>(
+    socket: BorrowedFd<'_>,
+    buffer: &mut [u8],
+) -> io::Result<Option<T>> {
+    loop {
+        match recv(socket.as_raw_fd(), buffer, MsgFlags::empty()) {
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+            Ok(0) => return Ok(None),
+            Ok(count) => return Ok(Some(serde_json::from_slice(&buffer[..count])?)),
+        }
+    }
+}
+
+fn put<T: Serialize>(socket: BorrowedFd<'_>, message: &T) -> io::Result<()> {
+    let bytes = serde_json::to_vec(message)?;
+    send(socket.as_raw_fd(), &bytes, MsgFlags::MSG_NOSIGNAL)?;
+    Ok(())
+}
+
+impl ControlHelper {
+    /// Runs a command; blocks for at most its limit.
+    pub(crate) fn run(&self, command: Command) -> Result<(i32, Vec<u8>), ControlError> {
+        let (name, device) = (command.name.clone(), command.device);
+        let limit = match command.op {
+            sys::UBLK_U_CMD_START_DEV
+            | sys::UBLK_U_CMD_END_USER_RECOVERY
+            | sys::UBLK_U_CMD_STOP_DEV
+            | sys::UBLK_U_CMD_TRY_STOP_DEV
+            | sys::UBLK_U_CMD_DEL_DEV => LIMIT_LONG,
+            _ => LIMIT,
+        };
+        self.order(Job::Command(command), name, device, limit)
+    }
+
+    /// Stops a device that nobody has mounted or opened exclusively.
+    pub(crate) fn stop_unheld(&self, device: u32) -> Result<(), ControlError> {
+        let name = "STOP_DEV".to_owned();
+        self.order(Job::StopUnheld(device), name, device, LIMIT_LONG)
+            .map(drop)
+    }
+
+    fn order(
+        &self,
+        job: Job,
+        name: String,
+        device: u32,
+        limit: Duration,
+    ) -> Result<(i32, Vec<u8>), ControlError> {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let (to, report) = bounded(1);
+        self.waiting
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(id, to);
+        let limit_ms = u64::try_from(limit.as_millis()).expect("seconds");
+        put(self.socket.as_fd(), &Order { id, job, limit_ms }).map_err(ControlError::Gone)?;
+        let Ok(report) = report.recv_timeout(limit + HELPER_SLACK) else {
+            let error = io::Error::other("no answer");
+            return Err(ControlError::Gone(error));
+        };
+        match report.result {
+            Some(result) if result >= 0 => Ok((result, report.buffer)),
+            Some(errno) => {
+                let source = io::Error::from_raw_os_error(-errno);
+                Err(ControlError::Failed {
+                    name,
+                    device,
+                    source,
+                })
+            }
+            None => Err(ControlError::Late {
+                name,
+                device,
+                seconds: limit.as_secs(),
+            }),
+        }
+    }
+}
+
+// ---- the helper's own process ----
+
+struct Child {
+    pid: Pid,
+    pidfd: OwnedFd,
+    id: u64,
+    /// None: given up, only to be reaped.
+    deadline: Option<Instant>,
+}
+
+/// Serves until the other side is gone. Children that still run then are left to the kernel.
+fn serve(socket: &OwnedFd) {
+    let mut children: Vec<Child> = Vec::new();
+    let mut buffer = vec![0; MESSAGE_MAX];
+    loop {
+        let mut fds = vec![PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+        fds.extend(
+            children
+                .iter()
+                .map(|c| PollFd::new(c.pidfd.as_fd(), PollFlags::POLLIN)),
+        );
+        let _ = poll(&mut fds, next_timeout(&children));
+        let ordered = fds[0].any().unwrap_or(true);
+        children.retain(|child| !reaped(socket, child));
+        give_up_late(socket, &mut children);
+        if ordered {
+            match receive::<Order>(socket.as_fd(), &mut buffer) {
+                Ok(Some(order)) => start(socket, &order, &mut children),
+                Ok(None) | Err(_) => return,
+            }
+        }
+    }
+}
+
+fn next_timeout(children: &[Child]) -> PollTimeout {
+    let next = children.iter().filter_map(|child| child.deadline).min();
+    next.map_or(PollTimeout::NONE, |at| {
+        let left = at.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+        PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+    })
+}
+
+/// Reports for a child that died without doing so.
+fn reaped(socket: &OwnedFd, child: &Child) -> bool {
+    match waitpid(child.pid, Some(WaitPidFlag::WNOHANG)) {
+        Ok(WaitStatus::StillAlive) => false,
+        Ok(WaitStatus::Exited(_, 0)) => true,
+        Ok(_) | Err(_) => {
+            if child.deadline.is_some() {
+                report(socket, child.id, Some(-libc::EIO), Vec::new());
+            }
+            true
+        }
+    }
+}
+
+fn give_up_late(socket: &OwnedFd, children: &mut [Child]) {
+    let now = Instant::now();
+    for child in children {
+        if child.deadline.is_some_and(|deadline| deadline <= now) {
+            child.deadline = None;
+            report(socket, child.id, None, Vec::new());
+            // It may not die: the kernel waits uninterruptibly. Then it is left behind.
+            let _ = kill(child.pid, Signal::SIGKILL);
+        }
+    }
+}
+
+fn report(socket: &OwnedFd, id: u64, result: Option<i32>, buffer: Vec<u8>) {
+    // If nobody reads it there is nobody to tell.
+    let _ = put(socket.as_fd(), &Report { id, result, buffer });
+}
+
+fn start(socket: &OwnedFd, order: &Order, children: &mut Vec<Child>) {
+    match fork_single() {
+        Ok(None) => {
+            let (result, buffer) = work(&order.job);
+            report(socket, order.id, Some(result), buffer);
+            std::process::exit(0);
+        }
+        Ok(Some(pid)) => match open_pid(pid) {
+            Ok(pidfd) => children.push(Child {
+                pid,
+                pidfd,
+                id: order.id,
+                deadline: Some(Instant::now() + Duration::from_millis(order.limit_ms)),
+            }),
+            Err(_) => report(socket, order.id, Some(-libc::EIO), Vec::new()),
+        },
+        Err(_) => report(socket, order.id, Some(-libc::EAGAIN), Vec::new()),
+    }
+}
+
+fn open_pid(pid: Pid) -> io::Result<OwnedFd> {
+    crate::sandbox::pidfd(pid)
+}
+
+fn work(job: &Job) -> (i32, Vec<u8>) {
+    let done = match job {
+        Job::Command(command) => run_command(command.clone()),
+        Job::StopUnheld(device) => stop_if_unheld(*device),
+    };
+    done.unwrap_or_else(|error| (-error.raw_os_error().unwrap_or(libc::EIO), Vec::new()))
+}
+
+fn run_command(mut command: Command) -> io::Result<(i32, Vec<u8>)> {
+    let control = File::options().read(true).write(true).open(CONTROL)?;
+    let result = ublk::execute(&control, &mut command)?;
+    Ok((result, command.buffer))
+}
+
+fn stop_if_unheld(device: u32) -> io::Result<(i32, Vec<u8>)> {
+    let path = format!("/dev/ublkb{device}");
+    let held = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_EXCL)
+        .open(path)?;
+    drop(held);
+    run_command(Command {
+        op: sys::UBLK_U_CMD_STOP_DEV,
+        name: "STOP_DEV".into(),
+        device,
+        data: 0,
+        buffer: Vec::new(),
+    })
+}

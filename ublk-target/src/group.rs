@@ -1,0 +1,563 @@
+//! One running group as the control side sees it: its owner thread and the devices of its LUs.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use lunar_api::target::{
+    GroupStatus, LuSize, LuStatus, MemberSpec, TargetAnswer, TargetReply, TargetRequest,
+};
+use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid, LuUuid, SystemUuid};
+use lunar_engine::raid_group::{CreateSpec, Given, Parts, RaidGroup, StartSpec};
+
+use crate::buffers::Mapping;
+use crate::control::api_error;
+use crate::groups::{Common, open};
+use crate::owner::{Local, Owner};
+use crate::ublk::lifecycle::{Info, Lifecycle, LifecycleError};
+use crate::ublk::{Geometry, identity};
+
+/// How long the tags of a stopped device may take to come back: member I/O in flight ends or is given up.
+const DETACH_LIMIT: Duration = Duration::from_secs(60);
+/// The engine answers discards and zeroing with EOPNOTSUPP, which makes mkfs fail where they are announced.
+const ENGINE_DISCARDS: bool = false;
+/// Most requests of a LU at a time.
+const DEPTH_MAX: u16 = 1024;
+
+/// What the rim knows of a LU.
+#[derive(Debug, Clone, Default)]
+struct Path {
+    /// N of /dev/ublkbN.
+    number: Option<u32>,
+    /// Why it is not up.
+    problem: String,
+}
+
+/// A group that runs.
+#[derive(Debug)]
+pub(crate) struct Group {
+    pub(crate) uuid: GroupUuid,
+    common: Arc<Common>,
+    /// None once it has stopped.
+    owner: Mutex<Option<Arc<Owner>>>,
+    paths: Mutex<BTreeMap<LuUuid, Path>>,
+    /// Held by whoever changes something.
+    change: Mutex<()>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn usage(what: impl Into<String>) -> ApiError {
+    ApiError::new(ErrorKind::Usage, what)
+}
+
+/// How a group comes to be.
+enum Spec {
+    Create(CreateSpec),
+    Start(StartSpec),
+}
+
+impl Group {
+    /// Creates or starts the group of a request, and brings its LUs up.
+    pub(crate) fn begin(
+        common: &Arc<Common>,
+        request: TargetRequest,
+        mut fds: Vec<OwnedFd>,
+        system: SystemUuid,
+    ) -> Result<Self, ApiError> {
+        let (uuid, spec, members, devices) = match request {
+            TargetRequest::GroupCreate {
+                group,
+                name,
+                level,
+                chunk,
+                consistency,
+                assume_clean,
+                members,
+            } => {
+                let spec = CreateSpec {
+                    group,
+                    name,
+                    level,
+                    chunk,
+                    consistency,
+                    assume_clean,
+                };
+                (group, Spec::Create(spec), members, Vec::new())
+            }
+            TargetRequest::GroupStart {
+                group,
+                force,
+                members,
+                ublk_devices,
+                witness,
+                without: _,
+            } => {
+                let spec = StartSpec {
+                    group,
+                    force,
+                    witness,
+                };
+                (group, Spec::Start(spec), members, ublk_devices)
+            }
+            _ => return Err(usage("this request begins no group")),
+        };
+        if fds.len() != members.len() + 1 {
+            return Err(usage(format!(
+                "{} members and the in-flight file need as many descriptors, {} came",
+                members.len(),
+                fds.len()
+            )));
+        }
+        let file = fds.pop().expect("counted above");
+        let events = {
+            let common = Arc::clone(common);
+            move |happened| common.events.push(happened)
+        };
+        let name = format!("g-{:.8}", uuid.to_string());
+        let owner = Owner::spawn(&name, move || Mapping::of_file(&file.into()), events)?;
+        let begun = owner
+            .call(async move |local| begin_group(local, system, spec, members, fds).await)
+            .flatten();
+        if let Err(error) = begun {
+            owner.end();
+            return Err(error);
+        }
+        let group = Self {
+            uuid,
+            common: Arc::clone(common),
+            owner: Mutex::new(Some(Arc::new(owner))),
+            paths: Mutex::default(),
+            change: Mutex::default(),
+        };
+        group.bring_up(&devices)?;
+        Ok(group)
+    }
+
+    fn owner(&self) -> Result<Arc<Owner>, ApiError> {
+        let owner = lock(&self.owner).clone();
+        owner.ok_or_else(|| ApiError::new(ErrorKind::NoService, "the group has stopped"))
+    }
+
+    fn lifecycle(&self) -> Lifecycle<'_> {
+        Lifecycle {
+            helper: &self.common.helper,
+            features: &self.common.features,
+        }
+    }
+
+    /// Asks the engine something that may change the group.
+    fn change<T: Send + 'static>(
+        &self,
+        ask: impl AsyncFnOnce(Rc<RaidGroup<crate::owner::World>>) -> Result<T, ApiError>
+        + Send
+        + 'static,
+    ) -> Result<T, ApiError> {
+        self.owner()?
+            .call(async move |local| {
+                let group = Rc::clone(local.group()?);
+                ask(group).await
+            })
+            .flatten()
+    }
+
+    /// The group's status with the rim's part filled in.
+    pub(crate) fn status(&self) -> Result<GroupStatus, ApiError> {
+        let (mut status, served) = self
+            .owner()?
+            .call(async |local: Rc<Local>| Ok((local.group()?.status(), local.served())))
+            .flatten()?;
+        let paths = lock(&self.paths);
+        for lu in &mut status.lus {
+            if let Some(path) = paths.get(&lu.lu) {
+                lu.ublk = path.number;
+                lu.problem.clone_from(&path.problem);
+            }
+            if lu.problem.is_empty()
+                && let Some((_, problem)) = served.get(&lu.lu)
+            {
+                lu.problem.clone_from(problem);
+            }
+        }
+        status.zero_copy = self.common.features.zero_copy;
+        Ok(status)
+    }
+
+    /// The answer of requests that change the group.
+    pub(crate) fn answer(self: Arc<Self>) -> TargetReply {
+        Ok(TargetAnswer::Group {
+            group: Box::new(self.status()?),
+        })
+    }
+
+    fn lu_answer(&self, lu: LuUuid) -> TargetReply {
+        let found = self
+            .status()?
+            .lus
+            .into_iter()
+            .find(|status| status.lu == lu);
+        let lu = found
+            .ok_or_else(|| ApiError::new(ErrorKind::NoService, format!("there is no LU {lu}")))?;
+        Ok(TargetAnswer::Lu { lu: Box::new(lu) })
+    }
+
+    pub(crate) fn rename(self: Arc<Self>, name: String) -> TargetReply {
+        let _held = lock(&self.change);
+        self.change(async move |group| group.rename(&name).await)?;
+        Arc::clone(&self).answer()
+    }
+
+    pub(crate) fn set(self: Arc<Self>, min: Option<u64>, max: Option<u64>) -> TargetReply {
+        self.change(async move |group| {
+            group.set_rebuild_rate(min, max);
+            Ok(())
+        })?;
+        self.answer()
+    }
+
+    pub(crate) fn member_fail(self: Arc<Self>, disk: DiskUuid) -> TargetReply {
+        let _held = lock(&self.change);
+        self.change(async move |group| group.member_fail(disk, "failed by hand").await)?;
+        Arc::clone(&self).answer()
+    }
+
+    pub(crate) fn member_replace(
+        self: Arc<Self>,
+        slot: u16,
+        member: MemberSpec,
+        fd: OwnedFd,
+    ) -> TargetReply {
+        let _held = lock(&self.change);
+        self.owner()?
+            .call(async move |local| {
+                let disk = open(&local, &member.path, fd)?;
+                let given = Given {
+                    uuid: member.disk,
+                    path: member.path,
+                    disk,
+                };
+                let group = Rc::clone(local.group()?);
+                group.member_replace(slot, given).await
+            })
+            .flatten()?;
+        Arc::clone(&self).answer()
+    }
+
+    pub(crate) fn lu_create(
+        self: Arc<Self>,
+        lu: LuUuid,
+        name: String,
+        size: LuSize,
+        depth: u16,
+    ) -> TargetReply {
+        if !(1..=DEPTH_MAX).contains(&depth) {
+            return Err(usage(format!(
+                "a depth of {depth}; 1 to {DEPTH_MAX} can be served"
+            )));
+        }
+        let _held = lock(&self.change);
+        self.change(async move |group| group.lu_create(lu, &name, size, depth).await)?;
+        if let Err(error) = self.up(lu, None) {
+            // Nothing is left of what could not be shown.
+            if let Err(left) = self.change(async move |group| group.lu_delete(lu).await) {
+                tracing::error!(%lu, %left, "a LU without a device stays");
+            }
+            lock(&self.paths).remove(&lu);
+            return Err(error);
+        }
+        self.lu_answer(lu)
+    }
+
+    pub(crate) fn lu_delete(self: Arc<Self>, lu: LuUuid) -> TargetReply {
+        let _held = lock(&self.change);
+        self.down(lu)?;
+        if let Err(error) = self.change(async move |group| group.lu_delete(lu).await) {
+            self.up_or_say(lu, None);
+            return Err(error);
+        }
+        lock(&self.paths).remove(&lu);
+        Ok(TargetAnswer::Done)
+    }
+
+    pub(crate) fn lu_rename(self: Arc<Self>, lu: LuUuid, name: String) -> TargetReply {
+        let _held = lock(&self.change);
+        self.change(async move |group| group.lu_rename(lu, &name).await)?;
+        self.lu_answer(lu)
+    }
+
+    fn lus(&self) -> Result<Vec<(u16, LuStatus)>, ApiError> {
+        self.change(async |group: Rc<_>| Ok(group.lus()))
+    }
+
+    /// Brings every LU up, each on the kernel device that bears its identity if there is one.
+    fn bring_up(&self, devices: &[u32]) -> Result<(), ApiError> {
+        let lus = self.lus()?;
+        let known = if lus.is_empty() {
+            Vec::new()
+        } else {
+            self.known(devices)
+        };
+        std::thread::scope(|scope| {
+            for (_, status) in lus {
+                let mark = identity(status.lu);
+                let info = known.iter().find(|info| info.identity == mark).copied();
+                let up = move || self.up_or_say(status.lu, info);
+                let thread = std::thread::Builder::new().stack_size(128 << 10);
+                if thread.spawn_scoped(scope, up).is_err() {
+                    self.up_or_say(status.lu, info);
+                }
+            }
+        });
+        Ok(())
+    }
+
+    fn known(&self, devices: &[u32]) -> Vec<Info> {
+        let info = |number: &u32| match self.lifecycle().info(*number) {
+            Ok(info) => info,
+            Err(error) => {
+                tracing::warn!(
+                    number,
+                    error = &error as &dyn std::error::Error,
+                    "a device is left alone"
+                );
+                None
+            }
+        };
+        devices.iter().filter_map(info).collect()
+    }
+
+    fn up_or_say(&self, lu: LuUuid, known: Option<Info>) {
+        if let Err(error) = self.up(lu, known) {
+            let problem = std::iter::once(error.message)
+                .chain(error.causes)
+                .collect::<Vec<_>>()
+                .join(": ");
+            tracing::error!(%lu, problem, "a LU is not up");
+            lock(&self.paths).insert(
+                lu,
+                Path {
+                    number: known.map(|info| info.number),
+                    problem,
+                },
+            );
+        }
+    }
+
+    /// Makes or recovers the device of a LU.
+    fn up(&self, lu: LuUuid, known: Option<Info>) -> Result<(), ApiError> {
+        if let Some(why) = crate::ublk::bad_kernel(&self.common.features.kernel) {
+            return Err(ApiError::new(ErrorKind::NoService, "no device can be made").because(why));
+        }
+        let kernel = self.lifecycle();
+        let say = |what: &'static str| {
+            move |error: LifecycleError| api_error(ErrorKind::Failed, what, &error)
+        };
+        let again = match known {
+            Some(info) if info.is_dead() => {
+                kernel
+                    .delete(info.number)
+                    .map_err(say("a dead device cannot be deleted"))?;
+                Some(info.number)
+            }
+            Some(info) => {
+                kernel
+                    .begin_recovery(info.number)
+                    .map_err(say("the device cannot be recovered"))?;
+                self.serve(lu, info)?;
+                kernel
+                    .end_recovery(info.number)
+                    .map_err(say("the device cannot be recovered"))?;
+                self.is_up(lu, info.number);
+                return Ok(());
+            }
+            None => None,
+        };
+        let group = self.status()?;
+        let found = group.lus.iter().find(|status| status.lu == lu);
+        let status = found
+            .ok_or_else(|| ApiError::new(ErrorKind::NoService, format!("there is no LU {lu}")))?;
+        let geometry = Geometry::of(&group, status.capacity, ENGINE_DISCARDS);
+        let info = kernel
+            .add(again, identity(lu), status.depth, &geometry)
+            .map_err(say("the device cannot be made"))?;
+        let started = self.serve(lu, info).and_then(|()| {
+            kernel
+                .start(info.number)
+                .map_err(say("the device cannot be started"))
+        });
+        if let Err(error) = started {
+            self.undo(lu, info.number);
+            return Err(error);
+        }
+        self.is_up(lu, info.number);
+        Ok(())
+    }
+
+    fn is_up(&self, lu: LuUuid, number: u32) {
+        tracing::info!(%lu, number, "a LU is up");
+        lock(&self.paths).insert(
+            lu,
+            Path {
+                number: Some(number),
+                problem: String::new(),
+            },
+        );
+    }
+
+    /// Takes a device away that was never started.
+    fn undo(&self, lu: LuUuid, number: u32) {
+        let kernel = self.lifecycle();
+        // Before it is started its tags come back when it is stopped, as afterwards.
+        let undone = kernel
+            .stop(number)
+            .map_err(|error| api_error(ErrorKind::Failed, "it cannot be stopped", &error))
+            .and_then(|()| self.detach(lu))
+            .and_then(|()| {
+                let deleted = kernel.delete(number);
+                deleted
+                    .map_err(|error| api_error(ErrorKind::Failed, "it cannot be deleted", &error))
+            });
+        if let Err(error) = undone {
+            tracing::error!(%lu, number, %error, causes = ?error.causes, "a half-made device stays");
+        }
+    }
+
+    fn serve(&self, lu: LuUuid, info: Info) -> Result<(), ApiError> {
+        let opened = self.lifecycle().open(info.number);
+        let file =
+            opened.map_err(|e| api_error(ErrorKind::Failed, "the device cannot be served", &e))?;
+        let shape = info.shape(&self.common.features);
+        let handle = self.handle(lu)?;
+        self.owner()?
+            .call(async move |local: Rc<Local>| local.attach(lu, handle, file, shape))
+            .flatten()
+    }
+
+    fn handle(&self, lu: LuUuid) -> Result<u16, ApiError> {
+        let lus = self.lus()?;
+        let found = lus.iter().find(|(_, status)| status.lu == lu);
+        let missing = || ApiError::new(ErrorKind::NoService, format!("there is no LU {lu}"));
+        Ok(found.ok_or_else(missing)?.0)
+    }
+
+    fn detach(&self, lu: LuUuid) -> Result<(), ApiError> {
+        self.owner()?
+            .call_within(Some(DETACH_LIMIT), async move |local: Rc<Local>| {
+                local.detach(lu).await
+            })
+    }
+
+    /// Takes the device of a LU away, unless somebody holds it.
+    fn down(&self, lu: LuUuid) -> Result<(), ApiError> {
+        let Some(number) = lock(&self.paths).get(&lu).and_then(|path| path.number) else {
+            return Ok(());
+        };
+        let kernel = self.lifecycle();
+        kernel.stop(number).map_err(|error| match error {
+            LifecycleError::Held(_) => ApiError::new(ErrorKind::Busy, error.to_string()).hint(
+                format!("findmnt -S /dev/ublkb{number}; fuser -v /dev/ublkb{number}"),
+            ),
+            error => api_error(ErrorKind::Failed, "the device cannot be stopped", &error),
+        })?;
+        self.detach(lu)?;
+        kernel.delete(number).map_err(|error| {
+            api_error(ErrorKind::Failed, "the device cannot be deleted", &error)
+        })?;
+        let problem = "its device is stopped".into();
+        lock(&self.paths).insert(
+            lu,
+            Path {
+                number: None,
+                problem,
+            },
+        );
+        Ok(())
+    }
+
+    /// Takes the devices of all LUs away; at the first that is held it stops, the others stay as they are.
+    pub(crate) fn lus_down(&self) -> Result<(), ApiError> {
+        let _held = lock(&self.change);
+        self.lus()?
+            .into_iter()
+            .try_for_each(|(_, status)| self.down(status.lu))
+    }
+
+    /// Brings the LUs up that [`Group::lus_down`] took down.
+    pub(crate) fn lus_up(&self) {
+        let _held = lock(&self.change);
+        let down: Vec<LuUuid> = {
+            let paths = lock(&self.paths);
+            paths
+                .iter()
+                .filter(|(_, path)| path.number.is_none())
+                .map(|(lu, _)| *lu)
+                .collect()
+        };
+        for lu in down {
+            self.up_or_say(lu, None);
+        }
+    }
+
+    /// Stops the group, whose LUs are down, and its thread; its members are closed when this returns.
+    pub(crate) fn stop(&self, delete: bool) -> Result<(), ApiError> {
+        let _held = lock(&self.change);
+        self.change(async move |group| group.stop(delete).await)?;
+        let owner = lock(&self.owner).take();
+        if let Some(owner) = owner {
+            // A status request may still look at it; it lets go soon.
+            drop_when_last(owner);
+        }
+        Ok(())
+    }
+}
+
+fn drop_when_last(mut owner: Arc<Owner>) {
+    loop {
+        match Arc::try_unwrap(owner) {
+            Ok(owner) => return owner.end(),
+            Err(shared) => {
+                owner = shared;
+                let _ = crossbeam::channel::after(Duration::from_millis(1)).recv();
+            }
+        }
+    }
+}
+
+async fn begin_group(
+    local: Rc<Local>,
+    system: SystemUuid,
+    spec: Spec,
+    members: Vec<MemberSpec>,
+    fds: Vec<OwnedFd>,
+) -> Result<(), ApiError> {
+    let given: Result<Vec<_>, ApiError> = members
+        .into_iter()
+        .zip(fds)
+        .map(|(member, fd)| {
+            let disk = open(&local, &member.path, fd)?;
+            Ok(Given {
+                uuid: member.disk,
+                path: member.path,
+                disk,
+            })
+        })
+        .collect();
+    let parts = Parts {
+        system,
+        members: given?,
+        pool: Rc::clone(&local.pool),
+        clock: local.clock.clone(),
+        front: local.front(),
+        random: local.random()?,
+    };
+    let group = match spec {
+        Spec::Create(spec) => RaidGroup::create(parts, spec).await?,
+        Spec::Start(spec) => RaidGroup::start(parts, spec).await?,
+    };
+    local.adopt(group);
+    Ok(())
+}

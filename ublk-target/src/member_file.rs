@@ -1,0 +1,266 @@
+//! A member of a group: a block device or a file that mgmtd opened, on the owner's ring.
+
+use std::cell::Cell;
+use std::fs::File;
+use std::future::Future;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+
+use lunar_engine::traits::{Buf, Disk, DiskError, DiskVerb, Piece};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
+use crate::op::{Act, Place, Spec};
+use crate::ring::{Handle, Ring, RingError};
+
+/// Modes of fallocate: reads as zero afterwards, space given back or kept.
+const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+/// Buffer of the private memory in the ring's table.
+pub(crate) const POOL_BUFFER: u16 = 0;
+
+nix::ioctl_read_bad!(
+    /// Logical block of a block device.
+    block_size,
+    libc::BLKSSZGET,
+    libc::c_int
+);
+nix::ioctl_read!(
+    /// Bytes of a block device.
+    block_bytes,
+    0x12,
+    114,
+    u64
+);
+
+/// Why a descriptor cannot be a member.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum MemberError {
+    #[error("its size and kind cannot be read")]
+    Stat(#[source] io::Error),
+    #[error("it is neither a block device nor a regular file")]
+    Kind,
+    #[error("it does not take direct I/O")]
+    Direct(#[source] io::Error),
+    #[error("its logical block is {0} bytes; 512 and 4096 are served")]
+    Block(u32),
+    #[error(transparent)]
+    Ring(RingError),
+}
+
+/// An open member.
+#[derive(Debug)]
+pub(crate) struct MemberFile {
+    ring: Rc<Ring>,
+    /// Closed after the registered copy, which drop() releases first.
+    _file: OwnedFd,
+    slot: u32,
+    who: u32,
+    capacity: u64,
+    logical_block: u32,
+    volatile_cache: bool,
+    abandoned: Cell<bool>,
+}
+
+/// What can be learned of a descriptor without a ring.
+#[derive(Debug, Clone, Copy)]
+struct Shape {
+    capacity: u64,
+    logical_block: u32,
+    volatile_cache: bool,
+}
+
+impl MemberFile {
+    /// Takes a descriptor that is open for reading and writing.
+    pub(crate) fn new(ring: &Rc<Ring>, fd: OwnedFd) -> Result<Self, MemberError> {
+        set_direct(&fd).map_err(MemberError::Direct)?;
+        let file = File::from(fd);
+        let shape = shape(&file)?;
+        if !matches!(shape.logical_block, 512 | 4096) {
+            return Err(MemberError::Block(shape.logical_block));
+        }
+        let fd = OwnedFd::from(file);
+        let slot = ring.add_file(fd.as_fd()).map_err(MemberError::Ring)?;
+        Ok(Self {
+            ring: Rc::clone(ring),
+            _file: fd,
+            slot,
+            who: ring.next_who(),
+            capacity: shape.capacity,
+            logical_block: shape.logical_block,
+            volatile_cache: shape.volatile_cache,
+            abandoned: Cell::new(false),
+        })
+    }
+}
+
+impl Drop for MemberFile {
+    fn drop(&mut self) {
+        self.ring.remove_file(self.slot);
+    }
+}
+
+fn set_direct(fd: &OwnedFd) -> io::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
+    if !flags.contains(OFlag::O_DIRECT) {
+        fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_DIRECT))?;
+    }
+    Ok(())
+}
+
+fn shape(file: &File) -> Result<Shape, MemberError> {
+    let meta = file.metadata().map_err(MemberError::Stat)?;
+    let kind = meta.file_type();
+    if kind.is_block_device() {
+        let (mut block, mut bytes) = (0, 0);
+        // SAFETY: each call writes one value of its type to a local variable.
+        unsafe {
+            block_size(file.as_raw_fd(), &raw mut block)
+                .map_err(|e| MemberError::Stat(e.into()))?;
+            block_bytes(file.as_raw_fd(), &raw mut bytes)
+                .map_err(|e| MemberError::Stat(e.into()))?;
+        }
+        Ok(Shape {
+            capacity: bytes,
+            logical_block: u32::try_from(block).unwrap_or(0),
+            volatile_cache: has_write_back(meta.rdev()),
+        })
+    } else if kind.is_file() {
+        Ok(Shape {
+            capacity: meta.len(),
+            logical_block: direct_block(file).map_err(MemberError::Stat)?,
+            // The disk below it may have one; only fdatasync says more.
+            volatile_cache: true,
+        })
+    } else {
+        Err(MemberError::Kind)
+    }
+}
+
+/// Alignment of direct I/O to a file: 512 if the file system says so, else 4096.
+fn direct_block(file: &File) -> io::Result<u32> {
+    // SAFETY: all-zero bytes are a valid statx.
+    let mut stat: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: an empty path with AT_EMPTY_PATH means the descriptor; the result is a local variable.
+    let result = unsafe {
+        libc::statx(
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            libc::STATX_DIOALIGN,
+            &raw mut stat,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let known = stat.stx_mask & libc::STATX_DIOALIGN != 0;
+    Ok(if known && (1..=512).contains(&stat.stx_dio_offset_align) {
+        512
+    } else {
+        4096
+    })
+}
+
+/// Says whether a block device has a write-back cache; yes if the kernel does not say.
+fn has_write_back(device: u64) -> bool {
+    let (major, minor) = (libc::major(device), libc::minor(device));
+    let base = format!("/sys/dev/block/{major}:{minor}");
+    // A partition's queue is its disk's.
+    ["queue/write_cache", "../queue/write_cache"]
+        .iter()
+        .find_map(|name| std::fs::read_to_string(format!("{base}/{name}")).ok())
+        .is_none_or(|text| text.trim() != "write through")
+}
+
+/// One I/O of a member.
+#[derive(Debug)]
+pub(crate) enum MemberIo {
+    Running(Handle),
+    Refused,
+}
+
+impl Future for MemberIo {
+    type Output = Result<(), DiskError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match &mut *self {
+            Self::Running(handle) => Pin::new(handle).poll(cx).map(|result| result.map(drop)),
+            Self::Refused => Poll::Ready(Err(DiskError::Abandoned)),
+        }
+    }
+}
+
+impl Disk for MemberFile {
+    type Io = MemberIo;
+
+    fn submit(
+        &self,
+        verb: DiskVerb,
+        at: u64,
+        len: u64,
+        buf: Buf<'_>,
+        pieces: &[Piece],
+    ) -> MemberIo {
+        if self.abandoned.get() {
+            return MemberIo::Refused;
+        }
+        let act = match verb {
+            DiskVerb::Read => Act::Read,
+            DiskVerb::Write { fua } => Act::Write { fua },
+            DiskVerb::Flush => Act::Flush,
+            DiskVerb::Discard => Act::Allocate { mode: PUNCH },
+            DiskVerb::WriteZeroes => Act::Allocate { mode: ZERO },
+        };
+        let (place, base, lease) = match buf {
+            Buf::None => (Place::None, 0, None),
+            Buf::Request(id) => (
+                Place::Request(self.ring.request_buffer(id.device, id.tag)),
+                0,
+                None,
+            ),
+            Buf::Pool(lease) => (
+                Place::Registered(POOL_BUFFER),
+                lease.cells(0..lease.len()).as_ptr().expose_provenance(),
+                Some(lease.clone()),
+            ),
+        };
+        let vectors = pieces
+            .iter()
+            .map(|piece| (base + piece.offset as usize, piece.len as usize));
+        let spec = Spec {
+            who: self.who,
+            file: self.slot,
+            act,
+            at,
+            len,
+            place,
+            lease,
+        };
+        MemberIo::Running(self.ring.start(spec, vectors))
+    }
+
+    fn capacity(&self) -> u64 {
+        self.capacity
+    }
+
+    fn logical_block(&self) -> u32 {
+        self.logical_block
+    }
+
+    fn abandon(&self) {
+        self.abandoned.set(true);
+        self.ring.abandon(self.who);
+    }
+
+    fn oldest(&self) -> u64 {
+        self.ring.oldest(self.who)
+    }
+
+    fn has_volatile_cache(&self) -> bool {
+        self.volatile_cache
+    }
+}

@@ -1,0 +1,546 @@
+//! The io_uring of one owner thread.
+//!
+//! One system call a turn: everything that tasks made ready is submitted, and if nothing is left to do it
+//! waits for a completion or the next timer. A full queue is flow control: operations wait in a backlog.
+//! Nothing is cancelled; an operation whose future is gone stays until the kernel has answered.
+//!
+//! Buffer table: `[0, POOL_BUFFERS)` private memory, above it the requests of each device by tag.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::fmt;
+use std::future::Future;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use io_uring::{IoUring, Probe, opcode};
+use lunar_engine::traits::DiskError;
+
+use crate::clock::Timers;
+use crate::executor::Executor;
+use crate::op::{Place, Slab, Spec, State};
+
+/// Entries of the submission queue: what one turn hands over at once.
+const SUBMISSIONS: u32 = 1024;
+/// Entries of the completion queue; fewer operations than this are in flight at any time.
+const COMPLETIONS: u32 = 16_384;
+/// Registered files: members and devices of a group.
+const FILES: u32 = 4096;
+/// Registered buffers: the kernel's most.
+const BUFFERS: u32 = 16_384;
+/// Buffers below this are private memory.
+pub(crate) const POOL_BUFFERS: u16 = 1024;
+
+/// Flags and numbers of `io_uring_enter` and `io_uring_register` that the crate keeps to itself.
+const ENTER_GETEVENTS: u32 = 1;
+const ENTER_EXT_ARG: u32 = 1 << 3;
+const ENTER_REGISTERED_RING: u32 = 1 << 4;
+const REGISTER_RING_FDS: u32 = 20;
+const UNREGISTER_RING_FDS: u32 = 21;
+
+/// Why there is no ring.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RingError {
+    #[error("io_uring is not available or too old (sysctl kernel.io_uring_disabled, Linux 6.17)")]
+    Setup(#[source] io::Error),
+    #[error("io_uring does not register its {0}")]
+    Register(&'static str, #[source] io::Error),
+    #[error("all {0} registered {1} are in use")]
+    Full(u32, &'static str),
+}
+
+struct Tables {
+    files: Vec<u32>,
+    /// Ranges of the buffer table that devices have, in order.
+    requests: Vec<Range<u16>>,
+}
+
+/// The ring of this thread.
+pub(crate) struct Ring {
+    uring: RefCell<IoUring>,
+    ops: RefCell<Slab>,
+    backlog: RefCell<VecDeque<u32>>,
+    in_flight: Cell<u32>,
+    tables: RefCell<Tables>,
+    /// First buffer of each device slot.
+    bases: RefCell<Vec<u16>>,
+    who: Cell<u32>,
+    /// Index of the ring's own descriptor among those registered with this thread.
+    registered: u32,
+    vector_fixed: bool,
+    timers: Rc<Timers>,
+    orphans: Cell<u64>,
+    turns: Cell<u64>,
+}
+
+impl fmt::Debug for Ring {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ring")
+            .field("in_flight", &self.in_flight.get())
+            .field("orphans", &self.orphans.get())
+            .finish()
+    }
+}
+
+#[repr(C)]
+struct RingFd {
+    offset: u32,
+    reserved: u32,
+    data: u64,
+}
+
+#[repr(C)]
+struct Wait {
+    sigmask: u64,
+    sigmask_size: u32,
+    min_wait_us: u32,
+    timespec: u64,
+}
+
+impl Ring {
+    /// Makes the ring of this thread.
+    pub(crate) fn new(timers: Rc<Timers>) -> Result<Rc<Self>, RingError> {
+        let uring = IoUring::builder()
+            .dontfork()
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .setup_coop_taskrun()
+            .setup_submit_all()
+            .setup_no_sqarray()
+            .setup_cqsize(COMPLETIONS)
+            .build(SUBMISSIONS)
+            .map_err(RingError::Setup)?;
+        let submitter = uring.submitter();
+        submitter
+            .register_files_sparse(FILES)
+            .map_err(|e| RingError::Register("files", e))?;
+        submitter
+            .register_buffers_sparse(BUFFERS)
+            .map_err(|e| RingError::Register("buffers", e))?;
+        let mut probe = Probe::new();
+        let vector_fixed = submitter.register_probe(&mut probe).is_ok()
+            && probe.is_supported(opcode::ReadvFixed::CODE)
+            && probe.is_supported(opcode::WritevFixed::CODE);
+        let registered = register_ring(uring.as_raw_fd())
+            .map_err(|e| RingError::Register("own descriptor", e))?;
+        Ok(Rc::new(Self {
+            uring: RefCell::new(uring),
+            ops: RefCell::new(Slab::new()),
+            backlog: RefCell::new(VecDeque::with_capacity(4096)),
+            in_flight: Cell::new(0),
+            tables: RefCell::new(Tables {
+                files: (0..FILES).rev().collect(),
+                requests: Vec::new(),
+            }),
+            bases: RefCell::new(Vec::new()),
+            who: Cell::new(0),
+            registered,
+            vector_fixed,
+            timers,
+            orphans: Cell::new(0),
+            turns: Cell::new(0),
+        }))
+    }
+
+    /// Runs one turn: tasks, submission, waiting, completions, timers.
+    pub(crate) fn turn(&self, executor: &Executor) {
+        executor.run_ready();
+        self.turns.set(self.turns.get() + 1);
+        while self.push_backlog() {
+            self.enter(0, None);
+            self.reap();
+        }
+        let timeout = self.timers.next();
+        // With nothing to wait for, nothing would ever end the wait.
+        let wait = u32::from(self.in_flight.get() > 0 || timeout.is_some());
+        self.enter(wait, timeout);
+        self.timers.turn();
+        self.reap();
+    }
+
+    /// Fills the submission queue; true when operations are left that would fit after a submission.
+    fn push_backlog(&self) -> bool {
+        let mut uring = self.uring.borrow_mut();
+        let mut queue = uring.submission();
+        let mut backlog = self.backlog.borrow_mut();
+        let mut ops = self.ops.borrow_mut();
+        while self.in_flight.get() < COMPLETIONS {
+            let Some(index) = backlog.pop_front() else {
+                return false;
+            };
+            let op = ops.get(index);
+            if op.abandoned {
+                // Never sent: whoever was told so may have written elsewhere since.
+                op.state = State::Done(Err(DiskError::Abandoned));
+                drop(op.lease.take());
+                if op.orphan {
+                    ops.remove(index);
+                }
+                continue;
+            }
+            let data = u64::from(op.generation) << 32 | u64::from(index);
+            let entry = op.entry(self.vector_fixed).user_data(data);
+            // SAFETY: what the entry points to lives until its completion: vectors in the slab (its chunks
+            // never move and the place is not reused before), memory by the operation's lease or, for requests
+            // of the host, in the kernel; registered files and buffers are counted by the kernel.
+            if unsafe { queue.push(&entry) }.is_err() {
+                backlog.push_front(index);
+                return true;
+            }
+            op.state = State::InFlight;
+            self.in_flight.set(self.in_flight.get() + 1);
+        }
+        false
+    }
+
+    fn enter(&self, wait: u32, timeout: Option<Duration>) {
+        let submit =
+            u32::try_from(self.uring.borrow_mut().submission().len()).expect("at most SUBMISSIONS");
+        let timespec = timeout.map(|timeout| libc::timespec {
+            tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: i64::from(timeout.subsec_nanos()),
+        });
+        let arg = Wait {
+            sigmask: 0,
+            sigmask_size: 0,
+            min_wait_us: 0,
+            timespec: timespec
+                .as_ref()
+                .map_or(0, |t| std::ptr::from_ref(t).expose_provenance() as u64),
+        };
+        let flags = ENTER_GETEVENTS | ENTER_EXT_ARG | ENTER_REGISTERED_RING;
+        // SAFETY: the registered ring is this thread's own; the argument and its timespec outlive the call,
+        // and the size is that of the argument.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_io_uring_enter,
+                self.registered,
+                submit,
+                wait,
+                flags,
+                &raw const arg,
+                size_of::<Wait>(),
+            )
+        };
+        if result < 0 {
+            let error = io::Error::last_os_error();
+            match error.raw_os_error() {
+                // Time is over, or the completion queue must be read first.
+                Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => {}
+                _ => panic!("io_uring_enter: {error}"),
+            }
+        }
+    }
+
+    fn reap(&self) {
+        loop {
+            let entry = self.uring.borrow_mut().completion().next();
+            let Some(entry) = entry else {
+                return;
+            };
+            self.in_flight.set(self.in_flight.get() - 1);
+            self.complete(entry.user_data(), entry.result());
+        }
+    }
+
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the two halves of user_data"
+    )]
+    fn complete(&self, user_data: u64, result: i32) {
+        let (index, generation) = (user_data as u32, (user_data >> 32) as u32);
+        let mut ops = self.ops.borrow_mut();
+        let op = ops.get(index);
+        assert!(
+            op.generation == generation && op.state == State::InFlight,
+            "a completion for an operation that is none"
+        );
+        let Some(outcome) = op.advance(result) else {
+            op.state = State::Queued;
+            self.backlog.borrow_mut().push_back(index);
+            return;
+        };
+        op.state = State::Done(outcome);
+        let lease = op.lease.take();
+        let waker = op.waker.take();
+        if op.orphan {
+            ops.remove(index);
+        }
+        drop(ops);
+        // Both wake tasks; neither comes back here.
+        drop(lease);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    /// Starts an operation; it reaches the kernel at the end of this turn.
+    pub(crate) fn start(
+        self: &Rc<Self>,
+        spec: Spec,
+        vectors: impl Iterator<Item = (usize, usize)>,
+    ) -> Handle {
+        let (index, generation) = self
+            .ops
+            .borrow_mut()
+            .insert(spec, vectors, self.timers.now());
+        self.backlog.borrow_mut().push_back(index);
+        Handle {
+            ring: Rc::clone(self),
+            index,
+            generation,
+            taken: false,
+        }
+    }
+
+    /// Gives up on what `who` has in flight, but for requests' own pages.
+    pub(crate) fn abandon(&self, who: u32) {
+        for op in self.ops.borrow_mut().unfinished() {
+            if op.who == who && !matches!(op.place, Place::Request(_)) {
+                op.abandoned = true;
+                if let Some(waker) = op.waker.take() {
+                    waker.wake();
+                }
+            }
+        }
+    }
+
+    /// Age in ns of the oldest operation of `who`; 0 if there is none.
+    pub(crate) fn oldest(&self, who: u32) -> u64 {
+        let now = self.timers.now();
+        let mut ops = self.ops.borrow_mut();
+        let ages = ops
+            .unfinished()
+            .filter(|op| op.who == who)
+            .map(|op| now.saturating_sub(op.started).max(1));
+        ages.max().unwrap_or(0)
+    }
+
+    /// A new number for [`Spec::who`].
+    pub(crate) fn next_who(&self) -> u32 {
+        self.who.set(self.who.get() + 1);
+        self.who.get()
+    }
+
+    /// Registers a file.
+    pub(crate) fn add_file(&self, fd: BorrowedFd<'_>) -> Result<u32, RingError> {
+        let slot = self
+            .tables
+            .borrow_mut()
+            .files
+            .pop()
+            .ok_or(RingError::Full(FILES, "files"))?;
+        match self.set_file(slot, fd.as_raw_fd()) {
+            Ok(()) => Ok(slot),
+            Err(error) => {
+                self.tables.borrow_mut().files.push(slot);
+                Err(RingError::Register("files", error))
+            }
+        }
+    }
+
+    /// Forgets a file; what is in flight keeps it open until it ends.
+    pub(crate) fn remove_file(&self, slot: u32) {
+        match self.set_file(slot, -1) {
+            Ok(()) => self.tables.borrow_mut().files.push(slot),
+            Err(error) => tracing::error!(slot, %error, "a registered file cannot be released"),
+        }
+    }
+
+    fn set_file(&self, slot: u32, fd: RawFd) -> io::Result<()> {
+        let uring = self.uring.borrow();
+        uring
+            .submitter()
+            .register_files_update(slot, &[fd])
+            .map(drop)
+    }
+
+    /// Registers private memory as buffer `index`.
+    ///
+    /// # Panics  if `index` is not below [`POOL_BUFFERS`]
+    pub(crate) fn add_memory(
+        &self,
+        index: u16,
+        memory: &crate::buffers::Mapping,
+    ) -> Result<(), RingError> {
+        assert!(index < POOL_BUFFERS, "buffer {index} is a request's");
+        let vector = libc::iovec {
+            iov_base: memory.as_ptr().cast(),
+            iov_len: memory.len(),
+        };
+        let uring = self.uring.borrow();
+        // SAFETY: the kernel pins the pages; the mapping outlives the ring's use of them, because operations
+        // keep leases, leases the pool and the pool the mapping.
+        unsafe {
+            uring
+                .submitter()
+                .register_buffers_update(u32::from(index), &[vector], None)
+        }
+        .map_err(|e| RingError::Register("memory", e))
+    }
+
+    /// Reserves `depth` buffers for the requests of a device; answers the first.
+    pub(crate) fn add_requests(&self, depth: u16) -> Result<u16, RingError> {
+        let full = || RingError::Full(BUFFERS, "buffers");
+        let requests = &mut self.tables.borrow_mut().requests;
+        let mut base = POOL_BUFFERS;
+        let mut place = 0;
+        for (i, range) in requests.iter().enumerate() {
+            if range.start - base >= depth {
+                break;
+            }
+            base = range.end;
+            place = i + 1;
+        }
+        let end = base.checked_add(depth).ok_or_else(full)?;
+        if u32::from(end) > BUFFERS {
+            return Err(full());
+        }
+        requests.insert(place, base..end);
+        Ok(base)
+    }
+
+    /// Gives the buffers of a device back.
+    pub(crate) fn remove_requests(&self, base: u16) {
+        self.tables
+            .borrow_mut()
+            .requests
+            .retain(|range| range.start != base);
+    }
+
+    /// Sets the first buffer of a device slot.
+    pub(crate) fn set_base(&self, device: u16, base: u16) {
+        let mut bases = self.bases.borrow_mut();
+        if bases.len() <= usize::from(device) {
+            bases.resize(usize::from(device) + 1, 0);
+        }
+        bases[usize::from(device)] = base;
+    }
+
+    /// Buffer of a request.
+    pub(crate) fn request_buffer(&self, device: u16, tag: u16) -> u16 {
+        self.bases.borrow()[usize::from(device)] + tag
+    }
+
+    /// Turns since the start; with the operations of a run this gives the batch size.
+    pub(crate) fn turns(&self) -> u64 {
+        self.turns.get()
+    }
+}
+
+fn register_ring(fd: RawFd) -> io::Result<u32> {
+    let mut update = RingFd {
+        offset: u32::MAX,
+        reserved: 0,
+        data: u64::try_from(fd).expect("an open descriptor"),
+    };
+    // SAFETY: one update, of the size the kernel expects; it outlives the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_io_uring_register,
+            fd,
+            REGISTER_RING_FDS,
+            &raw mut update,
+            1,
+        )
+    };
+    if result == 1 {
+        Ok(update.offset)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        let update = RingFd {
+            offset: self.registered,
+            reserved: 0,
+            data: 0,
+        };
+        let fd = self.uring.get_mut().as_raw_fd();
+        // SAFETY: as in `register_ring`.
+        unsafe {
+            libc::syscall(
+                libc::SYS_io_uring_register,
+                fd,
+                UNREGISTER_RING_FDS,
+                &raw const update,
+                1,
+            );
+        }
+        // Descriptors are given back at once, not when the kernel gets to it.
+        let _ = self.uring.get_mut().submitter().unregister_files();
+        let _ = self.uring.get_mut().submitter().unregister_buffers();
+    }
+}
+
+/// One operation, awaited.
+#[derive(Debug)]
+pub(crate) struct Handle {
+    ring: Rc<Ring>,
+    index: u32,
+    generation: u32,
+    taken: bool,
+}
+
+impl Future for Handle {
+    type Output = Result<i32, DiskError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        assert!(!self.taken, "polled after it was done");
+        let this = &mut *self;
+        let mut ops = this.ring.ops.borrow_mut();
+        let op = ops.get(this.index);
+        assert_eq!(op.generation, this.generation, "the operation is another's");
+        let outcome = match op.state {
+            State::Done(outcome) => outcome,
+            State::Queued | State::InFlight if op.abandoned => {
+                op.orphan = true;
+                this.ring.orphans.set(this.ring.orphans.get() + 1);
+                this.taken = true;
+                return Poll::Ready(Err(DiskError::Abandoned));
+            }
+            State::Queued | State::InFlight => {
+                if !op
+                    .waker
+                    .as_ref()
+                    .is_some_and(|waker| waker.will_wake(cx.waker()))
+                {
+                    op.waker = Some(cx.waker().clone());
+                }
+                return Poll::Pending;
+            }
+            State::Free => unreachable!("freed only by this handle or as an orphan"),
+        };
+        ops.remove(this.index);
+        this.taken = true;
+        Poll::Ready(outcome)
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        if self.taken {
+            return;
+        }
+        let mut ops = self.ring.ops.borrow_mut();
+        let op = ops.get(self.index);
+        if matches!(op.state, State::Done(_)) {
+            ops.remove(self.index);
+            return;
+        }
+        op.orphan = true;
+        op.waker = None;
+        self.ring.orphans.set(self.ring.orphans.get() + 1);
+        debug_assert!(
+            !cfg!(test) || std::thread::panicking(),
+            "an operation was dropped before it was done"
+        );
+    }
+}
