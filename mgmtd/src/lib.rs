@@ -10,7 +10,6 @@ pub mod api;
 pub mod boot;
 pub mod daemon;
 pub mod devnodes;
-pub mod executor;
 pub mod holders;
 pub mod jobs;
 pub mod limits;
