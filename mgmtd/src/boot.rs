@@ -31,11 +31,14 @@ pub async fn probe_paths(daemon: &Daemon, paths: &[PathBuf]) -> Result<Vec<Probe
     for some in paths.chunks(PROBE_MAX) {
         let some = some.to_vec();
         let opened = tokio::task::spawn_blocking(move || {
-            some.into_iter().filter_map(|p| Some((open_plain(&p).ok()?, p))).collect::<Vec<_>>()
+            some.into_iter()
+                .filter_map(|p| Some((open_plain(&p).ok()?, p)))
+                .collect::<Vec<_>>()
         });
         let opened = tokio::time::timeout(REOPEN_LIMIT, opened).await;
         let Ok(Ok(opened)) = opened else {
-            let text = "a block device did not open in 30 s; it and those probed with it are left out";
+            let text =
+                "a block device did not open in 30 s; it and those probed with it are left out";
             daemon.event("ProbeStuck", About::default(), text);
             continue;
         };
@@ -63,12 +66,22 @@ pub async fn find_disks(daemon: &Daemon) -> Result<(), ApiError> {
     let paths: Vec<PathBuf> = known.iter().map(|d| d.path.clone().into()).collect();
     let mut found = BTreeMap::new();
     let ours = |probe: &Probe| {
-        probe.label.as_ref().filter(|label| label.system == system).map(|label| label.disk)
+        probe
+            .label
+            .as_ref()
+            .filter(|label| label.system == system)
+            .map(|label| label.disk)
     };
     let mut wanted: BTreeSet<DiskUuid> = known.iter().map(|d| d.uuid).collect();
     for probe in probe_paths(daemon, &paths).await? {
         if let Some(disk) = ours(&probe) {
-            wanted.extend(probe.label.iter().filter(|l| !l.deleted).flat_map(|l| l.members.clone()));
+            wanted.extend(
+                probe
+                    .label
+                    .iter()
+                    .filter(|l| !l.deleted)
+                    .flat_map(|l| l.members.clone()),
+            );
             found.entry(disk).or_insert(probe);
         }
     }
@@ -97,25 +110,47 @@ fn correct(daemon: &Daemon, found: BTreeMap<DiskUuid, Probe>) {
             let path = stable_path(Path::new(&probe.path)).display().to_string();
             let old = tables.disk(*uuid).cloned();
             // A disk given to Lunar whose row was lost gets a new number; a removed one stays out.
-            let member = probe.label.as_ref().is_some_and(|l| !l.group.is_nil() && !l.deleted);
+            let member = probe
+                .label
+                .as_ref()
+                .is_some_and(|l| !l.group.is_nil() && !l.deleted);
             let number = match &old {
                 Some(row) => row.number,
                 None if member => tables.next_disk(),
                 None => continue,
             };
-            let (role, was) = old.as_ref().map_or_else(Default::default, |o| (o.role, o.was));
+            let (role, was) = old
+                .as_ref()
+                .map_or_else(Default::default, |o| (o.role, o.was));
             if let Some(old) = old.filter(|old| old.path != path) {
-                moved.push((*uuid, format!("disk {number} was {}, is now {path}", old.path)));
+                moved.push((
+                    *uuid,
+                    format!("disk {number} was {}, is now {path}", old.path),
+                ));
             }
             let (uuid, capacity) = (*uuid, probe.capacity);
-            tables.put_disk(DiskSave { number, uuid, path, role, capacity, was });
+            tables.put_disk(DiskSave {
+                number,
+                uuid,
+                path,
+                role,
+                capacity,
+                was,
+            });
             if let Some(label) = probe.label.as_ref().filter(|_| member) {
                 tables.number_group(label.group, &label.group_name);
             }
         }
     }
     for (disk, text) in moved {
-        daemon.event("DiskMoved", About { disk: Some(disk), ..About::default() }, text);
+        daemon.event(
+            "DiskMoved",
+            About {
+                disk: Some(disk),
+                ..About::default()
+            },
+            text,
+        );
     }
     daemon.live().probes = found;
 }
@@ -125,8 +160,16 @@ fn groups_to_start(daemon: &Daemon) -> Vec<GroupUuid> {
     let boot = boot_id();
     let tables = daemon.tables();
     let live = daemon.live();
-    let by_hand = |group| tables.group(group).is_some_and(|g| g.stopped_in.as_ref() == Some(&boot));
-    let on_disk = live.probes.values().filter_map(|p| p.label.as_ref()).filter(|l| !l.deleted);
+    let by_hand = |group| {
+        tables
+            .group(group)
+            .is_some_and(|g| g.stopped_in.as_ref() == Some(&boot))
+    };
+    let on_disk = live
+        .probes
+        .values()
+        .filter_map(|p| p.label.as_ref())
+        .filter(|l| !l.deleted);
     let groups: BTreeSet<GroupUuid> = on_disk.map(|label| label.group).collect();
     groups
         .into_iter()
@@ -135,11 +178,14 @@ fn groups_to_start(daemon: &Daemon) -> Vec<GroupUuid> {
 }
 
 /// Members of a group, from the disks: every disk that says it is one.
-fn members_of(daemon: &Daemon, group: GroupUuid) -> Vec<MemberSpec> {
+pub fn members_of(daemon: &Daemon, group: GroupUuid) -> Vec<MemberSpec> {
     let tables = daemon.tables();
     let live = daemon.live();
     let is_member = |probe: &&Probe| {
-        probe.label.as_ref().is_some_and(|l| l.group == group && !l.deleted)
+        probe
+            .label
+            .as_ref()
+            .is_some_and(|l| l.group == group && !l.deleted)
     };
     live.probes
         .values()
@@ -147,7 +193,10 @@ fn members_of(daemon: &Daemon, group: GroupUuid) -> Vec<MemberSpec> {
         .filter_map(|probe| probe.label.as_ref())
         // A disk that failed and was replaced is not brought back by its old superblock.
         .filter_map(|label| tables.disk(label.disk).filter(|disk| disk.was.is_none()))
-        .map(|disk| MemberSpec { disk: disk.uuid, path: disk.path.clone() })
+        .map(|disk| MemberSpec {
+            disk: disk.uuid,
+            path: disk.path.clone(),
+        })
         .collect()
 }
 
@@ -163,7 +212,9 @@ pub async fn start_groups(daemon: &Daemon) {
 
 /// Brings back the groups that were up when ublk-target died, from what was last seen: no probe, no search.
 pub async fn recover_groups(daemon: &Daemon) {
-    let were_up: Vec<_> = std::mem::take(&mut daemon.live().groups).into_values().collect();
+    let were_up: Vec<_> = std::mem::take(&mut daemon.live().groups)
+        .into_values()
+        .collect();
     for group in were_up {
         let uuid = group.group;
         let members = {
@@ -173,7 +224,10 @@ pub async fn recover_groups(daemon: &Daemon) {
                 .iter()
                 .filter_map(|m| tables.disk(m.disk))
                 .filter(|disk| disk.was.is_none())
-                .map(|disk| MemberSpec { disk: disk.uuid, path: disk.path.clone() })
+                .map(|disk| MemberSpec {
+                    disk: disk.uuid,
+                    path: disk.path.clone(),
+                })
                 .collect()
         };
         if let Err(error) = start_group(daemon, uuid, members, false).await {
@@ -185,7 +239,14 @@ pub async fn recover_groups(daemon: &Daemon) {
 fn not_started(daemon: &Daemon, group: GroupUuid, error: &ApiError) {
     let why = std::iter::once(&error.message).chain(&error.causes);
     let why = why.map(String::as_str).collect::<Vec<_>>().join(": ");
-    daemon.event("GroupNotStarted", About { group: Some(group), ..About::default() }, why.clone());
+    daemon.event(
+        "GroupNotStarted",
+        About {
+            group: Some(group),
+            ..About::default()
+        },
+        why.clone(),
+    );
     daemon.live().problems.insert(group, why);
 }
 
@@ -200,8 +261,10 @@ pub async fn start_group(
 ) -> Result<(), ApiError> {
     let (specs, mut fds, without) = open_members(daemon, group, members).await;
     if specs.is_empty() {
-        return Err(ApiError::new(ErrorKind::NoService, "no member of the group can be opened")
-            .hint("lunar disk list; lunar events"));
+        return Err(
+            ApiError::new(ErrorKind::NoService, "no member of the group can be opened")
+                .hint("lunar disk list; lunar events"),
+        );
     }
     fds.push(open_inflight(&daemon.config.run_dir, group).map_err(|e| {
         ApiError::new(ErrorKind::Failed, "the in-flight log cannot be opened")
@@ -211,18 +274,31 @@ pub async fn start_group(
     let (witness, rates) = {
         let tables = daemon.tables();
         let row = tables.group(group);
-        (row.and_then(|g| g.witness), row.map(|g| (g.rebuild_min, g.rebuild_max)))
+        (
+            row.and_then(|g| g.witness),
+            row.map(|g| (g.rebuild_min, g.rebuild_max)),
+        )
     };
     let ublk_devices = ublk_devices();
-    let start =
-        TargetRequest::GroupStart { group, force, members: specs, ublk_devices, witness, without };
+    let start = TargetRequest::GroupStart {
+        group,
+        force,
+        members: specs,
+        ublk_devices,
+        witness,
+        without,
+    };
     let answer = daemon.ask(&start, fds).await?;
     let TargetAnswer::Group { group: status } = answer else {
         return Err(unexpected(&answer));
     };
     daemon.absorb_group(*status).await?;
     if let Some((rebuild_min_bytes, rebuild_max_bytes)) = rates.filter(|r| *r != (None, None)) {
-        let set = TargetRequest::GroupSet { group, rebuild_min_bytes, rebuild_max_bytes };
+        let set = TargetRequest::GroupSet {
+            group,
+            rebuild_min_bytes,
+            rebuild_max_bytes,
+        };
         daemon.ask(&set, Vec::new()).await?;
     }
     Ok(())
@@ -254,8 +330,15 @@ async fn open_members(
                 fds.push(fd);
             }
             Err(error) => {
-                let about = About { group: Some(group), disk: Some(spec.disk), lu: None };
-                let text = format!("{} cannot be opened: {error}; the group goes on without it", spec.path);
+                let about = About {
+                    group: Some(group),
+                    disk: Some(spec.disk),
+                    lu: None,
+                };
+                let text = format!(
+                    "{} cannot be opened: {error}; the group goes on without it",
+                    spec.path
+                );
                 daemon.event("DiskBusy", about, text);
                 without.push(spec.disk);
             }

@@ -91,23 +91,29 @@ impl Daemon {
 
     /// The tables.
     pub fn tables(&self) -> MutexGuard<'_, Tables> {
-        self.tables.lock().expect("nobody panics while holding it: panic is abort")
+        self.tables
+            .lock()
+            .expect("nobody panics while holding it: panic is abort")
     }
 
     /// What was last seen.
     pub fn live(&self) -> MutexGuard<'_, Live> {
-        self.live.lock().expect("nobody panics while holding it: panic is abort")
+        self.live
+            .lock()
+            .expect("nobody panics while holding it: panic is abort")
     }
 
     /// Waits for its turn to change something.
     ///
     /// # Errors  `Busy` if another change takes too long
     pub async fn turn(&self) -> Result<tokio::sync::MutexGuard<'_, ()>, ApiError> {
-        tokio::time::timeout(INTENT_LIMIT, self.intent.lock()).await.map_err(|_| {
-            ApiError::new(ErrorKind::Busy, "another change is still running")
-                .because(format!("it has not ended in {} s", INTENT_LIMIT.as_secs()))
-                .hint("lunar events")
-        })
+        tokio::time::timeout(INTENT_LIMIT, self.intent.lock())
+            .await
+            .map_err(|_| {
+                ApiError::new(ErrorKind::Busy, "another change is still running")
+                    .because(format!("it has not ended in {} s", INTENT_LIMIT.as_secs()))
+                    .hint("lunar events")
+            })
     }
 
     /// Makes the tables durable.
@@ -138,7 +144,15 @@ impl Daemon {
         tracing::info!(event = name, "{text}");
         let About { group, disk, lu } = about;
         let (number, time, name) = (0, probe::now_ms(), name.to_string());
-        self.tables().push_event(EventSave { number, time, name, group, disk, lu, text });
+        self.tables().push_event(EventSave {
+            number,
+            time,
+            name,
+            group,
+            disk,
+            lu,
+            text,
+        });
         self.rang.notify_waiters();
     }
 
@@ -169,7 +183,10 @@ impl Daemon {
     ) -> Result<TargetAnswer, ApiError> {
         let held = tokio::time::timeout(limit, slot.lock()).await;
         let mut held = held.map_err(|_| {
-            ApiError::new(ErrorKind::Unreachable, "ublk-target is busy with another request")
+            ApiError::new(
+                ErrorKind::Unreachable,
+                "ublk-target is busy with another request",
+            )
         })?;
         let mut link = match held.take() {
             Some(link) => link,
@@ -195,9 +212,17 @@ impl Daemon {
                 .hint("lunar events")
         })?;
         let system = self.tables().system;
-        let hello = TargetRequest::Hello { api: TARGET_API, system };
+        let hello = TargetRequest::Hello {
+            api: TARGET_API,
+            system,
+        };
         match link.call(&hello, &[], limit).await?? {
-            TargetAnswer::Hello { api: TARGET_API, pid, features, .. } => {
+            TargetAnswer::Hello {
+                api: TARGET_API,
+                pid,
+                features,
+                ..
+            } => {
                 let mut live = self.live();
                 live.target_pid = Some(pid);
                 live.features = features;
@@ -211,8 +236,14 @@ impl Daemon {
     ///
     /// # Errors  `Unreachable`; what was last seen stays
     pub async fn refresh(&self) -> Result<(), ApiError> {
-        let answer =
-            self.ask_on(&self.reading, &TargetRequest::Status, Vec::new(), STATUS_LIMIT).await?;
+        let answer = self
+            .ask_on(
+                &self.reading,
+                &TargetRequest::Status,
+                Vec::new(),
+                STATUS_LIMIT,
+            )
+            .await?;
         let TargetAnswer::Status { groups, features } = answer else {
             return Err(unexpected(&answer));
         };
@@ -253,7 +284,11 @@ impl Daemon {
     }
 
     fn sync_nodes(&self) {
-        let want = self.lus().into_iter().filter_map(|lu| Some((lu.name, lu.ublk?))).collect();
+        let want = self
+            .lus()
+            .into_iter()
+            .filter_map(|lu| Some((lu.name, lu.ublk?)))
+            .collect();
         let dir = devnodes::node_dir(self.config.system);
         if let Err(error) = devnodes::sync_nodes(&dir, &want) {
             tracing::warn!(%error, dir = %dir.display(), "device links could not be made");
@@ -262,7 +297,11 @@ impl Daemon {
 
     /// Every LU that was last seen.
     pub fn lus(&self) -> Vec<LuStatus> {
-        self.live().groups.values().flat_map(|g| g.lus.clone()).collect()
+        self.live()
+            .groups
+            .values()
+            .flat_map(|g| g.lus.clone())
+            .collect()
     }
 
     /// Whether the data path is being stopped for good.
@@ -273,7 +312,11 @@ impl Daemon {
     /// Disks in groups that are up: ublk-target holds them.
     pub fn held_disks(&self) -> BTreeSet<DiskUuid> {
         let live = self.live();
-        live.groups.values().flat_map(|g| &g.members).map(|m| m.disk).collect()
+        live.groups
+            .values()
+            .flat_map(|g| &g.members)
+            .map(|m| m.disk)
+            .collect()
     }
 }
 
@@ -281,7 +324,10 @@ impl Daemon {
 fn number(tables: &mut Tables, group: &GroupStatus) {
     let n = tables.number_group(group.group, &group.name);
     let mut row = tables.groups[&n].clone();
-    row.witness = Some(Witness { history: group.history, generation: group.generation });
+    row.witness = Some(Witness {
+        history: group.history,
+        generation: group.generation,
+    });
     tables.put_group(row);
     for lu in &group.lus {
         tables.number_lu(lu.lu, group.group, &lu.name);

@@ -60,7 +60,10 @@ mod tests {
         std::fs::write(dir.join("foreign"), "").unwrap();
         sync_nodes(&dir, &BTreeMap::from([("b".into(), 2)])).unwrap();
         assert!(!dir.join("a").exists() && dir.join("foreign").exists());
-        assert_eq!(std::fs::read_link(dir.join("b")).unwrap(), Path::new("/dev/ublkb2"));
+        assert_eq!(
+            std::fs::read_link(dir.join("b")).unwrap(),
+            Path::new("/dev/ublkb2")
+        );
         std::fs::remove_dir_all(&dir).unwrap();
     }
 }

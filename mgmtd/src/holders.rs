@@ -12,9 +12,14 @@ pub fn of_block(dev: u64, node: &str) -> Vec<String> {
     collect(dev, node, &mut out);
     let sys = format!("/sys/dev/block/{}", major_minor(dev));
     let own = std::fs::canonicalize(&sys).ok();
-    let own = own.as_deref().and_then(|p| p.file_name()).map(|n| n.to_string_lossy().into_owned());
+    let own = own
+        .as_deref()
+        .and_then(|p| p.file_name())
+        .map(|n| n.to_string_lossy().into_owned());
     for part in own.iter().flat_map(|own| {
-        names(&sys).into_iter().filter(move |part| part.starts_with(own.as_str()))
+        names(&sys)
+            .into_iter()
+            .filter(move |part| part.starts_with(own.as_str()))
     }) {
         let part_node = format!("/dev/{part}");
         if let Ok(meta) = std::fs::metadata(&part_node) {
@@ -27,7 +32,11 @@ pub fn of_block(dev: u64, node: &str) -> Vec<String> {
 fn collect(dev: u64, node: &str, out: &mut BTreeSet<String>) {
     let number = major_minor(dev);
     for text in mountinfos() {
-        out.extend(mounts_of(&text, &number, node).into_iter().map(|at| format!("mounted at {at}")));
+        out.extend(
+            mounts_of(&text, &number, node)
+                .into_iter()
+                .map(|at| format!("mounted at {at}")),
+        );
     }
     for holder in names(&format!("/sys/dev/block/{number}/holders")) {
         out.insert(format!("{node} is used by /dev/{holder}"));
@@ -44,7 +53,9 @@ fn collect(dev: u64, node: &str, out: &mut BTreeSet<String>) {
 fn mountinfos() -> Vec<String> {
     let mut seen = BTreeSet::new();
     let mut out = Vec::new();
-    let pids = names("/proc").into_iter().filter(|name| name.parse::<u32>().is_ok());
+    let pids = names("/proc")
+        .into_iter()
+        .filter(|name| name.parse::<u32>().is_ok());
     for pid in std::iter::once("self".to_string()).chain(pids) {
         let Ok(space) = std::fs::read_link(format!("/proc/{pid}/ns/mnt")) else {
             continue;
@@ -77,7 +88,12 @@ pub fn mounts_of(mountinfo: &str, number: &str, node: &str) -> Vec<String> {
 
 /// Devices and files in a /proc/swaps text.
 pub fn swaps_of(swaps: &str) -> Vec<String> {
-    swaps.lines().skip(1).filter_map(|line| line.split_whitespace().next()).map(unescape).collect()
+    swaps
+        .lines()
+        .skip(1)
+        .filter_map(|line| line.split_whitespace().next())
+        .map(unescape)
+        .collect()
 }
 
 /// Undoes the octal escapes of mountinfo: `\040` is a space.
@@ -86,7 +102,9 @@ fn unescape(text: &str) -> String {
     let bytes = text.as_bytes();
     let mut at = 0;
     while at < bytes.len() {
-        let code = text.get(at + 1..at + 4).and_then(|code| u8::from_str_radix(code, 8).ok());
+        let code = text
+            .get(at + 1..at + 4)
+            .and_then(|code| u8::from_str_radix(code, 8).ok());
         match code {
             Some(byte) if bytes[at] == b'\\' => {
                 out.push(byte);
@@ -113,7 +131,10 @@ pub fn of_ublk(ublk: u32) -> Vec<String> {
 /// Processes that have a device open, for the message after somebody answered "busy".
 pub fn openers(node: &str) -> Vec<String> {
     let mut out = Vec::new();
-    for pid in names("/proc").into_iter().filter(|name| name.parse::<u32>().is_ok()) {
+    for pid in names("/proc")
+        .into_iter()
+        .filter(|name| name.parse::<u32>().is_ok())
+    {
         let fds = names(&format!("/proc/{pid}/fd"));
         let holds = |fd: &String| {
             std::fs::read_link(format!("/proc/{pid}/fd/{fd}")).is_ok_and(|to| to == Path::new(node))
@@ -141,7 +162,14 @@ pub fn lies_on_ublk(directory: &Path) -> Option<String> {
         let dash = fields.iter().position(|f| *f == "-")?;
         let at = unescape(fields.get(4)?);
         if real.starts_with(&at) && best.as_ref().is_none_or(|(len, _)| at.len() >= *len) {
-            best = Some((at.len(), fields.get(dash + 2).copied().unwrap_or_default().to_string()));
+            best = Some((
+                at.len(),
+                fields
+                    .get(dash + 2)
+                    .copied()
+                    .unwrap_or_default()
+                    .to_string(),
+            ));
         }
     }
     let source = std::fs::metadata(best?.1).ok().filter(|m| m.rdev() != 0)?;
@@ -150,16 +178,21 @@ pub fn lies_on_ublk(directory: &Path) -> Option<String> {
 
 fn ublk_below(number: &str, depth: u32) -> Option<String> {
     let sys = std::fs::canonicalize(format!("/sys/dev/block/{number}")).ok()?;
-    if let Some(part) = sys.iter().find(|part| part.to_string_lossy().starts_with("ublkb")) {
+    if let Some(part) = sys
+        .iter()
+        .find(|part| part.to_string_lossy().starts_with("ublkb"))
+    {
         return Some(format!("/dev/{}", part.to_string_lossy()));
     }
     if depth == 0 {
         return None;
     }
-    names(&sys.join("slaves").to_string_lossy()).iter().find_map(|slave| {
-        let dev = std::fs::read_to_string(format!("/sys/class/block/{slave}/dev")).ok()?;
-        ublk_below(dev.trim(), depth - 1)
-    })
+    names(&sys.join("slaves").to_string_lossy())
+        .iter()
+        .find_map(|slave| {
+            let dev = std::fs::read_to_string(format!("/sys/class/block/{slave}/dev")).ok()?;
+            ublk_below(dev.trim(), depth - 1)
+        })
 }
 
 #[cfg(test)]

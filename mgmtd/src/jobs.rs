@@ -61,7 +61,18 @@ fn start(
 ) -> JobSave {
     let (done, total) = (sync.done, sync.total);
     let (state, started, ended) = (JobState::Running, now, None);
-    JobSave { number, kind, group, disk, state, done, total, started, ended, reason: String::new() }
+    JobSave {
+        number,
+        kind,
+        group,
+        disk,
+        state,
+        done,
+        total,
+        started,
+        ended,
+        reason: String::new(),
+    }
 }
 
 fn end(job: &mut JobSave, group: &GroupStatus, now: u64) {
@@ -91,13 +102,22 @@ mod tests {
         let mut tables = Tables::default();
         let mut one = group();
         let (done, total, rate, slot) = (0, 100, 1, Some(1));
-        one.sync = Some(SyncStatus { action: SyncAction::Recover, done, total, rate, slot });
+        one.sync = Some(SyncStatus {
+            action: SyncAction::Recover,
+            done,
+            total,
+            rate,
+            slot,
+        });
         derive(&mut tables, &[one.clone()], 1);
         derive(&mut tables, &[one.clone()], 2);
         assert_eq!(tables.jobs.len(), 1);
         assert_eq!(tables.jobs[&1].disk, Some(one.members[1].disk));
         one.sync = None;
         derive(&mut tables, &[one], 3);
-        assert_eq!((tables.jobs[&1].state, tables.jobs[&1].ended), (JobState::Done, Some(3)));
+        assert_eq!(
+            (tables.jobs[&1].state, tables.jobs[&1].ended),
+            (JobState::Done, Some(3))
+        );
     }
 }

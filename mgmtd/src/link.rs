@@ -40,7 +40,10 @@ impl Link {
         if setsockopt(&fd, sockopt::SndBufForce, &(2 * MESSAGE_MAX)).is_err() {
             let _ = setsockopt(&fd, sockopt::SndBuf, &(2 * MESSAGE_MAX));
         }
-        Ok(Self { fd: AsyncFd::new(fd)?, buffer: vec![0; MESSAGE_MAX] })
+        Ok(Self {
+            fd: AsyncFd::register(fd)?,
+            buffer: vec![0; MESSAGE_MAX],
+        })
     }
 
     /// Sends one request with descriptors and waits for its answer.
@@ -61,12 +64,18 @@ impl Link {
             let len = self.receive().await.map_err(LinkError::Lost)?;
             serde_json::from_slice(&self.buffer[..len]).map_err(LinkError::Garbled)
         };
-        tokio::time::timeout(limit, turn).await.map_err(|_| LinkError::Slow(limit))?
+        tokio::time::timeout(limit, turn)
+            .await
+            .map_err(|_| LinkError::Slow(limit))?
     }
 
     async fn send(&self, text: &[u8], fds: &[RawFd]) -> io::Result<()> {
         let rights = [ControlMessage::ScmRights(fds)];
-        let control = if fds.is_empty() { &rights[..0] } else { &rights[..] };
+        let control = if fds.is_empty() {
+            &rights[..0]
+        } else {
+            &rights[..]
+        };
         loop {
             let mut ready = self.fd.writable().await?;
             let iov = [IoSlice::new(text)];
@@ -125,8 +134,13 @@ impl From<LinkError> for ApiError {
 
 /// An answer of another kind than the request asks for.
 pub fn unexpected(answer: &TargetAnswer) -> ApiError {
-    let name = serde_json::to_value(answer).ok().and_then(|v| v["answer"].as_str().map(String::from));
-    ApiError::new(ErrorKind::Failed, "ublk-target gave the wrong kind of answer")
-        .because(format!("it answered `{}`", name.unwrap_or_default()))
-        .hint("lunar status")
+    let name = serde_json::to_value(answer)
+        .ok()
+        .and_then(|v| v["answer"].as_str().map(String::from));
+    ApiError::new(
+        ErrorKind::Failed,
+        "ublk-target gave the wrong kind of answer",
+    )
+    .because(format!("it answered `{}`", name.unwrap_or_default()))
+    .hint("lunar status")
 }

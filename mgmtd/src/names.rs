@@ -82,7 +82,9 @@ mod tests {
             assert!(check_name(good).is_ok(), "{good}");
         }
         let long = "a".repeat(64);
-        for bad in ["", "12", "A", "-a", ".a", "a/b", "a b", "ä", "a\0", &long, ".."] {
+        for bad in [
+            "", "12", "A", "-a", ".a", "a/b", "a b", "ä", "a\0", &long, "..",
+        ] {
             assert!(check_name(bad).is_err(), "{bad}");
         }
     }

@@ -24,7 +24,10 @@ pub fn open_exclusive(path: &Path) -> io::Result<OwnedFd> {
         return Ok(with_flags(path, true, flags)?.into());
     }
     if !meta.is_file() {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "neither block device nor file"));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "neither block device nor file",
+        ));
     }
     let file = with_flags(path, true, OFlag::O_DIRECT)?;
     // flock belongs to the open file description: it lasts until ublk-target's last copy is gone.
@@ -44,7 +47,11 @@ pub fn open_plain(path: &Path) -> io::Result<OwnedFd> {
 }
 
 fn with_flags(path: &Path, write: bool, flags: OFlag) -> io::Result<File> {
-    OpenOptions::new().read(true).write(write).custom_flags(flags.bits()).open(path)
+    OpenOptions::new()
+        .read(true)
+        .write(write)
+        .custom_flags(flags.bits())
+        .open(path)
 }
 
 /// Tries `open_exclusive` until it works or `limit` is over; only "busy" is worth another try.
@@ -76,7 +83,12 @@ pub fn open_inflight(run_dir: &Path, group: lunar_api::GroupUuid) -> io::Result<
     let dir = run_dir.join("inflight");
     std::fs::create_dir_all(&dir)?;
     let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    options
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600);
     Ok(options.open(dir.join(group.to_string()))?.into())
 }
 
@@ -86,7 +98,9 @@ mod tests {
 
     #[test]
     fn open_exclusive_twice_is_busy_until_the_last_copy_is_gone() {
-        let path = std::env::current_dir().unwrap().join(format!(".lock-{}", std::process::id()));
+        let path = std::env::current_dir()
+            .unwrap()
+            .join(format!(".lock-{}", std::process::id()));
         std::fs::write(&path, vec![0; 4096]).unwrap();
         let first = open_exclusive(&path).unwrap();
         let copy = first.try_clone().unwrap();

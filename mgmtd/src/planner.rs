@@ -27,12 +27,18 @@ pub enum Gate {
 impl Plan {
     /// Makes a plan of one step.
     pub fn step(text: impl Into<String>) -> Self {
-        Self { steps: vec![text.into()], ..Self::default() }
+        Self {
+            steps: vec![text.into()],
+            ..Self::default()
+        }
     }
 
     /// Makes the plan that does nothing.
     pub fn unchanged(why: impl Into<String>) -> Self {
-        Self { unchanged: Some(why.into()), ..Self::default() }
+        Self {
+            unchanged: Some(why.into()),
+            ..Self::default()
+        }
     }
 
     /// Adds what dies.
@@ -49,7 +55,10 @@ impl Plan {
     pub fn gate(&self, dry_run: bool, yes: bool) -> Result<Gate, ApiError> {
         if let Some(why) = &self.unchanged {
             let text = vec![format!("unchanged: {why}")];
-            return Ok(Gate::Answer(Box::new(Changed { text, ..empty(Outcome::Unchanged) })));
+            return Ok(Gate::Answer(Box::new(Changed {
+                text,
+                ..empty(Outcome::Unchanged)
+            })));
         }
         if dry_run {
             return Ok(Gate::Answer(Box::new(Changed {
@@ -71,7 +80,12 @@ impl Plan {
     /// Makes the answer after it was carried out.
     pub fn done(&self, text: impl Into<String>) -> Changed {
         let text = vec![text.into()];
-        Changed { text, steps: self.steps.clone(), dies: self.dies.clone(), ..empty(Outcome::Changed) }
+        Changed {
+            text,
+            steps: self.steps.clone(),
+            dies: self.dies.clone(),
+            ..empty(Outcome::Changed)
+        }
     }
 }
 
@@ -97,9 +111,14 @@ mod tests {
     #[test]
     fn gate_table() {
         let kills = Plan::step("delete").dies("1 GiB", "vol");
-        assert_eq!(kills.gate(false, false).unwrap_err().kind, ErrorKind::Refused);
+        assert_eq!(
+            kills.gate(false, false).unwrap_err().kind,
+            ErrorKind::Refused
+        );
         assert_eq!(kills.gate(false, true), Ok(Gate::Go));
-        assert!(matches!(kills.gate(true, false), Ok(Gate::Answer(a)) if a.outcome == Outcome::Planned));
+        assert!(
+            matches!(kills.gate(true, false), Ok(Gate::Answer(a)) if a.outcome == Outcome::Planned)
+        );
         assert_eq!(Plan::step("rename").gate(false, false), Ok(Gate::Go));
         let same = Plan::unchanged("so it is").gate(false, false);
         assert!(matches!(same, Ok(Gate::Answer(a)) if a.outcome == Outcome::Unchanged));

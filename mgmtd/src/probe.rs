@@ -37,7 +37,11 @@ pub fn identify(path: &Path) -> io::Result<Identity> {
 
 /// Writes a device number as /sys and mountinfo do.
 pub fn major_minor(dev: u64) -> String {
-    format!("{}:{}", nix::sys::stat::major(dev), nix::sys::stat::minor(dev))
+    format!(
+        "{}:{}",
+        nix::sys::stat::major(dev),
+        nix::sys::stat::minor(dev)
+    )
 }
 
 /// Bytes of a disk.
@@ -46,7 +50,8 @@ pub fn major_minor(dev: u64) -> String {
 pub fn capacity(path: &Path, identity: Identity) -> io::Result<u64> {
     match identity {
         Identity::Block(dev) => {
-            let size = std::fs::read_to_string(format!("/sys/dev/block/{}/size", major_minor(dev)))?;
+            let size =
+                std::fs::read_to_string(format!("/sys/dev/block/{}/size", major_minor(dev)))?;
             let sectors: u64 = size.trim().parse().map_err(io::Error::other)?;
             Ok(sectors * lunar_api::units::SECTOR)
         }
@@ -74,9 +79,25 @@ pub fn stable_path(path: &Path) -> PathBuf {
 
 /// Orders by-id links by how long they last: world-wide names before models before the rest.
 fn rank(link: &Path) -> usize {
-    let name = link.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let order = ["wwn-", "nvme-eui.", "nvme-", "ata-", "scsi-", "virtio-", "dm-uuid-", "md-uuid-"];
-    order.iter().position(|prefix| name.starts_with(prefix)).unwrap_or(order.len())
+    let name = link
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
+    let order = [
+        "wwn-",
+        "nvme-eui.",
+        "nvme-",
+        "ata-",
+        "scsi-",
+        "virtio-",
+        "dm-uuid-",
+        "md-uuid-",
+    ];
+    order
+        .iter()
+        .position(|prefix| name.starts_with(prefix))
+        .unwrap_or(order.len())
 }
 
 /// Lists where a lost disk may be: every block device with a size that is not a LU of ours, and the files
@@ -105,7 +126,10 @@ pub fn candidates(known: &[PathBuf]) -> Vec<PathBuf> {
             continue;
         };
         for entry in entries.flatten().take(SEARCH_MAX) {
-            if entry.metadata().is_ok_and(|m| m.is_file() && m.len() >= DISK_MIN) {
+            if entry
+                .metadata()
+                .is_ok_and(|m| m.is_file() && m.len() >= DISK_MIN)
+            {
                 out.insert(entry.path());
             }
         }
@@ -114,7 +138,9 @@ pub fn candidates(known: &[PathBuf]) -> Vec<PathBuf> {
 }
 
 fn add_block(out: &mut BTreeSet<PathBuf>, name: &str, size: &str) {
-    let sectors = std::fs::read_to_string(size).ok().and_then(|s| s.trim().parse::<u64>().ok());
+    let sectors = std::fs::read_to_string(size)
+        .ok()
+        .and_then(|s| s.trim().parse::<u64>().ok());
     if sectors.is_some_and(|s| s * lunar_api::units::SECTOR >= DISK_MIN) {
         out.insert(Path::new("/dev").join(name.replace('!', "/")));
     }
@@ -123,8 +149,9 @@ fn add_block(out: &mut BTreeSet<PathBuf>, name: &str, size: &str) {
 /// File names in a directory; none if it is not there.
 pub fn names(directory: &str) -> Vec<String> {
     let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
-    let mut out: Vec<String> =
-        entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+    let mut out: Vec<String> = entries
+        .map(|e| e.file_name().to_string_lossy().into_owned())
+        .collect();
     out.sort();
     out
 }
@@ -132,7 +159,10 @@ pub fn names(directory: &str) -> Vec<String> {
 /// Ids of every ublk device that the kernel has.
 pub fn ublk_devices() -> Vec<u32> {
     let names = names("/sys/class/ublk-char");
-    names.iter().filter_map(|name| name.strip_prefix("ublkc")?.parse().ok()).collect()
+    names
+        .iter()
+        .filter_map(|name| name.strip_prefix("ublkc")?.parse().ok())
+        .collect()
 }
 
 /// This boot, as the kernel names it.
@@ -173,7 +203,10 @@ mod tests {
     fn identify_follows_links() {
         let link = std::env::temp_dir().join(format!("lunar-link-{}", std::process::id()));
         std::os::unix::fs::symlink("/etc/passwd", &link).unwrap();
-        assert_eq!(identify(&link).unwrap(), identify(Path::new("/etc/passwd")).unwrap());
+        assert_eq!(
+            identify(&link).unwrap(),
+            identify(Path::new("/etc/passwd")).unwrap()
+        );
         std::fs::remove_file(&link).unwrap();
     }
 }

@@ -40,7 +40,9 @@ pub async fn erase(path: &Path, signature: &str) -> Result<(), ApiError> {
     if signature == "gpt" {
         types.push_str(",PMBR,dos");
     }
-    run("wipefs", &["-a", "-t", &types], path, &[0]).await.map(drop)
+    run("wipefs", &["-a", "-t", &types], path, &[0])
+        .await
+        .map(drop)
 }
 
 async fn run(
@@ -49,19 +51,34 @@ async fn run(
     path: &Path,
     fine: &[i32],
 ) -> Result<(i32, String), ApiError> {
-    let what = || ApiError::new(ErrorKind::Failed, format!("cannot look at {}", path.display()));
+    let what = || {
+        ApiError::new(
+            ErrorKind::Failed,
+            format!("cannot look at {}", path.display()),
+        )
+    };
     let mut command = Command::new(program);
     // sbin is not in everybody's PATH.
     let search = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin:/usr/bin:/bin";
     command.env("PATH", search).env("LC_ALL", "C");
     command.args(args).arg("--").arg(path);
-    command.stdin(Stdio::null()).stderr(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true);
-    let output = tokio::time::timeout(COMMAND_LIMIT, command.output()).await.map_err(|_| {
-        let limit = COMMAND_LIMIT.as_secs();
-        what().because(format!("{program} did not end in {limit} s: the disk does not answer"))
-    })?;
+    command
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped())
+        .stdout(Stdio::piped())
+        .kill_on_drop(true);
+    let output = tokio::time::timeout(COMMAND_LIMIT, command.output())
+        .await
+        .map_err(|_| {
+            let limit = COMMAND_LIMIT.as_secs();
+            what().because(format!(
+                "{program} did not end in {limit} s: the disk does not answer"
+            ))
+        })?;
     let output = output.map_err(|e| {
-        what().because(format!("{program}: {e}")).hint("apt install util-linux")
+        what()
+            .because(format!("{program}: {e}"))
+            .hint("apt install util-linux")
     })?;
     let code = output.status.code().unwrap_or(-1);
     if !fine.contains(&code) {
@@ -75,7 +92,10 @@ async fn run(
 pub fn parse_blkid(text: &str, code: i32) -> BTreeSet<String> {
     let mut found: BTreeSet<String> = text
         .lines()
-        .filter_map(|line| line.strip_prefix("TYPE=").or_else(|| line.strip_prefix("PTTYPE=")))
+        .filter_map(|line| {
+            line.strip_prefix("TYPE=")
+                .or_else(|| line.strip_prefix("PTTYPE="))
+        })
         .map(String::from)
         .collect();
     if code == 8 && found.is_empty() {
@@ -101,7 +121,11 @@ pub fn parse_wipefs(text: &str) -> Result<BTreeSet<String>, serde_json::Error> {
         return Ok(BTreeSet::new());
     }
     let output: Output = serde_json::from_str(text)?;
-    Ok(output.signatures.into_iter().map(|s| s.kind.unwrap_or("unknown".into())).collect())
+    Ok(output
+        .signatures
+        .into_iter()
+        .map(|s| s.kind.unwrap_or("unknown".into()))
+        .collect())
 }
 
 #[cfg(test)]

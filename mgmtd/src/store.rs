@@ -31,9 +31,17 @@ fn definition(kind: Kind) -> TableDefinition<'static, u64, &'static str> {
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     #[error("cannot open {path}")]
-    Open { path: PathBuf, #[source] source: redb::DatabaseError },
+    Open {
+        path: PathBuf,
+        #[source]
+        source: redb::DatabaseError,
+    },
     #[error("cannot make {path}")]
-    Directory { path: PathBuf, #[source] source: std::io::Error },
+    Directory {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("a transaction failed")]
     Transaction(#[source] Box<redb::TransactionError>),
     #[error("a table failed")]
@@ -43,7 +51,12 @@ pub enum StoreError {
     #[error("a commit failed")]
     Commit(#[source] redb::CommitError),
     #[error("row {key} of {table} is not what this version saves")]
-    Row { table: String, key: u64, #[source] source: serde_json::Error },
+    Row {
+        table: String,
+        key: u64,
+        #[source]
+        source: serde_json::Error,
+    },
     #[error("it was written by version {found}, this is {VERSION}")]
     Version { found: String },
 }
@@ -59,23 +72,38 @@ impl Store {
     ///
     /// # Errors  not readable, in use by another mgmtd, of another version
     pub fn open(dir: &Path, fresh: SystemUuid) -> Result<(Self, Tables), StoreError> {
-        let at = |source| StoreError::Directory { path: dir.into(), source };
+        let at = |source| StoreError::Directory {
+            path: dir.into(),
+            source,
+        };
         std::fs::create_dir_all(dir).map_err(at)?;
         let path = dir.join("lunar.redb");
         let db = Database::create(&path).map_err(|source| StoreError::Open { path, source })?;
         let store = Self { db: Arc::new(db) };
         let system = store.meta(fresh)?;
-        let mut tables = Tables { system, ..Tables::default() };
-        store.read(Kind::Disks, |n, row| { tables.disks.insert(n, row); })?;
-        store.read(Kind::Groups, |n, row| { tables.groups.insert(n, row); })?;
-        store.read(Kind::Lus, |n, row| { tables.lus.insert(n, row); })?;
-        store.read(Kind::Jobs, |n, row| { tables.jobs.insert(n, row); })?;
+        let mut tables = Tables::default();
+        tables.system = system;
+        store.read(Kind::Disks, |n, row| {
+            tables.disks.insert(n, row);
+        })?;
+        store.read(Kind::Groups, |n, row| {
+            tables.groups.insert(n, row);
+        })?;
+        store.read(Kind::Lus, |n, row| {
+            tables.lus.insert(n, row);
+        })?;
+        store.read(Kind::Jobs, |n, row| {
+            tables.jobs.insert(n, row);
+        })?;
         store.read(Kind::Events, |_, row| tables.events.push_back(row))?;
         Ok((store, tables))
     }
 
     fn meta(&self, fresh: SystemUuid) -> Result<SystemUuid, StoreError> {
-        let txn = self.db.begin_write().map_err(|e| StoreError::Transaction(Box::new(e)))?;
+        let txn = self
+            .db
+            .begin_write()
+            .map_err(|e| StoreError::Transaction(Box::new(e)))?;
         let mut system = fresh;
         {
             let mut meta = txn.open_table(META).map_err(StoreError::Table)?;
@@ -89,8 +117,15 @@ impl Store {
                 Some(known) => system = known,
                 None => put(&mut meta, "system", &fresh.to_string())?,
             }
-            for kind in [Kind::Disks, Kind::Groups, Kind::Lus, Kind::Jobs, Kind::Events] {
-                txn.open_table(definition(kind)).map_err(StoreError::Table)?;
+            for kind in [
+                Kind::Disks,
+                Kind::Groups,
+                Kind::Lus,
+                Kind::Jobs,
+                Kind::Events,
+            ] {
+                txn.open_table(definition(kind))
+                    .map_err(StoreError::Table)?;
             }
         }
         txn.commit().map_err(StoreError::Commit)?;
@@ -102,8 +137,13 @@ impl Store {
         kind: Kind,
         mut each: impl FnMut(u32, T),
     ) -> Result<(), StoreError> {
-        let txn = self.db.begin_read().map_err(|e| StoreError::Transaction(Box::new(e)))?;
-        let table = txn.open_table(definition(kind)).map_err(StoreError::Table)?;
+        let txn = self
+            .db
+            .begin_read()
+            .map_err(|e| StoreError::Transaction(Box::new(e)))?;
+        let table = txn
+            .open_table(definition(kind))
+            .map_err(StoreError::Table)?;
         for row in table.iter().map_err(StoreError::Storage)? {
             let (key, value) = row.map_err(StoreError::Storage)?;
             let row = serde_json::from_str(value.value()).map_err(|source| StoreError::Row {
@@ -123,9 +163,14 @@ impl Store {
         if writes.is_empty() {
             return Ok(());
         }
-        let txn = self.db.begin_write().map_err(|e| StoreError::Transaction(Box::new(e)))?;
+        let txn = self
+            .db
+            .begin_write()
+            .map_err(|e| StoreError::Transaction(Box::new(e)))?;
         for write in writes {
-            let mut table = txn.open_table(definition(write.kind)).map_err(StoreError::Table)?;
+            let mut table = txn
+                .open_table(definition(write.kind))
+                .map_err(StoreError::Table)?;
             match &write.value {
                 Some(value) => table.insert(write.key, value.as_str()).map(drop),
                 None => table.remove(write.key).map(drop),
@@ -149,7 +194,9 @@ fn put(
     key: &'static str,
     value: &str,
 ) -> Result<(), StoreError> {
-    meta.insert(key, value).map(drop).map_err(StoreError::Storage)
+    meta.insert(key, value)
+        .map(drop)
+        .map_err(StoreError::Storage)
 }
 
 #[cfg(test)]

@@ -65,7 +65,11 @@ pub async fn supervise(daemon: Arc<Daemon>) {
 
 /// Says how it ended; true if that was asked for.
 async fn died(daemon: &Daemon, running: &mut Running) -> bool {
-    let how = match running.child.as_mut().and_then(|child| child.try_wait().ok().flatten()) {
+    let how = match running
+        .child
+        .as_mut()
+        .and_then(|child| child.try_wait().ok().flatten())
+    {
         Some(status) => match status.signal() {
             Some(signal) => format!("killed by signal {signal}"),
             None => format!("ended with {}", status.code().unwrap_or_default()),
@@ -76,7 +80,11 @@ async fn died(daemon: &Daemon, running: &mut Running) -> bool {
     if daemon.is_stopping() {
         return true;
     }
-    daemon.event("TargetDied", About::default(), format!("ublk-target {how}; it is started again"));
+    daemon.event(
+        "TargetDied",
+        About::default(),
+        format!("ublk-target {how}; it is started again"),
+    );
     false
 }
 
@@ -99,7 +107,11 @@ async fn bring_up(daemon: &Arc<Daemon>, first: bool) -> io::Result<Running> {
         daemon.refresh().await
     };
     if let Err(error) = result.await {
-        daemon.event("StartIncomplete", About::default(), format!("{error}: {:?}", error.causes));
+        daemon.event(
+            "StartIncomplete",
+            About::default(),
+            format!("{error}: {:?}", error.causes),
+        );
     }
     drop(turn);
     let _ = daemon.save().await;
@@ -131,15 +143,22 @@ async fn adopt(daemon: &Daemon) -> io::Result<Option<Running>> {
     let Some(pid) = daemon.live().target_pid else {
         return Ok(None);
     };
-    daemon.event("TargetAdopted", About::default(), format!("ublk-target {pid} was found running"));
-    Ok(Some(Running { pidfd: pidfd(pid)?, child: None }))
+    daemon.event(
+        "TargetAdopted",
+        About::default(),
+        format!("ublk-target {pid} was found running"),
+    );
+    Ok(Some(Running {
+        pidfd: pidfd(pid)?,
+        child: None,
+    }))
 }
 
 fn pidfd(pid: u32) -> io::Result<AsyncFd<OwnedFd>> {
     let raw = i32::try_from(pid).map_err(io::Error::other)?;
     let pid = rustix::process::Pid::from_raw(raw).ok_or(io::ErrorKind::InvalidInput)?;
     let fd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
-    AsyncFd::with_interest(fd, tokio::io::Interest::READABLE)
+    AsyncFd::register_with_interest(fd, tokio::io::Interest::READABLE)
 }
 
 /// Makes the listening socket and starts ublk-target with it.
@@ -148,7 +167,10 @@ async fn start(daemon: &Daemon) -> io::Result<Running> {
     let listening = listen_at(&run_dir.join("target.sock"))?;
     let child = spawn(&daemon.config.target_bin, run_dir, listening)?;
     std::fs::write(run_dir.join("target.pid"), format!("{}\n", child.id()))?;
-    let mut running = Running { pidfd: pidfd(child.id())?, child: Some(child) };
+    let mut running = Running {
+        pidfd: pidfd(child.id())?,
+        child: Some(child),
+    };
     let hello = tokio::select! {
         hello = daemon.hello(START_LIMIT) => hello.map(drop).map_err(io::Error::other),
         _ = running.pidfd.readable() => Err(io::Error::other("it ended at once")),
@@ -159,7 +181,9 @@ async fn start(daemon: &Daemon) -> io::Result<Running> {
             let _ = child.kill();
             let _ = child.wait();
         }
-        return Err(io::Error::other(format!("ublk-target does not start: {error}")));
+        return Err(io::Error::other(format!(
+            "ublk-target does not start: {error}"
+        )));
     }
     Ok(running)
 }
@@ -169,7 +193,12 @@ fn listen_at(path: &Path) -> io::Result<OwnedFd> {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
         _ => {}
     }
-    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
+    let fd = socket(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
     bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
     // Before anybody can connect: only root speaks to ublk-target.
     let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
@@ -197,7 +226,11 @@ async fn follow(daemon: Arc<Daemon>) {
     };
     let mut after = 0;
     loop {
-        let wait_ms = if daemon.live().groups.values().any(|g| g.sync.is_some()) { 2000 } else { 10_000 };
+        let wait_ms = if daemon.live().groups.values().any(|g| g.sync.is_some()) {
+            2000
+        } else {
+            10_000
+        };
         let ask = TargetRequest::Events { after, wait_ms };
         let limit = Duration::from_millis(wait_ms.into()) + STATUS_LIMIT;
         let Ok(Ok(TargetAnswer::Events { events })) = link.call(&ask, &[], limit).await else {
@@ -205,7 +238,11 @@ async fn follow(daemon: Arc<Daemon>) {
         };
         for event in events {
             after = after.max(event.seq);
-            let about = About { group: event.group, disk: event.disk, lu: event.lu };
+            let about = About {
+                group: event.group,
+                disk: event.disk,
+                lu: event.lu,
+            };
             daemon.event(&event.name, about, event.text);
         }
         let _ = daemon.refresh().await;

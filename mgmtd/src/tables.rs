@@ -194,7 +194,12 @@ impl Tables {
         let next = self.lus.keys().last().map_or(1, |n| n + 1);
         let number = self.lu(uuid).map_or(next, |l| l.number);
         let name_seen = name.to_string();
-        self.put_lu(LuSave { number, uuid, group, name_seen });
+        self.put_lu(LuSave {
+            number,
+            uuid,
+            group,
+            name_seen,
+        });
         number
     }
 
@@ -213,8 +218,12 @@ impl Tables {
 
     /// Drops the oldest ended jobs beyond the limit.
     pub fn trim_jobs(&mut self) {
-        let ended: Vec<u32> =
-            self.jobs.values().filter(|j| j.ended.is_some()).map(|j| j.number).collect();
+        let ended: Vec<u32> = self
+            .jobs
+            .values()
+            .filter(|j| j.ended.is_some())
+            .map(|j| j.number)
+            .collect();
         for number in ended.iter().take(ended.len().saturating_sub(JOBS_MAX)) {
             self.drop_job(*number);
         }

@@ -20,7 +20,11 @@ pub fn status(
     holders: &dyn Fn(u32) -> Vec<String>,
     by_hand: &dyn Fn(&GroupSave) -> bool,
 ) -> StatusReply {
-    let mut health = if target_up { Health::Optimal } else { Health::NoService };
+    let mut health = if target_up {
+        Health::Optimal
+    } else {
+        Health::NoService
+    };
     let mut text = String::new();
     if !target_up {
         text += "ublk-target does not answer; what follows is what was last seen. See: lunar events\n\n";
@@ -28,7 +32,11 @@ pub fn status(
     let mut groups = Vec::new();
     for save in view.tables.groups.values() {
         let group = group_health(view, save);
-        let own = if by_hand(save) { Health::Optimal } else { health_of(&group) };
+        let own = if by_hand(save) {
+            Health::Optimal
+        } else {
+            health_of(&group)
+        };
         health = health.max(own);
         if !unhealthy || own != Health::Optimal {
             group_text(&mut text, view, save, &group, holders);
@@ -42,7 +50,13 @@ pub fn status(
         .filter(|d| d.group.is_none() && need_look.contains(&d.state))
         .collect();
     for disk in &disks {
-        let _ = writeln!(text, "disk {} is {} and in no group: {}", disk.disk, word(disk.state), disk.path);
+        let _ = writeln!(
+            text,
+            "disk {} is {} and in no group: {}",
+            disk.disk,
+            word(disk.state),
+            disk.path
+        );
     }
     for note in &view.live.features.notes {
         let _ = writeln!(text, "  note: {note}");
@@ -60,11 +74,25 @@ pub fn status(
         Health::NoService => 4,
     };
     let (system, features) = (view.tables.system, view.live.features.clone());
-    StatusReply { exit, text, status: StatusData { health, system, target_up, features, groups, disks } }
+    StatusReply {
+        exit,
+        text,
+        status: StatusData {
+            health,
+            system,
+            target_up,
+            features,
+            groups,
+            disks,
+        },
+    }
 }
 
 fn health_of(group: &GroupHealth) -> Health {
-    let lu_down = group.lus.iter().any(|lu| lu.device.is_none() || !lu.problem.is_empty());
+    let lu_down = group
+        .lus
+        .iter()
+        .any(|lu| lu.device.is_none() || !lu.problem.is_empty());
     match group.state {
         GroupState::Failed | GroupState::Stopped => Health::NoService,
         _ if lu_down => Health::NoService,
@@ -76,22 +104,39 @@ fn health_of(group: &GroupHealth) -> Health {
 fn group_health(view: &View, save: &GroupSave) -> GroupHealth {
     let show = view.group_show(save);
     let live = view.live.groups.get(&save.uuid);
-    let members = live.map(|g| g.members.iter()).into_iter().flatten().map(|m| {
-        let disk = view.tables.disk(m.disk);
-        MemberHealth {
-            slot: m.slot,
-            disk: disk.map(|d| d.number),
-            path: disk.map_or(m.path.clone(), |d| d.path.clone()),
-            state: member_state(m.state),
-            read_errors: m.read_errors,
-            write_errors: m.write_errors,
-        }
-    });
-    let lus = view.tables.lus.values().filter(|l| l.group == save.uuid).map(|l| {
-        let row = view.lu_row(l);
-        let problem = view.lu_live(l).map_or("its group is not started".into(), |l| l.problem.clone());
-        LuHealth { lu: row.lu, name: row.name, capacity: row.capacity, device: row.device, problem }
-    });
+    let members = live
+        .map(|g| g.members.iter())
+        .into_iter()
+        .flatten()
+        .map(|m| {
+            let disk = view.tables.disk(m.disk);
+            MemberHealth {
+                slot: m.slot,
+                disk: disk.map(|d| d.number),
+                path: disk.map_or(m.path.clone(), |d| d.path.clone()),
+                state: member_state(m.state),
+                read_errors: m.read_errors,
+                write_errors: m.write_errors,
+            }
+        });
+    let lus = view
+        .tables
+        .lus
+        .values()
+        .filter(|l| l.group == save.uuid)
+        .map(|l| {
+            let row = view.lu_row(l);
+            let problem = view
+                .lu_live(l)
+                .map_or("its group is not started".into(), |l| l.problem.clone());
+            LuHealth {
+                lu: row.lu,
+                name: row.name,
+                capacity: row.capacity,
+                device: row.device,
+                problem,
+            }
+        });
     GroupHealth {
         group: save.number,
         action: live.map_or(stopped_action(&show.name), action),
@@ -112,15 +157,27 @@ fn stopped_action(name: &str) -> String {
 
 fn action(group: &GroupStatus) -> String {
     let out = group.members.iter().find(|m| {
-        matches!(member_state(m.state), DiskState::Faulty | DiskState::Missing)
+        matches!(
+            member_state(m.state),
+            DiskState::Faulty | DiskState::Missing
+        )
     });
-    let recovering = group.sync.as_ref().is_some_and(|s| s.action == SyncAction::Recover);
+    let recovering = group
+        .sync
+        .as_ref()
+        .is_some_and(|s| s.action == SyncAction::Recover);
     match (group.state, out) {
         (GroupState::Optimal, _) => String::new(),
         (GroupState::Failed, _) => {
-            format!("bring the missing disks back, then: lunar group start {}", group.name)
+            format!(
+                "bring the missing disks back, then: lunar group start {}",
+                group.name
+            )
         }
-        (_, Some(m)) => format!("add a disk (lunar disk add PATH), then: lunar disk replace {} NEW", m.path),
+        (_, Some(m)) => format!(
+            "add a disk (lunar disk add PATH), then: lunar disk replace {} NEW",
+            m.path
+        ),
         (_, None) if recovering => "none needed, the rebuild is running".into(),
         (_, None) => "lunar events".into(),
     }
@@ -144,7 +201,11 @@ fn group_text(
             let _ = write!(head, ", chunk {}", format_size(live.chunk));
         }
         if live.level == Level::Raid5 {
-            head += if is_write_hole_open(live) { ", none (write hole open)" } else { "" };
+            head += if is_write_hole_open(live) {
+                ", none (write hole open)"
+            } else {
+                ""
+            };
         }
     }
     let state = match group.state {
@@ -169,17 +230,32 @@ fn group_text(
         let _ = writeln!(text, "  scan: {}", scan(sync, group));
     }
     if !group.members.is_empty() {
-        let _ = writeln!(text, "        DISK  SLOT  STATE       READ WRITE CKSUM  PATH");
+        let _ = writeln!(
+            text,
+            "        DISK  SLOT  STATE       READ WRITE CKSUM  PATH"
+        );
     }
     for m in &group.members {
         let disk = m.disk.map_or("-".into(), |d| d.to_string());
         let (state, r, w) = (word(m.state), m.read_errors, m.write_errors);
-        let _ = writeln!(text, "        {disk:<5} {:<5} {state:<10} {r:>5} {w:>5}     0  {}", m.slot, m.path);
+        let _ = writeln!(
+            text,
+            "        {disk:<5} {:<5} {state:<10} {r:>5} {w:>5}     0  {}",
+            m.slot, m.path
+        );
     }
-    for was in view.tables.disks.values().filter(|d| d.was.is_some_and(|w| w.0 == save.uuid)) {
+    for was in view
+        .tables
+        .disks
+        .values()
+        .filter(|d| d.was.is_some_and(|w| w.0 == save.uuid))
+    {
         let slot = was.was.map_or(0, |w| w.1);
         let (n, path) = (was.number, &was.path);
-        let _ = writeln!(text, "        {n:<5} {slot:<5} faulty         -     -     -  {path}  (was)");
+        let _ = writeln!(
+            text,
+            "        {n:<5} {slot:<5} faulty         -     -     -  {path}  (was)"
+        );
     }
     for (at, lu) in group.lus.iter().enumerate() {
         let label = if at == 0 { "   LUs:" } else { "       " };
@@ -192,7 +268,10 @@ fn group_text(
 fn number_action(view: &View, group: &GroupHealth) -> String {
     let mut action = group.action.clone();
     for disk in view.tables.disks.values() {
-        action = action.replace(&format!("replace {} ", disk.path), &format!("replace {} ", disk.number));
+        action = action.replace(
+            &format!("replace {} ", disk.path),
+            &format!("replace {} ", disk.number),
+        );
     }
     action
 }
@@ -207,7 +286,11 @@ fn lu_text(view: &View, lu: &LuHealth, holders: &dyn Fn(u32) -> Vec<String>) -> 
             let _ = write!(out, ", {}", holder.replace("mounted at", "mounted"));
         }
     }
-    out + &if lu.problem.is_empty() { ", I/O ok".to_string() } else { format!(", NO I/O: {}", lu.problem) }
+    out + &if lu.problem.is_empty() {
+        ", I/O ok".to_string()
+    } else {
+        format!(", NO I/O: {}", lu.problem)
+    }
 }
 
 fn scan(sync: &SyncStatus, group: &GroupHealth) -> String {
@@ -272,7 +355,13 @@ mod tests {
     use lunar_api::target::MemberState;
 
     fn compose(view: &View) -> StatusReply {
-        status(view, false, true, &|_| vec!["mounted at /srv".into()], &|_| false)
+        status(
+            view,
+            false,
+            true,
+            &|_| vec!["mounted at /srv".into()],
+            &|_| false,
+        )
     }
 
     #[test]
@@ -281,7 +370,9 @@ mod tests {
         assert_eq!(reply.exit, 0);
         assert!(reply.text.contains("write hole open"), "{}", reply.text);
         assert!(
-            reply.text.contains("   LUs: vol 1 GiB /dev/lunar/vol -> /dev/ublkb0, mounted /srv, I/O ok"),
+            reply
+                .text
+                .contains("   LUs: vol 1 GiB /dev/lunar/vol -> /dev/ublkb0, mounted /srv, I/O ok"),
             "{}",
             reply.text
         );
@@ -304,7 +395,11 @@ mod tests {
         let reply = compose(&view);
         assert_eq!(reply.exit, 3);
         assert!(reply.text.contains("state: DEGRADED"), "{}", reply.text);
-        assert!(reply.text.contains("lunar disk replace 2 NEW"), "{}", reply.text);
+        assert!(
+            reply.text.contains("lunar disk replace 2 NEW"),
+            "{}",
+            reply.text
+        );
     }
 
     #[test]
@@ -316,7 +411,12 @@ mod tests {
 
     #[test]
     fn duration_is_short() {
-        for (s, text) in [(5, "5 s"), (65, "1 min 5 s"), (1200, "20 min"), (34800, "9 h 40 min")] {
+        for (s, text) in [
+            (5, "5 s"),
+            (65, "1 min 5 s"),
+            (1200, "20 min"),
+            (34800, "9 h 40 min"),
+        ] {
             assert_eq!(duration(s), text);
         }
     }

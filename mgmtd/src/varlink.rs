@@ -24,7 +24,11 @@ struct Call {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Asked {
     /// A verb of `io.lunar`; `changes` says whether it is for root only, `oneway` that nobody waits.
-    Verb { request: Request, changes: bool, oneway: bool },
+    Verb {
+        request: Request,
+        changes: bool,
+        oneway: bool,
+    },
     /// Something that is answered at once.
     Answer(Value),
 }
@@ -52,11 +56,18 @@ pub fn decode(message: &[u8]) -> Result<Asked, ApiError> {
     let oneway = call.oneway == Some(true);
     let whole = json!({"method": call.method, "parameters": parameters});
     match serde_json::from_value(whole) {
-        Ok(request) => Ok(Asked::Verb { request, changes: *changes, oneway }),
+        Ok(request) => Ok(Asked::Verb {
+            request,
+            changes: *changes,
+            oneway,
+        }),
         Err(e) => Ok(Asked::Answer(encode_error(
-            &ApiError::new(ErrorKind::Usage, format!("{} does not take these parameters", call.method))
-                .because(e.to_string())
-                .hint("varlinkctl introspect /run/lunar/mgmtd.sock io.lunar"),
+            &ApiError::new(
+                ErrorKind::Usage,
+                format!("{} does not take these parameters", call.method),
+            )
+            .because(e.to_string())
+            .hint("varlinkctl introspect /run/lunar/mgmtd.sock io.lunar"),
         ))),
     }
 }
@@ -70,21 +81,25 @@ fn service(method: &str, parameters: &Value) -> Option<Value> {
             "url": env!("CARGO_PKG_REPOSITORY"),
             "interfaces": ["org.varlink.service", INTERFACE],
         }})),
-        "org.varlink.service.GetInterfaceDescription" => Some(match parameters["interface"].as_str() {
-            Some(INTERFACE) => json!({"parameters": {"description": VARLINK}}),
-            Some("org.varlink.service") => json!({"parameters": {"description": SERVICE}}),
-            Some(other) => json!({
-                "error": "org.varlink.service.InterfaceNotFound",
-                "parameters": {"interface": other},
-            }),
-            None => invalid("interface"),
-        }),
+        "org.varlink.service.GetInterfaceDescription" => {
+            Some(match parameters["interface"].as_str() {
+                Some(INTERFACE) => json!({"parameters": {"description": VARLINK}}),
+                Some("org.varlink.service") => json!({"parameters": {"description": SERVICE}}),
+                Some(other) => json!({
+                    "error": "org.varlink.service.InterfaceNotFound",
+                    "parameters": {"interface": other},
+                }),
+                None => invalid("interface"),
+            })
+        }
         _ => None,
     }
 }
 
 fn unknown(method: &str) -> Value {
-    let interface = method.rsplit_once('.').map_or(method, |(interface, _)| interface);
+    let interface = method
+        .rsplit_once('.')
+        .map_or(method, |(interface, _)| interface);
     if interface == INTERFACE || interface == "org.varlink.service" {
         json!({"error": "org.varlink.service.MethodNotFound", "parameters": {"method": method}})
     } else {
@@ -123,17 +138,18 @@ pub fn decode_answer(message: &[u8]) -> Result<Value, ApiError> {
     let garbled = |why: String| {
         ApiError::new(ErrorKind::Failed, "the answer of mgmtd is not understood").because(why)
     };
-    let mut answer: Value =
-        serde_json::from_slice(message).map_err(|e| garbled(e.to_string()))?;
+    let mut answer: Value = serde_json::from_slice(message).map_err(|e| garbled(e.to_string()))?;
     let parameters = answer["parameters"].take();
     match answer["error"].as_str() {
         None => Ok(parameters),
         Some("io.lunar.Error") => {
             Err(serde_json::from_value(parameters).unwrap_or_else(|e| garbled(e.to_string())))
         }
-        Some(other) => Err(ApiError::new(ErrorKind::Usage, format!("mgmtd answered {other}"))
-            .because(parameters.to_string())
-            .hint("use the lunar of the same version as mgmtd")),
+        Some(other) => Err(
+            ApiError::new(ErrorKind::Usage, format!("mgmtd answered {other}"))
+                .because(parameters.to_string())
+                .hint("use the lunar of the same version as mgmtd"),
+        ),
     }
 }
 
@@ -164,11 +180,26 @@ mod tests {
     #[test]
     fn decode_table_of_bad_calls() {
         for (text, error) in [
-            (r#"{"method":"io.lunar.Nope"}"#, "org.varlink.service.MethodNotFound"),
-            (r#"{"method":"io.sun.Status"}"#, "org.varlink.service.InterfaceNotFound"),
-            (r#"{"method":"io.lunar.Status","upgrade":true}"#, "org.varlink.service.InvalidParameter"),
-            (r#"{"method":"io.lunar.DiskFail","parameters":{"x":1}}"#, "io.lunar.Error"),
-            (r#"{"method":"io.lunar.DiskFail","parameters":[1]}"#, "io.lunar.Error"),
+            (
+                r#"{"method":"io.lunar.Nope"}"#,
+                "org.varlink.service.MethodNotFound",
+            ),
+            (
+                r#"{"method":"io.sun.Status"}"#,
+                "org.varlink.service.InterfaceNotFound",
+            ),
+            (
+                r#"{"method":"io.lunar.Status","upgrade":true}"#,
+                "org.varlink.service.InvalidParameter",
+            ),
+            (
+                r#"{"method":"io.lunar.DiskFail","parameters":{"x":1}}"#,
+                "io.lunar.Error",
+            ),
+            (
+                r#"{"method":"io.lunar.DiskFail","parameters":[1]}"#,
+                "io.lunar.Error",
+            ),
         ] {
             assert_eq!(answer(text)["error"], error, "{text}");
         }
@@ -181,12 +212,21 @@ mod tests {
     #[test]
     fn decode_verb_without_parameters() {
         let asked = decode(br#"{"method":"io.lunar.DiskList"}"#).unwrap();
-        assert!(matches!(asked, Asked::Verb { changes: false, oneway: false, .. }));
+        assert!(matches!(
+            asked,
+            Asked::Verb {
+                changes: false,
+                oneway: false,
+                ..
+            }
+        ));
     }
 
     #[test]
     fn decode_answer_gives_the_error_back() {
-        let error = ApiError::new(ErrorKind::Busy, "in use").because("mounted").hint("umount");
+        let error = ApiError::new(ErrorKind::Busy, "in use")
+            .because("mounted")
+            .hint("umount");
         let bytes = frame(&encode_error(&error));
         assert_eq!(decode_answer(&bytes[..bytes.len() - 1]).unwrap_err(), error);
     }

@@ -25,7 +25,10 @@ impl View {
     /// The group and slot that a disk is in.
     pub fn member(&self, disk: DiskUuid) -> Option<(&GroupStatus, &MemberStatus)> {
         self.live.groups.values().find_map(|group| {
-            let member = group.members.iter().find(|m| m.disk == disk && !m.disk.is_nil())?;
+            let member = group
+                .members
+                .iter()
+                .find(|m| m.disk == disk && !m.disk.is_nil())?;
             Some((group, member))
         })
     }
@@ -63,7 +66,9 @@ impl View {
     /// A row of table disks.
     pub fn disk_row(&self, disk: &DiskSave) -> DiskRow {
         let group = self.group_of(disk).and_then(|g| self.tables.group(g));
-        let errors = self.member(disk.uuid).map_or(0, |(_, m)| m.read_errors + m.write_errors);
+        let errors = self
+            .member(disk.uuid)
+            .map_or(0, |(_, m)| m.read_errors + m.write_errors);
         DiskRow {
             disk: disk.number,
             path: disk.path.clone(),
@@ -77,7 +82,11 @@ impl View {
 
     /// Table disks.
     pub fn disk_rows(&self) -> Vec<DiskRow> {
-        self.tables.disks.values().map(|d| self.disk_row(d)).collect()
+        self.tables
+            .disks
+            .values()
+            .map(|d| self.disk_row(d))
+            .collect()
     }
 
     /// A row of table raid-groups; what is not up is told from the disks.
@@ -153,7 +162,10 @@ impl View {
             write_hole_open: live.is_some_and(is_write_hole_open),
             zero_copy: live.is_some_and(|g| g.zero_copy),
             history: live.map(|g| g.history).or(save.witness.map(|w| w.history)),
-            generation: live.map(|g| g.generation).or(save.witness.map(|w| w.generation)).unwrap_or(0),
+            generation: live
+                .map(|g| g.generation)
+                .or(save.witness.map(|w| w.generation))
+                .unwrap_or(0),
             members: live.map(|g| self.member_rows(g)).unwrap_or_default(),
             lus: lus.map(|l| l.number).collect(),
             sync: live.and_then(|g| g.sync.clone()),
@@ -162,7 +174,12 @@ impl View {
 
     /// A LU, live.
     pub fn lu_live(&self, save: &LuSave) -> Option<&LuStatus> {
-        self.live.groups.get(&save.group)?.lus.iter().find(|l| l.lu == save.uuid)
+        self.live
+            .groups
+            .get(&save.group)?
+            .lus
+            .iter()
+            .find(|l| l.lu == save.uuid)
     }
 
     /// The one path of a LU in this version: the host's.
@@ -173,7 +190,11 @@ impl View {
             lu: save.number,
             head: "host".into(),
             device: ublk.map(|n| format!("/dev/ublkb{n}")),
-            state: if ublk.is_some() { PathState::Online } else { PathState::Offline },
+            state: if ublk.is_some() {
+                PathState::Online
+            } else {
+                PathState::Offline
+            },
         }
     }
 
@@ -214,7 +235,10 @@ impl View {
             paths: row.paths,
             counters: row.counters,
             uuid: save.uuid,
-            group_name: self.tables.group(save.group).map_or(String::new(), |g| g.name_seen.clone()),
+            group_name: self
+                .tables
+                .group(save.group)
+                .map_or(String::new(), |g| g.name_seen.clone()),
             depth: live.map_or(0, |l| l.depth),
             problem: live.map_or(problem.unwrap_or("its group is not started".into()), |l| {
                 l.problem.clone()
@@ -227,14 +251,21 @@ impl View {
     /// A row of the job list.
     pub fn job_row(&self, save: &JobSave) -> JobRow {
         let group = self.tables.group(save.group);
-        let sync = self.live.groups.get(&save.group).and_then(|g| g.sync.as_ref());
+        let sync = self
+            .live
+            .groups
+            .get(&save.group)
+            .and_then(|g| g.sync.as_ref());
         let sync = sync.filter(|_| save.state == JobState::Running);
         JobRow {
             job: save.number,
             kind: save.kind,
             group: group.map_or(0, |g| g.number),
             group_name: group.map_or(String::new(), |g| g.name_seen.clone()),
-            disk: save.disk.and_then(|d| self.tables.disk(d)).map(|d| d.number),
+            disk: save
+                .disk
+                .and_then(|d| self.tables.disk(d))
+                .map(|d| d.number),
             state: save.state,
             done: sync.map_or(save.done, |s| s.done),
             total: sync.map_or(save.total, |s| s.total),
@@ -251,8 +282,14 @@ impl View {
             event: save.number,
             time: save.time,
             name: save.name.clone(),
-            group: save.group.and_then(|g| self.tables.group(g)).map(|g| g.number),
-            disk: save.disk.and_then(|d| self.tables.disk(d)).map(|d| d.number),
+            group: save
+                .group
+                .and_then(|g| self.tables.group(g))
+                .map(|g| g.number),
+            disk: save
+                .disk
+                .and_then(|d| self.tables.disk(d))
+                .map(|d| d.number),
             lu: save.lu.and_then(|l| self.tables.lu(l)).map(|l| l.number),
             text: save.text.clone(),
         }
@@ -263,21 +300,31 @@ impl View {
     /// # Errors  `Usage` if there is none
     pub fn find_group(&self, name: &str) -> Result<&GroupSave, ApiError> {
         let same = |g: &&GroupSave| g.number.to_string() == name || self.group_row(g).name == name;
-        self.tables.groups.values().find(same).ok_or_else(|| unknown("group", name))
+        self.tables
+            .groups
+            .values()
+            .find(same)
+            .ok_or_else(|| unknown("group", name))
     }
 
     /// Finds a LU by number, name or device.
     ///
     /// # Errors  `Usage` if there is none
     pub fn find_lu(&self, name: &str) -> Result<&LuSave, ApiError> {
-        let name_ = name.strip_prefix(&format!("{}/", self.nodes)).unwrap_or(name);
+        let name_ = name
+            .strip_prefix(&format!("{}/", self.nodes))
+            .unwrap_or(name);
         let same = |l: &&LuSave| {
             let row = self.lu_row(l);
             l.number.to_string() == name_
                 || row.name == name_
                 || row.paths.iter().any(|p| p.device.as_deref() == Some(name))
         };
-        self.tables.lus.values().find(same).ok_or_else(|| unknown("lu", name))
+        self.tables
+            .lus
+            .values()
+            .find(same)
+            .ok_or_else(|| unknown("lu", name))
     }
 }
 
@@ -318,7 +365,10 @@ pub fn data_members(level: Level, members: usize) -> usize {
 pub fn mkfs_lines(group: &GroupStatus, node: &str) -> Vec<String> {
     let data = data_members(group.level, group.members.len());
     if group.level == Level::Raid1 {
-        return vec![format!("mkfs.ext4 -b 4096 {node}"), format!("mkfs.xfs {node}")];
+        return vec![
+            format!("mkfs.ext4 -b 4096 {node}"),
+            format!("mkfs.xfs {node}"),
+        ];
     }
     let (stride, kib) = (group.chunk / 4096, group.chunk / 1024);
     let width = stride * data as u64;
@@ -383,7 +433,10 @@ pub(crate) mod tests {
 
     /// A view with that group.
     pub(crate) fn view() -> View {
-        let mut view = View { nodes: "/dev/lunar".into(), ..View::default() };
+        let mut view = View {
+            nodes: "/dev/lunar".into(),
+            ..View::default()
+        };
         let group = group();
         for (n, m) in (1..).zip(&group.members) {
             let (path, capacity) = (format!("/dev/disk/by-id/wwn-{n}"), 1 << 30);
@@ -415,7 +468,10 @@ pub(crate) mod tests {
     #[test]
     fn mkfs_lines_of_raid5() {
         let lines = mkfs_lines(&group(), "/dev/lunar/vol");
-        assert_eq!(lines[0], "mkfs.ext4 -b 4096 -E stride=16,stripe_width=32 /dev/lunar/vol");
+        assert_eq!(
+            lines[0],
+            "mkfs.ext4 -b 4096 -E stride=16,stripe_width=32 /dev/lunar/vol"
+        );
         assert_eq!(lines[1], "mkfs.xfs -d su=64k,sw=2 /dev/lunar/vol");
     }
 }

@@ -291,7 +291,10 @@ mod tests {
     fn request_keeps_its_method_name() {
         let ask = Request::LuShow(One { name: "vol".into() });
         let text = serde_json::to_string(&ask).unwrap();
-        assert_eq!(text, r#"{"method":"io.lunar.LuShow","parameters":{"name":"vol"}}"#);
+        assert_eq!(
+            text,
+            r#"{"method":"io.lunar.LuShow","parameters":{"name":"vol"}}"#
+        );
     }
 
     #[test]
