@@ -7,17 +7,18 @@ use std::time::Duration;
 
 use lunar_api::target::{FDS_MAX, MESSAGE_MAX, TargetAnswer, TargetReply, TargetRequest};
 use lunar_api::{ApiError, ErrorKind};
-use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, sendmsg,
     setsockopt, socket, sockopt,
 };
-use tokio::io::unix::AsyncFd;
+use tokio::io::Interest;
+use tokio::net::UnixStream;
 
 /// One connection. After a time-out or an error it must be dropped: its answers would be out of step.
 #[derive(Debug)]
 pub struct Link {
-    fd: AsyncFd<OwnedFd>,
+    /// A SEQPACKET socket in the type that tokio registers without `unsafe`; only `async_io` is used on it.
+    socket: UnixStream,
     buffer: Vec<u8>,
 }
 
@@ -40,8 +41,9 @@ impl Link {
         if setsockopt(&fd, sockopt::SndBufForce, &(2 * MESSAGE_MAX)).is_err() {
             let _ = setsockopt(&fd, sockopt::SndBuf, &(2 * MESSAGE_MAX));
         }
+        let socket = UnixStream::from_std(std::os::unix::net::UnixStream::from(fd))?;
         Ok(Self {
-            fd: AsyncFd::register(fd)?,
+            socket,
             buffer: vec![0; MESSAGE_MAX],
         })
     }
@@ -76,29 +78,22 @@ impl Link {
         } else {
             &rights[..]
         };
-        loop {
-            let mut ready = self.fd.writable().await?;
+        let raw = self.socket.as_raw_fd();
+        let send = || {
             let iov = [IoSlice::new(text)];
-            let flags = MsgFlags::MSG_NOSIGNAL;
-            match sendmsg::<UnixAddr>(self.fd.as_raw_fd(), &iov, control, flags, None) {
-                Err(Errno::EAGAIN) => ready.clear_ready(),
-                Err(Errno::EINTR) => {}
-                Err(e) => return Err(e.into()),
-                Ok(_) => return Ok(()),
-            }
-        }
+            let sent = sendmsg::<UnixAddr>(raw, &iov, control, MsgFlags::MSG_NOSIGNAL, None);
+            sent.map(drop).map_err(io::Error::from)
+        };
+        self.socket.async_io(Interest::WRITABLE, send).await
     }
 
     async fn receive(&mut self) -> io::Result<usize> {
-        loop {
-            let mut ready = self.fd.readable().await?;
-            match recv(self.fd.as_raw_fd(), &mut self.buffer, MsgFlags::empty()) {
-                Err(Errno::EAGAIN) => ready.clear_ready(),
-                Err(Errno::EINTR) => {}
-                Err(e) => return Err(e.into()),
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(len) => return Ok(len),
-            }
+        let raw = self.socket.as_raw_fd();
+        let buffer = &mut self.buffer;
+        let receive = || Ok(recv(raw, buffer, MsgFlags::empty())?);
+        match self.socket.async_io(Interest::READABLE, receive).await? {
+            0 => Err(io::ErrorKind::UnexpectedEof.into()),
+            len => Ok(len),
         }
     }
 }

@@ -3,7 +3,7 @@
 //! ublk-target has its own session and, where possible, its own cgroup: the end of mgmtd is not its end.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -11,10 +11,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lunar_api::target::{TargetAnswer, TargetRequest};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
 };
-use tokio::io::unix::AsyncFd;
+use tokio::sync::oneshot;
 
 use crate::daemon::{About, Daemon};
 use crate::limits::{BACKOFF_MAX, DEATHS_MAX, START_LIMIT, STATUS_LIMIT};
@@ -29,7 +30,8 @@ const EXEC: &str = "{ mkdir -p /sys/fs/cgroup/lunar-target && \
 /// A running ublk-target.
 #[derive(Debug)]
 struct Running {
-    pidfd: AsyncFd<OwnedFd>,
+    /// Comes when the process has ended.
+    ended: oneshot::Receiver<()>,
     /// None: adopted, its exit status is its parent's.
     child: Option<Child>,
 }
@@ -43,7 +45,7 @@ pub async fn supervise(daemon: Arc<Daemon>) {
         match up {
             Ok(mut running) => {
                 first = false;
-                let _ = running.pidfd.readable().await;
+                let _ = (&mut running.ended).await;
                 if died(&daemon, &mut running).await {
                     return;
                 }
@@ -149,16 +151,26 @@ async fn adopt(daemon: &Daemon) -> io::Result<Option<Running>> {
         format!("ublk-target {pid} was found running"),
     );
     Ok(Some(Running {
-        pidfd: pidfd(pid)?,
+        ended: watch(pid)?,
         child: None,
     }))
 }
 
-fn pidfd(pid: u32) -> io::Result<AsyncFd<OwnedFd>> {
+/// Watches a process, child or not, by its pidfd; the pid cannot be taken for another's.
+fn watch(pid: u32) -> io::Result<oneshot::Receiver<()>> {
     let raw = i32::try_from(pid).map_err(io::Error::other)?;
     let pid = rustix::process::Pid::from_raw(raw).ok_or(io::ErrorKind::InvalidInput)?;
     let fd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
-    AsyncFd::register_with_interest(fd, tokio::io::Interest::READABLE)
+    let (tell, ended) = oneshot::channel();
+    // A thread that sleeps in poll: one per ublk-target, gone when it is.
+    std::thread::Builder::new()
+        .name("pidfd".into())
+        .spawn(move || {
+            let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+            while poll(&mut fds, PollTimeout::NONE) == Err(nix::errno::Errno::EINTR) {}
+            let _ = tell.send(());
+        })?;
+    Ok(ended)
 }
 
 /// Makes the listening socket and starts ublk-target with it.
@@ -168,12 +180,12 @@ async fn start(daemon: &Daemon) -> io::Result<Running> {
     let child = spawn(&daemon.config.target_bin, run_dir, listening)?;
     std::fs::write(run_dir.join("target.pid"), format!("{}\n", child.id()))?;
     let mut running = Running {
-        pidfd: pidfd(child.id())?,
+        ended: watch(child.id())?,
         child: Some(child),
     };
     let hello = tokio::select! {
         hello = daemon.hello(START_LIMIT) => hello.map(drop).map_err(io::Error::other),
-        _ = running.pidfd.readable() => Err(io::Error::other("it ended at once")),
+        _ = &mut running.ended => Err(io::Error::other("it ended at once")),
     };
     if let Err(error) = hello {
         // It is our child and serves nothing yet: end it, or the next one would stand beside it.
