@@ -122,13 +122,15 @@ pub async fn shutdown(daemon: &Daemon, ask: ShutdownAsk) -> Result<Changed, ApiE
     for group in view.live.groups.values() {
         check_not_held(group, "Lunar cannot be shut down")?;
     }
-    let mut plan = Plan::default();
-    plan.steps = view
+    let stops = view
         .live
         .groups
         .values()
-        .map(|g| format!("stop group {}", g.name))
-        .collect();
+        .map(|g| format!("stop group {}", g.name));
+    let mut plan = Plan {
+        steps: stops.collect(),
+        ..Plan::default()
+    };
     plan.steps.push("end ublk-target".into());
     plan.steps.push("end mgmtd".into());
     if let Gate::Answer(answer) = plan.gate(ask.dry_run, ask.yes)? {
