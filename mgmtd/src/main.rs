@@ -1,1 +1,115 @@
-fn main() {}
+//! `mgmtd`: runs in the foreground, supervises ublk-target, serves `lunar`.
+
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use lunar_api::SystemUuid;
+use mgmtd::daemon::{Config, Daemon};
+use mgmtd::store::Store;
+use mgmtd::{holders, notify, probe, server, supervisor};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// The management daemon of Lunar. Its end leaves the data path running; `lunar shutdown` stops all.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    after_help = "Examples:\n  mgmtd\n  mgmtd --state-dir /var/lib/lunar2 --system 2\n  RUST_LOG=debug mgmtd"
+)]
+struct Args {
+    /// Where the tables are kept; never on a LU of this Lunar
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// Where `lunar` finds it
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Number of this system, when a machine runs several
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..10000))]
+    system: Option<u32>,
+    /// The ublk-target to start; else the one beside this program
+    #[arg(long, value_name = "PATH")]
+    ublk_target: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let result = runtime.map_err(|e| e.to_string()).and_then(|runtime| {
+        let local = tokio::task::LocalSet::new();
+        let result = local.block_on(&runtime, run(Args::parse()));
+        // A blocking open on a sick disk must not hold the exit up.
+        runtime.shutdown_background();
+        result
+    });
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("mgmtd: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn config(args: Args) -> Result<Config, String> {
+    let system = args.system;
+    let under =
+        |base: &str| system.map_or(base.into(), |n| PathBuf::from(base).join(n.to_string()));
+    let run_dir: PathBuf = under("/run/lunar");
+    let beside = std::env::current_exe()
+        .map_err(|e| e.to_string())?
+        .with_file_name("ublk-target");
+    Ok(Config {
+        state_dir: args.state_dir.unwrap_or_else(|| under("/var/lib/lunar")),
+        socket: args.socket.unwrap_or_else(|| run_dir.join("mgmtd.sock")),
+        run_dir,
+        system,
+        target_bin: args.ublk_target.unwrap_or(beside),
+    })
+}
+
+async fn run(args: Args) -> Result<(), String> {
+    let config = config(args)?;
+    let say = |what: &str, e: &dyn std::error::Error| {
+        let source = e.source().map(|s| format!(": {s}")).unwrap_or_default();
+        format!("{what}: {e}{source}")
+    };
+    std::fs::create_dir_all(&config.run_dir).map_err(|e| say("run directory", &e))?;
+    std::fs::create_dir_all(&config.state_dir).map_err(|e| say("state directory", &e))?;
+    if let Some(lu) = holders::lies_on_ublk(&config.state_dir) {
+        let dir = config.state_dir.display();
+        return Err(format!(
+            "{dir} lies on {lu}, a LU of Lunar itself. Try: mgmtd --state-dir DIR elsewhere"
+        ));
+    }
+    let fresh = SystemUuid::from_bytes(probe::random().map_err(|e| say("random numbers", &e))?);
+    let (store, tables) = Store::open(&config.state_dir, fresh).map_err(|e| say("tables", &e))?;
+    let listener = server::listen(&config.socket)
+        .map_err(|e| say(&config.socket.display().to_string(), &e))?;
+    let socket = config.socket.clone();
+    let daemon = Daemon::new(config, store, tables);
+    let mut term = signal(SignalKind::terminate()).map_err(|e| say("signals", &e))?;
+    let mut int = signal(SignalKind::interrupt()).map_err(|e| say("signals", &e))?;
+    tokio::task::spawn_local(server::serve(daemon.clone(), listener));
+    let mut supervisor = tokio::spawn(supervisor::supervise(daemon.clone()));
+    tokio::select! {
+        _ = term.recv() => tracing::info!("mgmtd ends, the data path stays up"),
+        _ = int.recv() => tracing::info!("mgmtd ends, the data path stays up"),
+        _ = daemon.stopped.notified() => {
+            let limit = std::time::Duration::from_secs(10);
+            let _ = tokio::time::timeout(limit, &mut supervisor).await;
+            tracing::info!("everything is stopped");
+        }
+    }
+    notify::notify("STOPPING=1");
+    let _ = std::fs::remove_file(socket);
+    daemon.save().await.map_err(|e| e.to_string())
+}

@@ -1,12 +1,15 @@
 //! Ids, units, tables, requests and replies of Lunar: the words that its processes share.
 //!
 //! Serde only: no system calls, no clock, no threads. `ids` and `units` are the newtypes, `target` is
-//! what mgmtd and ublk-target say to each other, `error` the one error that crosses a socket.
+//! what mgmtd and ublk-target say to each other, `mgmt` what mgmtd is asked, `rows` the tables it answers
+//! with, `error` the one error that crosses a socket.
 
 #![forbid(unsafe_code)]
 
 pub mod error;
 pub mod ids;
+pub mod mgmt;
+pub mod rows;
 pub mod target;
 pub mod units;
 

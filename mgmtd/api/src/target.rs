@@ -19,6 +19,7 @@ pub const FDS_MAX: usize = 253;
 
 /// RAID level.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Level {
     /// Striping without redundancy; one member alone is allowed.
@@ -31,6 +32,7 @@ pub enum Level {
 
 /// What is done so that redundancy is right again after a power loss (md's word).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Consistency {
     /// md's `resync`: everything is resynced after a power loss; the write hole is open.
@@ -39,6 +41,7 @@ pub enum Consistency {
 
 /// State of one slot of a group, as its superblocks say it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum MemberState {
     /// Holds what it should hold (below `synced_to`).
@@ -53,6 +56,7 @@ pub enum MemberState {
 
 /// State of a group, from its members.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum GroupState {
     /// Every slot in sync.
@@ -158,6 +162,7 @@ pub struct MemberSpec {
 
 /// Size of a new LU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum LuSize {
     /// Bytes, rounded up to whole stripes of at least 1 MiB.
@@ -210,6 +215,7 @@ pub enum TargetAnswer {
 
 /// What the kernel gave, read back.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Features {
     pub kernel: String,
@@ -306,6 +312,7 @@ pub struct MemberStatus {
 
 /// Background work of a group.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct SyncStatus {
     /// `resync` or `recover` (md's words).
@@ -321,6 +328,7 @@ pub struct SyncStatus {
 
 /// Kinds of background work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum SyncAction {
     /// Make redundancy right: a new group, or one after an unclean shutdown.
@@ -348,6 +356,7 @@ pub struct LuStatus {
 
 /// Counted per LU since its device came up.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct LuCounters {
     pub reads: u64,

@@ -1,0 +1,307 @@
+//! What mgmtd is asked over its socket: varlink framing, one request an answer, in order.
+//!
+//! Every changing request carries `dry_run` (say the steps, do nothing) and `yes` (what dies may die).
+//! DISK, GROUP and LU arguments are texts: a number, a name, a path; lists take ranges (`1-4`).
+
+use serde::{Deserialize, Serialize};
+
+use crate::target::{Consistency, Level, LuSize};
+
+/// Longest message on the socket, in bytes.
+pub const CALL_MAX: usize = 1 << 20;
+/// The interface that mgmtd serves.
+pub const INTERFACE: &str = "io.lunar";
+/// The text of the interface file.
+pub const VARLINK: &str = include_str!("../io.lunar.varlink");
+
+/// What a disk is for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// Becomes a member of a group.
+    #[default]
+    Data,
+    /// Takes the place of a failed member.
+    Spare,
+    /// Takes parked writes.
+    Work,
+}
+
+macro_rules! requests {
+    ($($(#[$doc:meta])* $name:ident { $($(#[$fdoc:meta])* $field:ident: $type:ty,)* })*) => {
+        $(
+            $(#[$doc])*
+            #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+            #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+            #[serde(deny_unknown_fields, default)]
+            pub struct $name { $($(#[$fdoc])* pub $field: $type,)* }
+        )*
+    };
+}
+
+requests! {
+    /// Asks for the health of everything.
+    StatusAsk {
+        /// Leaves out what is optimal.
+        unhealthy: bool,
+    }
+    /// Asks without any field.
+    Nothing {}
+    /// Asks for one row.
+    One {
+        /// A number, a name or a path.
+        name: String,
+    }
+    /// Asks for events later than `after`; waits for one at most `wait_ms` (<= 10 s).
+    EventsAsk {
+        after: u64,
+        wait_ms: u32,
+    }
+    /// Names one job.
+    JobOne {
+        job: u32,
+    }
+    /// Gives disks to Lunar, all or none.
+    DiskAdd {
+        paths: Vec<String>,
+        role: Role,
+        /// The one foreign signature that may be destroyed.
+        force: Option<String>,
+        dry_run: bool,
+        yes: bool,
+    }
+    /// Fails a member by hand.
+    DiskFail {
+        disk: String,
+        dry_run: bool,
+        yes: bool,
+    }
+    /// Puts another disk in the place of a member; without `new`, a spare.
+    DiskReplace {
+        old: String,
+        new: Option<String>,
+        dry_run: bool,
+        yes: bool,
+    }
+    /// Takes disks back, all or none.
+    DiskRemove {
+        disks: Vec<String>,
+        /// Overwrites the superblocks.
+        wipe: bool,
+        dry_run: bool,
+        yes: bool,
+    }
+    /// Makes a RAID group.
+    GroupCreate {
+        name: String,
+        level: Option<Level>,
+        disks: Vec<String>,
+        /// Bytes; none: 64 KiB.
+        chunk: Option<u64>,
+        consistency: Option<Consistency>,
+        assume_clean: bool,
+        dry_run: bool,
+        yes: bool,
+    }
+    /// Sets tunables of a group.
+    GroupSet {
+        group: String,
+        /// Bytes a second.
+        rebuild_min: Option<u64>,
+        /// Bytes a second.
+        rebuild_max: Option<u64>,
+        dry_run: bool,
+        yes: bool,
+    }
+    /// Starts a stopped group.
+    GroupStart {
+        group: String,
+        /// Starts although data may be old or wrong.
+        force: bool,
+        dry_run: bool,
+        yes: bool,
+    }
+    /// Stops a group, or deletes it.
+    GroupEnd {
+        group: String,
+        dry_run: bool,
+        yes: bool,
+    }
+    /// Gives a group or a LU another name.
+    Rename {
+        name: String,
+        to: String,
+        dry_run: bool,
+        yes: bool,
+    }
+    /// Makes a LU.
+    LuCreate {
+        name: String,
+        group: String,
+        size: Option<LuSize>,
+        /// Requests in flight; none: 128.
+        depth: Option<u16>,
+        dry_run: bool,
+        yes: bool,
+    }
+    /// Deletes a LU.
+    LuEnd {
+        lu: String,
+        dry_run: bool,
+        yes: bool,
+    }
+    /// Stops all in order.
+    ShutdownAsk {
+        dry_run: bool,
+        yes: bool,
+    }
+}
+
+/// A request to mgmtd.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "method", content = "parameters")]
+pub enum Request {
+    /// The health of everything. Answer: `StatusReply`.
+    #[serde(rename = "io.lunar.Status")]
+    Status(StatusAsk),
+    /// What happened. Answer: `EventsReply`.
+    #[serde(rename = "io.lunar.Events")]
+    Events(EventsAsk),
+    /// Every job. Answer: `JobList`.
+    #[serde(rename = "io.lunar.JobList")]
+    JobList(Nothing),
+    /// One job. Answer: `JobOneReply`.
+    #[serde(rename = "io.lunar.JobShow")]
+    JobShow(JobOne),
+    /// Ends a job early. Answer: `Changed`.
+    #[serde(rename = "io.lunar.JobCancel")]
+    JobCancel(JobOne),
+    /// The disk table. Answer: `DiskList`.
+    #[serde(rename = "io.lunar.DiskList")]
+    DiskList(Nothing),
+    /// One disk. Answer: `DiskOne`.
+    #[serde(rename = "io.lunar.DiskShow")]
+    DiskShow(One),
+    /// Gives disks to Lunar. Answer: `Changed`.
+    #[serde(rename = "io.lunar.DiskAdd")]
+    DiskAdd(DiskAdd),
+    /// Fails a member. Answer: `Changed`.
+    #[serde(rename = "io.lunar.DiskFail")]
+    DiskFail(DiskFail),
+    /// Replaces a member. Answer: `Changed`.
+    #[serde(rename = "io.lunar.DiskReplace")]
+    DiskReplace(DiskReplace),
+    /// Takes disks back. Answer: `Changed`.
+    #[serde(rename = "io.lunar.DiskRemove")]
+    DiskRemove(DiskRemove),
+    /// The table of RAID groups. Answer: `GroupList`.
+    #[serde(rename = "io.lunar.GroupList")]
+    GroupList(Nothing),
+    /// One group. Answer: `GroupOne`.
+    #[serde(rename = "io.lunar.GroupShow")]
+    GroupShow(One),
+    /// Makes a group. Answer: `Changed`.
+    #[serde(rename = "io.lunar.GroupCreate")]
+    GroupCreate(GroupCreate),
+    /// Sets tunables of a group. Answer: `Changed`.
+    #[serde(rename = "io.lunar.GroupSet")]
+    GroupSet(GroupSet),
+    /// Starts a stopped group. Answer: `Changed`.
+    #[serde(rename = "io.lunar.GroupStart")]
+    GroupStart(GroupStart),
+    /// Stops a group. Answer: `Changed`.
+    #[serde(rename = "io.lunar.GroupStop")]
+    GroupStop(GroupEnd),
+    /// Renames a group. Answer: `Changed`.
+    #[serde(rename = "io.lunar.GroupRename")]
+    GroupRename(Rename),
+    /// Deletes a group. Answer: `Changed`.
+    #[serde(rename = "io.lunar.GroupDelete")]
+    GroupDelete(GroupEnd),
+    /// The table of LUs. Answer: `LuList`.
+    #[serde(rename = "io.lunar.LuList")]
+    LuList(Nothing),
+    /// One LU. Answer: `LuOne`.
+    #[serde(rename = "io.lunar.LuShow")]
+    LuShow(One),
+    /// Makes a LU. Answer: `Changed`.
+    #[serde(rename = "io.lunar.LuCreate")]
+    LuCreate(LuCreate),
+    /// Renames a LU. Answer: `Changed`.
+    #[serde(rename = "io.lunar.LuRename")]
+    LuRename(Rename),
+    /// Deletes a LU. Answer: `Changed`.
+    #[serde(rename = "io.lunar.LuDelete")]
+    LuDelete(LuEnd),
+    /// The table of paths. Answer: `PathList`.
+    #[serde(rename = "io.lunar.PathList")]
+    PathList(Nothing),
+    /// Stops all in order. Answer: `Changed`.
+    #[serde(rename = "io.lunar.Shutdown")]
+    Shutdown(ShutdownAsk),
+}
+
+/// Every verb: method, and whether it changes something (root only).
+pub const VERBS: &[(&str, bool)] = &[
+    ("io.lunar.Status", false),
+    ("io.lunar.Events", false),
+    ("io.lunar.JobList", false),
+    ("io.lunar.JobShow", false),
+    ("io.lunar.JobCancel", true),
+    ("io.lunar.DiskList", false),
+    ("io.lunar.DiskShow", false),
+    ("io.lunar.DiskAdd", true),
+    ("io.lunar.DiskFail", true),
+    ("io.lunar.DiskReplace", true),
+    ("io.lunar.DiskRemove", true),
+    ("io.lunar.GroupList", false),
+    ("io.lunar.GroupShow", false),
+    ("io.lunar.GroupCreate", true),
+    ("io.lunar.GroupSet", true),
+    ("io.lunar.GroupStart", true),
+    ("io.lunar.GroupStop", true),
+    ("io.lunar.GroupRename", true),
+    ("io.lunar.GroupDelete", true),
+    ("io.lunar.LuList", false),
+    ("io.lunar.LuShow", false),
+    ("io.lunar.LuCreate", true),
+    ("io.lunar.LuRename", true),
+    ("io.lunar.LuDelete", true),
+    ("io.lunar.PathList", false),
+    ("io.lunar.Shutdown", true),
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn request_with_unknown_field_is_refused() {
+        for text in [
+            r#"{"method":"io.lunar.DiskList","parameters":{"x":1}}"#,
+            r#"{"method":"io.lunar.DiskFail","parameters":{"disk":"1","force":true}}"#,
+            r#"{"method":"io.lunar.Nothing","parameters":{}}"#,
+        ] {
+            assert!(serde_json::from_str::<Request>(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn request_keeps_its_method_name() {
+        let ask = Request::LuShow(One { name: "vol".into() });
+        let text = serde_json::to_string(&ask).unwrap();
+        assert_eq!(
+            text,
+            r#"{"method":"io.lunar.LuShow","parameters":{"name":"vol"}}"#
+        );
+    }
+
+    #[test]
+    fn interface_file_names_every_verb() {
+        for (verb, _) in VERBS {
+            let name = verb.strip_prefix("io.lunar.").unwrap();
+            assert!(VARLINK.contains(&format!("method {name}(")), "{name}");
+        }
+    }
+}

@@ -1,0 +1,343 @@
+//! The tables, as mgmtd answers with them and as `--json` prints them.
+//!
+//! Keys are the snake_case of the columns. Sizes are bytes. A key is added, never renamed or taken away.
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{DiskUuid, GroupUuid, History, LuUuid, SystemUuid};
+use crate::mgmt::Role;
+use crate::target::{Consistency, Features, GroupState, Level, LuCounters, SyncStatus};
+
+macro_rules! rows {
+    ($($(#[$doc:meta])* $name:ident { $($(#[$fdoc:meta])* $field:ident: $type:ty,)* })*) => {
+        $(
+            $(#[$doc])*
+            #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+            #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+            #[serde(deny_unknown_fields)]
+            pub struct $name { $($(#[$fdoc])* pub $field: $type,)* }
+        )*
+    };
+}
+
+/// State of a disk, in its group or without one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum DiskState {
+    /// Given to Lunar, in no group.
+    Free,
+    /// In no group, waiting for a member to fail.
+    Spare,
+    /// Member whose group is not started.
+    Stopped,
+    /// Member that holds what it should hold.
+    InSync,
+    /// Member being filled.
+    Rebuilding,
+    /// Failed; nothing on it is believed.
+    Faulty,
+    /// Not found at its path or anywhere else.
+    Missing,
+}
+
+/// State of a path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum PathState {
+    /// Its device answers.
+    Online,
+    /// It has no device.
+    Offline,
+}
+
+/// State of a job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum JobState {
+    Running,
+    Done,
+    Failed,
+}
+
+/// What a job does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum JobKind {
+    /// Makes redundancy right.
+    Resync,
+    /// Fills a replacement.
+    Recover,
+}
+
+/// The worst state of anything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum Health {
+    /// Exit 0.
+    Optimal,
+    /// Redundancy is missing: exit 3.
+    Degraded,
+    /// Something gives no service: exit 4.
+    NoService,
+}
+
+/// What a changing verb did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    Changed,
+    Unchanged,
+    /// `dry_run`: nothing was done.
+    Planned,
+}
+
+rows! {
+    /// A row of table disks.
+    DiskRow {
+        disk: u32,
+        path: String,
+        capacity: u64,
+        role: Role,
+        state: DiskState,
+        /// Number of its group.
+        group: Option<u32>,
+        /// Read and write errors since the group started.
+        errors: u64,
+    }
+    /// One disk in full.
+    DiskShow {
+        disk: u32,
+        path: String,
+        capacity: u64,
+        role: Role,
+        state: DiskState,
+        group: Option<u32>,
+        errors: u64,
+        uuid: DiskUuid,
+        group_name: Option<String>,
+        slot: Option<u16>,
+        /// Why it is not in sync; empty when it is.
+        reason: String,
+        read_errors: u64,
+        write_errors: u64,
+    }
+    /// A row of table raid-groups.
+    GroupRow {
+        group: u32,
+        name: String,
+        /// None: no disk of the group was found.
+        level: Option<Level>,
+        /// Numbers, by slot; none for a slot without a known disk.
+        disks: Vec<Option<u32>>,
+        chunk: u64,
+        consistency: Option<Consistency>,
+        state: GroupState,
+    }
+    /// A slot of a group.
+    MemberRow {
+        slot: u16,
+        disk: Option<u32>,
+        path: String,
+        state: DiskState,
+        reason: String,
+        reads: u64,
+        writes: u64,
+        read_bytes: u64,
+        write_bytes: u64,
+        read_errors: u64,
+        write_errors: u64,
+    }
+    /// One group in full.
+    GroupShow {
+        group: u32,
+        name: String,
+        level: Option<Level>,
+        disks: Vec<Option<u32>>,
+        chunk: u64,
+        consistency: Option<Consistency>,
+        state: GroupState,
+        uuid: GroupUuid,
+        /// Why it is not optimal; empty when it is.
+        reason: String,
+        capacity: u64,
+        free: u64,
+        logical_block: u32,
+        write_hole_open: bool,
+        zero_copy: bool,
+        history: Option<History>,
+        generation: u64,
+        members: Vec<MemberRow>,
+        /// Numbers of its LUs.
+        lus: Vec<u32>,
+        sync: Option<SyncStatus>,
+    }
+    /// A row of table paths.
+    PathRow {
+        path: u32,
+        lu: u32,
+        /// `host`, or the head that it belongs to.
+        head: String,
+        /// `/dev/ublkbN`, when it is up.
+        device: Option<String>,
+        state: PathState,
+    }
+    /// A row of table lus.
+    LuRow {
+        lu: u32,
+        name: String,
+        /// Number of its group.
+        group: u32,
+        capacity: u64,
+        /// `/dev/lunar/NAME`, when it is up.
+        device: Option<String>,
+        paths: Vec<PathRow>,
+        counters: LuCounters,
+    }
+    /// One LU in full.
+    LuShow {
+        lu: u32,
+        name: String,
+        group: u32,
+        capacity: u64,
+        device: Option<String>,
+        paths: Vec<PathRow>,
+        counters: LuCounters,
+        uuid: LuUuid,
+        group_name: String,
+        depth: u16,
+        /// Why it is not up or answers errors; empty when all is well.
+        problem: String,
+        /// Who holds its device now.
+        holders: Vec<String>,
+        members: Vec<MemberRow>,
+        /// Command lines that make file systems of the right geometry.
+        mkfs: Vec<String>,
+        fstab: String,
+    }
+    /// A row of the job list.
+    JobRow {
+        job: u32,
+        kind: JobKind,
+        group: u32,
+        group_name: String,
+        /// Disk being filled.
+        disk: Option<u32>,
+        state: JobState,
+        /// Bytes of a member.
+        done: u64,
+        total: u64,
+        /// Bytes a second.
+        rate: u64,
+        /// Milliseconds since 1970, UTC.
+        started: u64,
+        ended: Option<u64>,
+        /// Why it failed; empty otherwise.
+        reason: String,
+    }
+    /// Something that happened.
+    EventRow {
+        event: u64,
+        /// Milliseconds since 1970, UTC.
+        time: u64,
+        /// md's name where md has one.
+        name: String,
+        group: Option<u32>,
+        disk: Option<u32>,
+        lu: Option<u32>,
+        text: String,
+    }
+    /// A group in `status`.
+    GroupHealth {
+        group: u32,
+        name: String,
+        level: Option<Level>,
+        state: GroupState,
+        reason: String,
+        /// What to do about it; empty when there is nothing to do.
+        action: String,
+        write_hole_open: bool,
+        /// Bytes done and bytes in all, while a resync or recover runs.
+        sync: Option<SyncStatus>,
+        members: Vec<MemberHealth>,
+        lus: Vec<LuHealth>,
+    }
+    /// A slot in `status`.
+    MemberHealth {
+        slot: u16,
+        disk: Option<u32>,
+        path: String,
+        state: DiskState,
+        read_errors: u64,
+        write_errors: u64,
+    }
+    /// A LU in `status`.
+    LuHealth {
+        lu: u32,
+        name: String,
+        capacity: u64,
+        device: Option<String>,
+        problem: String,
+    }
+    /// `data` of `lunar status --json`.
+    StatusData {
+        health: Health,
+        system: SystemUuid,
+        /// Whether ublk-target answers.
+        target_up: bool,
+        features: Features,
+        groups: Vec<GroupHealth>,
+        /// Disks in no group that need a look.
+        disks: Vec<DiskRow>,
+    }
+    /// Answer to `Status`.
+    StatusReply {
+        /// Exit code of `lunar status`.
+        exit: u8,
+        /// For people, composed here and never in the client.
+        text: String,
+        status: StatusData,
+    }
+    /// Answer to `DiskList`.
+    DiskList { disks: Vec<DiskRow>, }
+    /// Answer to `DiskShow`.
+    DiskOne { disk: DiskShow, }
+    /// Answer to `GroupList`.
+    GroupList { groups: Vec<GroupRow>, }
+    /// Answer to `GroupShow`.
+    GroupOne { group: GroupShow, }
+    /// Answer to `LuList`.
+    LuList { lus: Vec<LuRow>, }
+    /// Answer to `LuShow`.
+    LuOne { lu: LuShow, }
+    /// Answer to `PathList`.
+    PathList { paths: Vec<PathRow>, }
+    /// Answer to `JobList`.
+    JobList { jobs: Vec<JobRow>, }
+    /// Answer to `JobShow`.
+    JobOneReply { job: JobRow, }
+    /// Answer to `Events`.
+    EventsReply { events: Vec<EventRow>, }
+    /// Answer to every changing verb.
+    Changed {
+        outcome: Outcome,
+        /// For people, a line each.
+        text: Vec<String>,
+        /// What is done, or would be done.
+        steps: Vec<String>,
+        /// What dies by it, a line each.
+        dies: Vec<String>,
+        /// The name that a person types to let it die.
+        confirm: Option<String>,
+        /// The job that goes on in background.
+        job: Option<u32>,
+        disks: Vec<DiskRow>,
+        group: Option<GroupRow>,
+        lu: Option<LuRow>,
+    }
+}

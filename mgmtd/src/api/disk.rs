@@ -1,0 +1,667 @@
+//! `disk`: giving disks to Lunar, failing, replacing, taking them back.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use lunar_api::mgmt::{DiskAdd, DiskFail, DiskRemove, DiskReplace, Role};
+use lunar_api::rows::{Changed, DiskList, DiskOne, DiskShow, DiskState};
+use lunar_api::target::{Label, MemberSpec, Probe, TargetAnswer, TargetRequest};
+use lunar_api::units::format_size;
+use lunar_api::{ApiError, DiskUuid, ErrorKind};
+
+use super::{last_view, view};
+use crate::boot::probe_paths;
+use crate::daemon::{About, Daemon};
+use crate::limits::{DISK_MIN, PATHS_MAX, REOPEN_LIMIT};
+use crate::link::unexpected;
+use crate::names::expand;
+use crate::opener::{open_exclusive, open_patiently};
+use crate::planner::{Gate, Plan};
+use crate::probe::{Identity, capacity, identify, random, stable_path};
+use crate::tables::DiskSave;
+use crate::views::{View, unknown};
+use crate::{holders, signature};
+
+/// Answers `DiskList`.
+///
+/// # Errors  never
+pub async fn list(daemon: &Daemon) -> Result<DiskList, ApiError> {
+    Ok(DiskList {
+        disks: view(daemon).await.disk_rows(),
+    })
+}
+
+/// Answers `DiskShow`.
+///
+/// # Errors  `Usage` if there is no such disk
+pub async fn show(daemon: &Daemon, name: &str) -> Result<DiskOne, ApiError> {
+    let view = view(daemon).await;
+    let save = find(&view, name)?;
+    let row = view.disk_row(save);
+    let member = view.member(save.uuid).map(|(_, m)| m);
+    let group = view.group_of(save).and_then(|g| view.tables.group(g));
+    let disk = DiskShow {
+        disk: row.disk,
+        path: row.path,
+        capacity: row.capacity,
+        role: row.role,
+        state: row.state,
+        group: row.group,
+        errors: row.errors,
+        uuid: save.uuid,
+        group_name: group.map(|g| g.name_seen.clone()),
+        slot: member.map(|m| m.slot),
+        reason: member.map_or(String::new(), |m| m.reason.clone()),
+        read_errors: member.map_or(0, |m| m.read_errors),
+        write_errors: member.map_or(0, |m| m.write_errors),
+    };
+    Ok(DiskOne { disk })
+}
+
+/// Finds a disk by number, identity or path; links are followed.
+///
+/// # Errors  `Usage` if there is none
+pub fn find<'a>(view: &'a View, name: &str) -> Result<&'a DiskSave, ApiError> {
+    let mut disks = view.tables.disks.values();
+    let exact = |d: &&DiskSave| {
+        d.number.to_string() == name || d.path == name || d.uuid.to_string() == name
+    };
+    if let Some(disk) = disks.find(exact) {
+        return Ok(disk);
+    }
+    let same = name
+        .contains('/')
+        .then(|| identify(Path::new(name)).ok())
+        .flatten();
+    let mut disks = view.tables.disks.values();
+    same.and_then(|id| disks.find(|d| identify(Path::new(&d.path)).is_ok_and(|other| other == id)))
+        .ok_or_else(|| unknown("disk", name))
+}
+
+/// One path of `disk add` that passed every check.
+#[derive(Debug)]
+struct Fresh {
+    path: PathBuf,
+    capacity: u64,
+    /// Identity that it already has in this system: only its row is missing.
+    known: Option<DiskUuid>,
+    /// Signature to erase first.
+    erase: Option<String>,
+}
+
+/// Answers `DiskAdd`.
+///
+/// # Crash  between labels: the labelled ones are free disks of this system; the same command finishes it
+/// # Errors  `Usage`, `Busy` or `Refused` for the first path that cannot be taken; then nothing is done
+pub async fn add(daemon: &Daemon, ask: DiskAdd) -> Result<Changed, ApiError> {
+    let _turn = daemon.turn().await?;
+    if ask.paths.is_empty() || ask.paths.len() > PATHS_MAX {
+        return Err(ApiError::new(
+            ErrorKind::Usage,
+            format!("1 to {PATHS_MAX} paths are needed"),
+        )
+        .hint("lunar disk add /dev/disk/by-id/.."));
+    }
+    let view = view(daemon).await;
+    let mut seen = BTreeSet::new();
+    let (mut fresh, mut numbers) = (Vec::new(), Vec::new());
+    for path in &ask.paths {
+        let path = PathBuf::from(path);
+        let identity = check_kind(&path)?;
+        if !seen.insert(identity) {
+            return Err(
+                error(&path, ErrorKind::Usage, "the same disk is named twice")
+                    .hint("name each disk once"),
+            );
+        }
+        if let Some(known) = known_disk(&view, identity) {
+            numbers.push(known.number);
+            continue;
+        }
+        fresh.push(check_fresh(daemon, &view, &path, identity, ask.force.as_deref()).await?);
+    }
+    if fresh.is_empty() {
+        let plan = Plan::unchanged("these disks are already given to Lunar");
+        if let Gate::Answer(mut answer) = plan.gate(ask.dry_run, ask.yes)? {
+            answer.disks = rows(&view, &numbers);
+            return Ok(*answer);
+        }
+    }
+    let mut plan = Plan::default();
+    for disk in &fresh {
+        let at = disk.path.display();
+        if let Some(signature) = &disk.erase {
+            plan.steps
+                .push(format!("erase the {signature} signature of {at}"));
+        }
+        let size = format_size(disk.capacity);
+        plan.steps.push(match disk.known {
+            Some(_) => format!("take {at} ({size}) back"),
+            None => format!("label {at} ({size})"),
+        });
+    }
+    if let Gate::Answer(answer) = plan.gate(ask.dry_run, true)? {
+        return Ok(*answer);
+    }
+    for disk in fresh {
+        numbers.push(take(daemon, disk, ask.role).await?);
+    }
+    let view = last_view(daemon);
+    let mut answer = plan.done("");
+    answer.disks = rows(&view, &numbers);
+    answer.text = answer
+        .disks
+        .iter()
+        .map(|d| format!("disk {}: {} ({})", d.disk, d.path, format_size(d.capacity)))
+        .collect();
+    Ok(answer)
+}
+
+fn rows(view: &View, numbers: &[u32]) -> Vec<lunar_api::rows::DiskRow> {
+    numbers
+        .iter()
+        .filter_map(|n| view.tables.disks.get(n))
+        .map(|d| view.disk_row(d))
+        .collect()
+}
+
+fn error(path: &Path, kind: ErrorKind, why: impl Into<String>) -> ApiError {
+    ApiError::new(
+        kind,
+        format!("{} cannot be taken as a disk", path.display()),
+    )
+    .because(why)
+}
+
+fn check_kind(path: &Path) -> Result<Identity, ApiError> {
+    let usage = |why: String| {
+        error(path, ErrorKind::Usage, why).hint("lsblk -o NAME,SIZE,FSTYPE,MOUNTPOINTS")
+    };
+    if !path.is_absolute() {
+        return Err(usage("the path is not absolute".into()));
+    }
+    let identity = identify(path).map_err(|e| usage(e.to_string()))?;
+    match identity {
+        Identity::Block(_) | Identity::File(..) => {}
+        Identity::Directory => return Err(usage("it is a directory".into())),
+        Identity::Other => return Err(usage("it is neither a block device nor a file".into())),
+    }
+    let size = capacity(path, identity).map_err(|e| usage(e.to_string()))?;
+    let name = path.display();
+    match size {
+        0 => Err(usage("it is empty".into()).hint(format!("fallocate -l 1GiB {name}"))),
+        1..DISK_MIN => Err(usage(format!(
+            "it has {}, the least is {}",
+            format_size(size),
+            format_size(DISK_MIN)
+        ))),
+        _ => Ok(identity),
+    }
+}
+
+fn known_disk(view: &View, identity: Identity) -> Option<&DiskSave> {
+    let mut disks = view.tables.disks.values();
+    disks.find(|d| identify(Path::new(&d.path)).is_ok_and(|other| other == identity))
+}
+
+async fn check_fresh(
+    daemon: &Daemon,
+    view: &View,
+    path: &Path,
+    identity: Identity,
+    force: Option<&str>,
+) -> Result<Fresh, ApiError> {
+    check_unused(path, identity)?;
+    let probe = probe_paths(daemon, &[path.to_path_buf()])
+        .await?
+        .into_iter()
+        .next();
+    let Some(probe) = probe else {
+        return Err(
+            error(path, ErrorKind::Failed, "it cannot be opened with O_DIRECT")
+                .hint("use a block device or a file on ext4, xfs or btrfs"),
+        );
+    };
+    let capacity = probe.capacity;
+    let path = path.to_path_buf();
+    if let Some(known) = own_label(view, &path, &probe)? {
+        return Ok(Fresh {
+            path,
+            capacity,
+            known: Some(known),
+            erase: None,
+        });
+    }
+    let mut found = signature::find(&path).await?;
+    if probe
+        .label
+        .as_ref()
+        .is_some_and(|label| !is_reusable(view, label))
+    {
+        found.insert(signature::LUNAR.into());
+    }
+    let erase = check_signatures(&path, &found, force, probe.label.as_ref())?;
+    Ok(Fresh {
+        path,
+        capacity,
+        known: None,
+        erase,
+    })
+}
+
+fn check_unused(path: &Path, identity: Identity) -> Result<(), ApiError> {
+    if let Identity::Block(dev) = identity {
+        let real = std::fs::canonicalize(path).unwrap_or_else(|_| path.into());
+        let held = holders::of_block(dev, &real.display().to_string());
+        if !held.is_empty() {
+            let mut busy = error(path, ErrorKind::Busy, "it is in use");
+            busy.causes.extend(held);
+            return Err(busy.hint("umount it, or name another disk"));
+        }
+    } else if let Ok(fs) = nix::sys::statfs::statfs(path) {
+        // NFS, SMB, CIFS, SMB2, 9p, AFS, Ceph, FUSE: a flush there does not mean what we need.
+        const REMOTE: [i64; 8] = [
+            0x6969,
+            0x517b,
+            0xff53_4d42,
+            0xfe53_4d42,
+            0x0102_1997,
+            0x5346_414f,
+            0x00c3_6400,
+            0x6573_5546,
+        ];
+        if REMOTE.contains(&fs.filesystem_type().0) {
+            return Err(error(
+                path,
+                ErrorKind::Usage,
+                "the file is not on a local file system",
+            )
+            .hint("use a block device or a file on ext4, xfs or btrfs"));
+        }
+    }
+    let opened = open_exclusive(path);
+    opened.map(drop).map_err(|e| match e.kind() {
+        std::io::ErrorKind::ResourceBusy => {
+            error(path, ErrorKind::Busy, "somebody holds it exclusively").hint(format!(
+                "lsof {}; dmsetup ls; cat /proc/mdstat",
+                path.display()
+            ))
+        }
+        _ => error(path, ErrorKind::Failed, e.to_string()).hint("dmesg | tail"),
+    })
+}
+
+/// The identity that a disk already has here, if only its row is missing.
+fn own_label(view: &View, path: &Path, probe: &Probe) -> Result<Option<DiskUuid>, ApiError> {
+    let Some(label) = probe
+        .label
+        .as_ref()
+        .filter(|l| l.system == view.tables.system)
+    else {
+        return Ok(None);
+    };
+    if let Some(other) = view.tables.disk(label.disk) {
+        if view.live.probes.contains_key(&other.uuid) || view.member(other.uuid).is_some() {
+            let why = format!(
+                "it carries the identity of disk {}, which is {}",
+                other.number, other.path
+            );
+            return Err(error(path, ErrorKind::Refused, why).hint(format!(
+                "wipefs -a {0} if {0} is a copy that may die",
+                path.display()
+            )));
+        }
+        return Ok(Some(label.disk));
+    }
+    let in_group = view
+        .live
+        .groups
+        .get(&label.group)
+        .is_some_and(|g| g.members.iter().any(|m| m.disk == label.disk));
+    let free = label.group.is_nil() && !label.deleted;
+    Ok((free || in_group).then_some(label.disk))
+}
+
+/// A superblock of ours that says the disk is free for reuse.
+fn is_reusable(view: &View, label: &Label) -> bool {
+    label.system == view.tables.system && (label.deleted || label.group.is_nil())
+}
+
+fn check_signatures(
+    path: &Path,
+    found: &BTreeSet<String>,
+    force: Option<&str>,
+    label: Option<&Label>,
+) -> Result<Option<String>, ApiError> {
+    let all = found.iter().cloned().collect::<Vec<_>>().join(", ");
+    let at = path.display();
+    match (found.len(), force) {
+        (0, None) => Ok(None),
+        (0, Some(name)) => Err(error(
+            path,
+            ErrorKind::Usage,
+            format!("--force={name} names what is not there"),
+        )
+        .hint(format!("lunar disk add {at}"))),
+        (1, Some(name)) if found.contains(name) => {
+            Ok(Some(name.to_string()).filter(|name| name != signature::LUNAR))
+        }
+        (1, _) => {
+            let mut refused = error(path, ErrorKind::Refused, format!("it carries data: {all}"));
+            if let Some(label) = label.filter(|_| found.contains(signature::LUNAR)) {
+                refused = refused.because(format!(
+                    "it belongs to group {} of Lunar system {}",
+                    label.group_name, label.system
+                ));
+            }
+            Err(refused.hint(format!(
+                "lunar disk add --force={all} {at}, if that data may die"
+            )))
+        }
+        _ => Err(error(
+            path,
+            ErrorKind::Refused,
+            format!("it carries more than one thing: {all}"),
+        )
+        .hint(format!(
+            "wipefs {at} to look; wipefs -a {at}, if all of that may die"
+        ))),
+    }
+}
+
+/// Labels one disk and gives it a number.
+async fn take(daemon: &Daemon, fresh: Fresh, role: Role) -> Result<u32, ApiError> {
+    let path = stable_path(&fresh.path);
+    let shown = path.display().to_string();
+    if let Some(erase) = &fresh.erase {
+        signature::erase(&fresh.path, erase).await?;
+    }
+    let uuid = match fresh.known {
+        Some(uuid) => uuid,
+        None => {
+            let bytes = random().map_err(|e| error(&path, ErrorKind::Failed, e.to_string()))?;
+            let disk = DiskUuid::from_bytes(bytes);
+            let fd = open_patiently(&path, REOPEN_LIMIT).await.map_err(|e| {
+                error(&path, ErrorKind::Busy, e.to_string()).hint(format!("lsof {shown}"))
+            })?;
+            match daemon
+                .ask(
+                    &TargetRequest::Label {
+                        path: shown.clone(),
+                        disk,
+                    },
+                    vec![fd],
+                )
+                .await?
+            {
+                TargetAnswer::Done => disk,
+                other => return Err(unexpected(&other)),
+            }
+        }
+    };
+    let number = {
+        let mut tables = daemon.tables();
+        let number = tables.disk(uuid).map_or(tables.next_disk(), |d| d.number);
+        let (path, capacity) = (shown.clone(), fresh.capacity);
+        tables.put_disk(DiskSave {
+            number,
+            uuid,
+            path,
+            role,
+            capacity,
+            was: None,
+        });
+        number
+    };
+    for probe in probe_paths(daemon, &[path]).await? {
+        daemon.live().probes.insert(uuid, probe);
+    }
+    let about = About {
+        disk: Some(uuid),
+        ..About::default()
+    };
+    daemon.event("DiskAdded", about, format!("disk {number} is {shown}"));
+    daemon.save().await?;
+    Ok(number)
+}
+
+/// Answers `DiskFail`.
+///
+/// # Errors  `NoRedundancy` where data would be lost
+pub async fn fail(daemon: &Daemon, ask: DiskFail) -> Result<Changed, ApiError> {
+    let _turn = daemon.turn().await?;
+    let view = view(daemon).await;
+    let disk = find(&view, &ask.disk)?;
+    let n = disk.number;
+    let plan = match view.member(disk.uuid) {
+        None => return Err(not_member(n)),
+        Some((_, m)) if m.state == lunar_api::target::MemberState::Faulty => {
+            Plan::unchanged(format!("disk {n} is faulty"))
+        }
+        Some((group, _)) => Plan::step(format!("fail disk {n} in group {}", group.name)),
+    };
+    if let Gate::Answer(answer) = plan.gate(ask.dry_run, ask.yes)? {
+        return Ok(*answer);
+    }
+    let group = view
+        .member(disk.uuid)
+        .map(|(group, _)| group.group)
+        .unwrap_or_default();
+    match daemon
+        .ask(
+            &TargetRequest::MemberFail {
+                group,
+                disk: disk.uuid,
+            },
+            Vec::new(),
+        )
+        .await?
+    {
+        TargetAnswer::Group { group } => daemon.absorb_group(*group).await?,
+        other => return Err(unexpected(&other)),
+    }
+    let mut answer = plan.done(format!("disk {n} is faulty"));
+    answer.disks = rows(&last_view(daemon), &[n]);
+    Ok(answer)
+}
+
+fn not_member(disk: u32) -> ApiError {
+    ApiError::new(
+        ErrorKind::Usage,
+        format!("disk {disk} is no member of a started group"),
+    )
+    .because("only a member can fail or be replaced")
+    .hint("lunar disk list")
+}
+
+/// Answers `DiskReplace`.
+///
+/// # Errors  `Usage` if OLD is no member or NEW is not free and large enough; `Refused` if OLD is in sync
+pub async fn replace(daemon: &Daemon, ask: DiskReplace) -> Result<Changed, ApiError> {
+    let _turn = daemon.turn().await?;
+    let view = view(daemon).await;
+    let old = find(&view, &ask.old)?;
+    if let (Some(was), Some(new)) = (old.was, &ask.new) {
+        let new = find(&view, new)?;
+        let there = view
+            .member(new.uuid)
+            .is_some_and(|(g, m)| (g.group, m.slot) == was);
+        if there
+            && let Gate::Answer(a) =
+                Plan::unchanged("that has been done").gate(ask.dry_run, true)?
+        {
+            return Ok(*a);
+        }
+    }
+    let (group, member) = view
+        .member(old.uuid)
+        .ok_or_else(|| not_member(old.number))?;
+    if matches!(member.state, lunar_api::target::MemberState::InSync) {
+        return Err(ApiError::new(
+            ErrorKind::Refused,
+            format!("disk {} is not replaced", old.number),
+        )
+        .because("it is in sync; without it redundancy would be missing until the rebuild ends")
+        .hint(format!(
+            "lunar disk fail {}, then the same command again",
+            old.number
+        )));
+    }
+    let new = choose_new(&view, &ask, group.member_bytes)?;
+    let (n, slot) = (new.number, member.slot);
+    let plan = Plan::step(format!(
+        "put disk {n} into slot {slot} of group {} and rebuild it",
+        group.name
+    ));
+    if let Gate::Answer(answer) = plan.gate(ask.dry_run, ask.yes)? {
+        return Ok(*answer);
+    }
+    let fd = open_patiently(Path::new(&new.path), REOPEN_LIMIT)
+        .await
+        .map_err(|e| {
+            ApiError::new(ErrorKind::Busy, format!("disk {n} cannot be opened"))
+                .because(e.to_string())
+                .hint(format!("lsof {}", new.path))
+        })?;
+    let spec = MemberSpec {
+        disk: new.uuid,
+        path: new.path.clone(),
+    };
+    let request = TargetRequest::MemberReplace {
+        group: group.group,
+        slot,
+        member: spec,
+    };
+    let status = match daemon.ask(&request, vec![fd]).await? {
+        TargetAnswer::Group { group } => *group,
+        other => return Err(unexpected(&other)),
+    };
+    {
+        let mut tables = daemon.tables();
+        if old.uuid != new.uuid {
+            tables.put_disk(DiskSave {
+                was: Some((group.group, slot)),
+                ..old.clone()
+            });
+        }
+        tables.put_disk(DiskSave {
+            was: None,
+            role: Role::Data,
+            ..new.clone()
+        });
+    }
+    daemon.absorb_group(status).await?;
+    let mut answer = plan.done(format!("disk {n} is in slot {slot}"));
+    let tables = daemon.tables();
+    let running = |j: &&crate::tables::JobSave| j.disk == Some(new.uuid) && j.ended.is_none();
+    answer.job = tables.jobs.values().rev().find(running).map(|j| j.number);
+    Ok(answer)
+}
+
+fn choose_new<'a>(view: &'a View, ask: &DiskReplace, need: u64) -> Result<&'a DiskSave, ApiError> {
+    let free = |d: &DiskSave| {
+        matches!(view.disk_row(d).state, DiskState::Free | DiskState::Spare) && d.capacity > need
+    };
+    let Some(name) = &ask.new else {
+        let mut spares = view
+            .tables
+            .disks
+            .values()
+            .filter(|d| d.role == Role::Spare && free(d));
+        return spares.next().ok_or_else(|| {
+            ApiError::new(ErrorKind::Usage, "there is no spare of this size")
+                .hint("lunar disk add --role spare PATH")
+        });
+    };
+    let new = find(view, name)?;
+    if !free(new) {
+        let row = view.disk_row(new);
+        let why = format!(
+            "it is {}, {}",
+            crate::text::word(row.state),
+            format_size(new.capacity)
+        );
+        return Err(ApiError::new(
+            ErrorKind::Usage,
+            format!("disk {} cannot take its place", new.number),
+        )
+        .because(why)
+        .because(format!(
+            "needed: a free disk of more than {}",
+            format_size(need)
+        ))
+        .hint("lunar disk list"));
+    }
+    Ok(new)
+}
+
+/// Answers `DiskRemove`.
+///
+/// # Errors  `Busy` for a member; `Refused` to wipe without a yes
+pub async fn remove(daemon: &Daemon, ask: DiskRemove) -> Result<Changed, ApiError> {
+    let _turn = daemon.turn().await?;
+    let view = view(daemon).await;
+    let names = expand(&ask.disks)?;
+    let mut disks = Vec::new();
+    for name in &names {
+        let disk = find(&view, name)?;
+        if let Some(group) = view.group_of(disk).and_then(|g| view.tables.group(g)) {
+            return Err(ApiError::new(
+                ErrorKind::Busy,
+                format!("disk {} is not removed", disk.number),
+            )
+            .because(format!("it is a member of group {}", group.name_seen))
+            .hint(format!("lunar disk replace {} NEW", disk.number)));
+        }
+        disks.push(disk.clone());
+    }
+    let mut plan = Plan::default();
+    for disk in &disks {
+        let (n, path) = (disk.number, &disk.path);
+        if ask.wipe {
+            plan.steps
+                .push(format!("overwrite the superblocks of {path}"));
+            let size = format_size(disk.capacity);
+            plan = plan.dies(
+                format!("the superblocks of disk {n} ({path}, {size}): it cannot be brought back"),
+                &n.to_string(),
+            );
+        }
+        plan.steps.push(format!("forget disk {n}"));
+    }
+    if let Gate::Answer(answer) = plan.gate(ask.dry_run, ask.yes)? {
+        return Ok(*answer);
+    }
+    for disk in &disks {
+        if ask.wipe {
+            let fd = open_patiently(Path::new(&disk.path), REOPEN_LIMIT)
+                .await
+                .map_err(|e| {
+                    error(Path::new(&disk.path), ErrorKind::Busy, e.to_string())
+                        .hint("lunar disk remove without --wipe")
+                })?;
+            daemon
+                .ask(
+                    &TargetRequest::Wipe {
+                        path: disk.path.clone(),
+                    },
+                    vec![fd],
+                )
+                .await?;
+        }
+        let about = About {
+            disk: Some(disk.uuid),
+            ..About::default()
+        };
+        daemon.event(
+            "DiskRemoved",
+            about,
+            format!("disk {} ({}) was removed", disk.number, disk.path),
+        );
+        daemon.tables().drop_disk(disk.number);
+        daemon.live().probes.remove(&disk.uuid);
+        daemon.save().await?;
+    }
+    let numbers: Vec<String> = disks.iter().map(|d| d.number.to_string()).collect();
+    Ok(plan.done(format!("removed: {}", numbers.join(", "))))
+}

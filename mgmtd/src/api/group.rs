@@ -1,0 +1,562 @@
+//! `group`: RAID groups.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use lunar_api::mgmt::{GroupCreate, GroupEnd, GroupSet, GroupStart, Rename, Role};
+use lunar_api::rows::{Changed, DiskState, GroupList, GroupOne};
+use lunar_api::target::{Consistency, GroupStatus, Level, MemberSpec, TargetAnswer, TargetRequest};
+use lunar_api::units::format_size;
+use lunar_api::{ApiError, ErrorKind, GroupUuid};
+
+use super::{check_not_held, disk, last_view, name_openers, view};
+use crate::boot::{find_disks, members_of, probe_paths, start_group};
+use crate::daemon::{About, Daemon};
+use crate::limits::{CHUNK, PATHS_MAX};
+use crate::link::unexpected;
+use crate::names::{check_name, expand};
+use crate::opener::{open_exclusive, open_inflight};
+use crate::planner::{Gate, Plan};
+use crate::probe::{boot_id, random};
+use crate::tables::DiskSave;
+use crate::text::level_word;
+use crate::views::View;
+
+/// Answers `GroupList`.
+///
+/// # Errors  never
+pub async fn list(daemon: &Daemon) -> Result<GroupList, ApiError> {
+    let view = view(daemon).await;
+    Ok(GroupList {
+        groups: view
+            .tables
+            .groups
+            .values()
+            .map(|g| view.group_row(g))
+            .collect(),
+    })
+}
+
+/// Answers `GroupShow`.
+///
+/// # Errors  `Usage` if there is no such group
+pub async fn show(daemon: &Daemon, name: &str) -> Result<GroupOne, ApiError> {
+    let view = view(daemon).await;
+    Ok(GroupOne {
+        group: view.group_show(view.find_group(name)?),
+    })
+}
+
+/// Answers `GroupCreate`.
+///
+/// # Errors  `Usage` for members, chunk or level that do not fit; `Busy` for a member in use
+pub async fn create(daemon: &Daemon, ask: GroupCreate) -> Result<Changed, ApiError> {
+    let _turn = daemon.turn().await?;
+    check_name(&ask.name)?;
+    let view = view(daemon).await;
+    let level = ask
+        .level
+        .ok_or_else(|| usage("--level is missing", "lunar group create --help"))?;
+    let chunk = ask.chunk.unwrap_or(CHUNK);
+    let members = choose_members(&view, &expand(&ask.disks)?)?;
+    let plan = match view.find_group(&ask.name).ok().map(|g| view.group_row(g)) {
+        Some(row) => {
+            let numbers: Vec<_> = members.iter().map(|d| Some(d.number)).collect();
+            if row.level != Some(level) || row.disks != numbers {
+                return Err(usage(
+                    &format!("there is a group {} already", ask.name),
+                    "lunar group list",
+                ));
+            }
+            Plan::unchanged(format!("group {} is there", ask.name))
+        }
+        None => {
+            check_shape(level, chunk, members.len())?;
+            check_free(&view, &members)?;
+            let numbers: Vec<_> = members.iter().map(|d| d.number.to_string()).collect();
+            let (word, size) = (level_word(level), format_size(chunk));
+            let text = format!(
+                "make {word} group {} of disks {}, chunk {size}",
+                ask.name,
+                numbers.join(", ")
+            );
+            Plan::step(text)
+        }
+    };
+    if let Gate::Answer(mut answer) = plan.gate(ask.dry_run, ask.yes)? {
+        answer.group = view.find_group(&ask.name).ok().map(|g| view.group_row(g));
+        return Ok(*answer);
+    }
+    let uuid = random().map_err(|e| {
+        ApiError::new(ErrorKind::Failed, "no random numbers").because(e.to_string())
+    })?;
+    let group = GroupUuid::from_bytes(uuid);
+    let mut fds = Vec::new();
+    for member in &members {
+        fds.push(open_exclusive(Path::new(&member.path)).map_err(|e| {
+            ApiError::new(
+                ErrorKind::Busy,
+                format!("disk {} cannot be opened", member.number),
+            )
+            .because(e.to_string())
+            .hint(format!("lsof {}", member.path))
+        })?);
+    }
+    fds.push(inflight(daemon, group)?);
+    let specs = members
+        .iter()
+        .map(|d| MemberSpec {
+            disk: d.uuid,
+            path: d.path.clone(),
+        })
+        .collect();
+    let request = TargetRequest::GroupCreate {
+        group,
+        name: ask.name.clone(),
+        level,
+        chunk,
+        consistency: ask.consistency.unwrap_or(Consistency::None),
+        assume_clean: ask.assume_clean,
+        members: specs,
+    };
+    let status = group_answer(daemon.ask(&request, fds).await?)?;
+    about(
+        daemon,
+        "NewArray",
+        group,
+        format!("group {} was made", ask.name),
+    );
+    {
+        let mut tables = daemon.tables();
+        for member in &members {
+            tables.put_disk(DiskSave {
+                was: None,
+                ..(*member).clone()
+            });
+        }
+    }
+    finish(daemon, &plan, status, format!("group {} is up", ask.name)).await
+}
+
+fn usage(why: &str, hint: &str) -> ApiError {
+    ApiError::new(ErrorKind::Usage, why).hint(hint)
+}
+
+fn inflight(daemon: &Daemon, group: GroupUuid) -> Result<std::os::fd::OwnedFd, ApiError> {
+    open_inflight(&daemon.config.run_dir, group).map_err(|e| {
+        ApiError::new(ErrorKind::Failed, "the in-flight log cannot be opened")
+            .because(e.to_string())
+    })
+}
+
+fn choose_members<'a>(view: &'a View, names: &[String]) -> Result<Vec<&'a DiskSave>, ApiError> {
+    let mut seen = BTreeSet::new();
+    let mut out = Vec::new();
+    for name in names {
+        let disk = disk::find(view, name)?;
+        if !seen.insert(disk.number) {
+            return Err(usage(
+                &format!("disk {} is named twice", disk.number),
+                "name each disk once",
+            ));
+        }
+        out.push(disk);
+    }
+    Ok(out)
+}
+
+/// Checks level, chunk and number of members.
+fn check_shape(level: Level, chunk: u64, members: usize) -> Result<(), ApiError> {
+    let least = match level {
+        Level::Raid0 => 1,
+        Level::Raid1 => 2,
+        Level::Raid5 => 3,
+    };
+    if members < least || members > PATHS_MAX {
+        let word = level_word(level);
+        let why = format!("{word} takes {least} to {PATHS_MAX} disks, {members} are named");
+        return Err(usage(&why, "lunar disk list"));
+    }
+    if !chunk.is_power_of_two() || !(4096..=1 << 20).contains(&chunk) {
+        return Err(usage(
+            "a chunk is a power of two, 4 KiB to 1 MiB",
+            "--chunk 64KiB",
+        ));
+    }
+    Ok(())
+}
+
+fn check_free(view: &View, members: &[&DiskSave]) -> Result<(), ApiError> {
+    for disk in members {
+        let row = view.disk_row(disk);
+        if row.state == DiskState::Free && disk.role == Role::Data {
+            continue;
+        }
+        let (kind, why) = match row.group.and_then(|g| view.tables.groups.get(&g)) {
+            Some(group) => (
+                ErrorKind::Busy,
+                format!("it is a member of group {}", group.name_seen),
+            ),
+            None => (
+                ErrorKind::Usage,
+                format!(
+                    "it is {}, role {:?}",
+                    crate::text::word(row.state),
+                    disk.role
+                ),
+            ),
+        };
+        return Err(
+            ApiError::new(kind, format!("disk {} cannot become a member", disk.number))
+                .because(why)
+                .hint("lunar disk list"),
+        );
+    }
+    Ok(())
+}
+
+fn group_answer(answer: TargetAnswer) -> Result<GroupStatus, ApiError> {
+    match answer {
+        TargetAnswer::Group { group } => Ok(*group),
+        other => Err(unexpected(&other)),
+    }
+}
+
+fn about(daemon: &Daemon, name: &str, group: GroupUuid, text: String) {
+    daemon.event(
+        name,
+        About {
+            group: Some(group),
+            ..About::default()
+        },
+        text,
+    );
+}
+
+/// Takes a group as answered and makes the answer of the verb.
+async fn finish(
+    daemon: &Daemon,
+    plan: &Plan,
+    status: GroupStatus,
+    text: String,
+) -> Result<Changed, ApiError> {
+    let uuid = status.group;
+    daemon.absorb_group(status).await?;
+    let view = last_view(daemon);
+    let mut answer = plan.done(text);
+    answer.group = view.tables.group(uuid).map(|g| view.group_row(g));
+    let running = |j: &&crate::tables::JobSave| j.group == uuid && j.ended.is_none();
+    answer.job = view
+        .tables
+        .jobs
+        .values()
+        .rev()
+        .find(running)
+        .map(|j| j.number);
+    Ok(answer)
+}
+
+fn started<'a>(view: &'a View, name: &str) -> Result<&'a GroupStatus, ApiError> {
+    let save = view.find_group(name)?;
+    view.live.groups.get(&save.uuid).ok_or_else(|| {
+        ApiError::new(
+            ErrorKind::NoService,
+            format!("group {} is not started", save.name_seen),
+        )
+        .because(
+            view.live
+                .problems
+                .get(&save.uuid)
+                .cloned()
+                .unwrap_or("it was stopped".into()),
+        )
+        .hint(format!("lunar group start {}", save.name_seen))
+    })
+}
+
+/// Answers `GroupSet`.
+///
+/// # Errors  `Usage` if nothing is set or the least is above the most
+pub async fn set(daemon: &Daemon, ask: GroupSet) -> Result<Changed, ApiError> {
+    let _turn = daemon.turn().await?;
+    let view = view(daemon).await;
+    let group = started(&view, &ask.group)?.group;
+    let mut row = view.find_group(&ask.group)?.clone();
+    let old = row.clone();
+    row.rebuild_min = ask.rebuild_min.or(row.rebuild_min);
+    row.rebuild_max = ask.rebuild_max.or(row.rebuild_max);
+    if (ask.rebuild_min, ask.rebuild_max) == (None, None) {
+        return Err(usage("nothing to set", "lunar group set --help"));
+    }
+    if row.rebuild_max == Some(0)
+        || row
+            .rebuild_min
+            .zip(row.rebuild_max)
+            .is_some_and(|(a, b)| a > b)
+    {
+        return Err(usage(
+            "--rebuild-max must be above 0 and not below --rebuild-min",
+            "lunar group set --help",
+        ));
+    }
+    let plan = if row == old {
+        Plan::unchanged("it is set so")
+    } else {
+        Plan::step(format!("set the rebuild rate of group {}", row.name_seen))
+    };
+    if let Gate::Answer(answer) = plan.gate(ask.dry_run, ask.yes)? {
+        return Ok(*answer);
+    }
+    let (rebuild_min_bytes, rebuild_max_bytes) = (row.rebuild_min, row.rebuild_max);
+    let request = TargetRequest::GroupSet {
+        group,
+        rebuild_min_bytes,
+        rebuild_max_bytes,
+    };
+    let status = group_answer(daemon.ask(&request, Vec::new()).await?)?;
+    daemon.tables().put_group(row);
+    finish(daemon, &plan, status, "set".into()).await
+}
+
+/// Answers `GroupStart`.
+///
+/// # Errors  what ublk-target refuses
+pub async fn start(daemon: &Daemon, ask: GroupStart) -> Result<Changed, ApiError> {
+    let _turn = daemon.turn().await?;
+    let view = view(daemon).await;
+    let save = view.find_group(&ask.group)?;
+    let (group, name) = (save.uuid, save.name_seen.clone());
+    let plan = if view.live.groups.contains_key(&group) {
+        Plan::unchanged(format!("group {name} is started"))
+    } else {
+        let plan = Plan::step(format!("start group {name}"));
+        match ask.force {
+            false => plan,
+            true => plan.dies(format!("what the missing members of {name} alone hold, and sectors being written when it stopped may be wrong"), &name),
+        }
+    };
+    if let Gate::Answer(answer) = plan.gate(ask.dry_run, ask.yes)? {
+        return Ok(*answer);
+    }
+    find_disks(daemon).await?;
+    start_group(daemon, group, members_of(daemon, group), ask.force).await?;
+    by_hand(daemon, group, None);
+    about(
+        daemon,
+        "GroupStarted",
+        group,
+        format!("group {name} was started"),
+    );
+    let status = daemon.live().groups.get(&group).cloned();
+    let status = status.ok_or_else(|| ApiError::new(ErrorKind::Failed, "the group went away"))?;
+    finish(daemon, &plan, status, format!("group {name} is up")).await
+}
+
+fn by_hand(daemon: &Daemon, group: GroupUuid, stopped_in: Option<String>) {
+    let mut tables = daemon.tables();
+    if let Some(mut row) = tables.group(group).cloned() {
+        row.stopped_in = stopped_in;
+        tables.put_group(row);
+    }
+}
+
+/// Answers `GroupStop`.
+///
+/// # Errors  `Busy` with who holds a LU
+pub async fn stop(daemon: &Daemon, ask: GroupEnd) -> Result<Changed, ApiError> {
+    let _turn = daemon.turn().await?;
+    let view = view(daemon).await;
+    let save = view.find_group(&ask.group)?;
+    let name = save.name_seen.clone();
+    let live = view.live.groups.get(&save.uuid);
+    if let Some(live) = live {
+        check_not_held(live, &format!("group {name} is not stopped"))?;
+    }
+    let plan = match live {
+        None => Plan::unchanged(format!("group {name} is stopped")),
+        Some(_) => Plan::step(format!("stop group {name} and its LUs")),
+    };
+    if let Gate::Answer(answer) = plan.gate(ask.dry_run, ask.yes)? {
+        return Ok(*answer);
+    }
+    let group = save.uuid;
+    end(daemon, &TargetRequest::GroupStop { group }, live).await?;
+    by_hand(daemon, group, Some(boot_id()));
+    daemon.live().groups.remove(&group);
+    reprobe(daemon, &view, live).await?;
+    about(
+        daemon,
+        "GroupStopped",
+        group,
+        format!("group {name} was stopped"),
+    );
+    daemon.absorb().await?;
+    Ok(plan.done(format!("group {name} is stopped")))
+}
+
+async fn end(
+    daemon: &Daemon,
+    request: &TargetRequest,
+    live: Option<&GroupStatus>,
+) -> Result<(), ApiError> {
+    let ublks: Vec<u32> = live
+        .iter()
+        .flat_map(|g| &g.lus)
+        .filter_map(|lu| lu.ublk)
+        .collect();
+    match daemon
+        .ask(request, Vec::new())
+        .await
+        .map_err(|e| name_openers(e, &ublks))?
+    {
+        TargetAnswer::Done => Ok(()),
+        other => Err(unexpected(&other)),
+    }
+}
+
+/// Looks again at the disks that a group gave free.
+async fn reprobe(daemon: &Daemon, view: &View, live: Option<&GroupStatus>) -> Result<(), ApiError> {
+    let members = live.iter().flat_map(|g| &g.members);
+    let paths: Vec<_> = members
+        .filter_map(|m| view.tables.disk(m.disk))
+        .map(|d| d.path.clone().into())
+        .collect();
+    let system = view.tables.system;
+    for probe in probe_paths(daemon, &paths).await? {
+        if let Some(label) = probe.label.clone().filter(|l| l.system == system) {
+            daemon.live().probes.insert(label.disk, probe);
+        }
+    }
+    Ok(())
+}
+
+/// Answers `GroupRename`.
+///
+/// # Errors  `Usage` for a name that cannot be, or is taken
+pub async fn rename(daemon: &Daemon, ask: Rename) -> Result<Changed, ApiError> {
+    let _turn = daemon.turn().await?;
+    check_name(&ask.to)?;
+    let view = view(daemon).await;
+    let live = started(&view, &ask.name)?;
+    let plan = if live.name == ask.to {
+        Plan::unchanged("it has this name")
+    } else if view.find_group(&ask.to).is_ok() {
+        return Err(usage(
+            &format!("there is a group {} already", ask.to),
+            "lunar group list",
+        ));
+    } else {
+        Plan::step(format!("rename group {} to {}", live.name, ask.to))
+    };
+    if let Gate::Answer(answer) = plan.gate(ask.dry_run, ask.yes)? {
+        return Ok(*answer);
+    }
+    let request = TargetRequest::GroupRename {
+        group: live.group,
+        name: ask.to.clone(),
+    };
+    let status = group_answer(daemon.ask(&request, Vec::new()).await?)?;
+    finish(
+        daemon,
+        &plan,
+        status,
+        format!("group {} is now {}", live.name, ask.to),
+    )
+    .await
+}
+
+/// Answers `GroupDelete`.
+///
+/// # Errors  `Busy` with who holds a LU; `Refused` without a yes
+pub async fn delete(daemon: &Daemon, ask: GroupEnd) -> Result<Changed, ApiError> {
+    let _turn = daemon.turn().await?;
+    let view = view(daemon).await;
+    let live = started(&view, &ask.group)?;
+    let (group, name) = (live.group, live.name.clone());
+    check_not_held(live, &format!("group {name} is not deleted"))?;
+    let mut plan = Plan::step(format!("stop group {name}, mark its superblocks deleted"));
+    let what = format!(
+        "group {name}: {} {}",
+        level_word(live.level),
+        format_size(live.capacity)
+    );
+    plan = plan.dies(what, &name);
+    for lu in &live.lus {
+        plan = plan.dies(
+            format!("LU {}: {}", lu.name, format_size(lu.capacity)),
+            &name,
+        );
+    }
+    if let Gate::Answer(answer) = plan.gate(ask.dry_run, ask.yes)? {
+        return Ok(*answer);
+    }
+    end(daemon, &TargetRequest::GroupDelete { group }, Some(live)).await?;
+    about(
+        daemon,
+        "GroupDeleted",
+        group,
+        format!("group {name} was deleted"),
+    );
+    {
+        let mut tables = daemon.tables();
+        let lus: Vec<u32> = tables
+            .lus
+            .values()
+            .filter(|l| l.group == group)
+            .map(|l| l.number)
+            .collect();
+        lus.into_iter().for_each(|lu| tables.drop_lu(lu));
+        let jobs: Vec<_> = tables
+            .jobs
+            .values()
+            .filter(|j| j.group == group)
+            .cloned()
+            .collect();
+        for mut job in jobs.into_iter().filter(|j| j.ended.is_none()) {
+            job.ended = Some(crate::probe::now_ms());
+            (job.state, job.reason) = (
+                lunar_api::rows::JobState::Failed,
+                "the group was deleted".into(),
+            );
+            tables.put_job(job);
+        }
+        if let Some(number) = tables.group(group).map(|g| g.number) {
+            tables.drop_group(number);
+        }
+        daemon.live().groups.remove(&group);
+    }
+    let _ = std::fs::remove_file(
+        daemon
+            .config
+            .run_dir
+            .join("inflight")
+            .join(group.to_string()),
+    );
+    reprobe(daemon, &view, Some(live)).await?;
+    daemon.absorb().await?;
+    Ok(plan.done(format!("group {name} is deleted; its disks are free")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn check_shape_table() {
+        for (level, chunk, members, good) in [
+            (Level::Raid0, 4096, 1, true),
+            (Level::Raid1, 65536, 1, false),
+            (Level::Raid5, 65536, 2, false),
+            (Level::Raid5, 65536, 3, true),
+            (Level::Raid5, 65535, 3, false),
+            (Level::Raid5, 2 << 20, 3, false),
+            (Level::Raid0, 4096, 0, false),
+        ] {
+            assert_eq!(
+                check_shape(level, chunk, members).is_ok(),
+                good,
+                "{level:?} {chunk} {members}"
+            );
+        }
+    }
+}

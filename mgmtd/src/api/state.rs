@@ -1,0 +1,165 @@
+//! `status`, `events`, `job`, `path`, `shutdown`.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use lunar_api::mgmt::{EventsAsk, ShutdownAsk, StatusAsk};
+use lunar_api::rows::{
+    Changed, EventsReply, JobList, JobOneReply, JobState, PathList, StatusReply,
+};
+use lunar_api::target::TargetRequest;
+use lunar_api::{ApiError, ErrorKind};
+
+use super::{check_not_held, last_view, name_openers, view};
+use crate::daemon::{About, Daemon};
+use crate::planner::{Gate, Plan};
+use crate::probe::boot_id;
+use crate::{holders, text};
+
+/// Longest wait of one `Events`.
+const WAIT_MAX: u32 = 10_000;
+/// Most events in one answer.
+const EVENTS_ANSWER_MAX: usize = 1000;
+
+/// Answers `Status`.
+///
+/// # Errors  never
+pub async fn status(daemon: &Daemon, ask: StatusAsk) -> Result<StatusReply, ApiError> {
+    let up = daemon.refresh().await.is_ok();
+    let view = last_view(daemon);
+    let boot = boot_id();
+    let by_hand = |g: &crate::tables::GroupSave| g.stopped_in.as_ref() == Some(&boot);
+    Ok(text::status(
+        &view,
+        ask.unhealthy,
+        up,
+        &holders::of_ublk,
+        &by_hand,
+    ))
+}
+
+/// Answers `Events`.
+///
+/// # Errors  never
+pub async fn events(daemon: &Daemon, ask: EventsAsk) -> Result<EventsReply, ApiError> {
+    let wait = Duration::from_millis(ask.wait_ms.min(WAIT_MAX).into());
+    let rang = daemon.rang.notified();
+    let newest = daemon.tables().events.back().map_or(0, |e| e.number);
+    if newest <= ask.after && !wait.is_zero() {
+        let _ = tokio::time::timeout(wait, rang).await;
+    }
+    let view = last_view(daemon);
+    let later = view.tables.events.iter().filter(|e| e.number > ask.after);
+    let events = later
+        .map(|e| view.event_row(e))
+        .take(EVENTS_ANSWER_MAX)
+        .collect();
+    Ok(EventsReply { events })
+}
+
+/// Answers `JobList`.
+///
+/// # Errors  never
+pub async fn job_list(daemon: &Daemon) -> Result<JobList, ApiError> {
+    let view = view(daemon).await;
+    Ok(JobList {
+        jobs: view.tables.jobs.values().map(|j| view.job_row(j)).collect(),
+    })
+}
+
+/// Answers `JobShow`.
+///
+/// # Errors  `Usage` if there is no such job
+pub async fn job_show(daemon: &Daemon, job: u32) -> Result<JobOneReply, ApiError> {
+    let view = view(daemon).await;
+    let row = view.tables.jobs.get(&job).map(|j| view.job_row(j));
+    Ok(JobOneReply {
+        job: row.ok_or_else(|| crate::views::unknown("job", &job.to_string()))?,
+    })
+}
+
+/// Answers `JobCancel`: what restores redundancy is never ended early.
+///
+/// # Errors  `Refused` while it runs
+pub async fn job_cancel(daemon: &Daemon, job: u32) -> Result<Changed, ApiError> {
+    let row = job_show(daemon, job).await?.job;
+    if row.state != JobState::Running {
+        let plan = Plan::unchanged(format!("job {job} has ended"));
+        if let Gate::Answer(answer) = plan.gate(false, true)? {
+            return Ok(*answer);
+        }
+    }
+    let error = ApiError::new(ErrorKind::Refused, format!("job {job} is not cancelled")).because(
+        format!("redundancy of group {} would stay missing", row.group_name),
+    );
+    Err(match row.disk {
+        Some(disk) => error.hint(format!(
+            "lunar disk fail {disk}, which gives the replacement up"
+        )),
+        None => error.hint(format!(
+            "lunar group set {} --rebuild-max 10MiB",
+            row.group_name
+        )),
+    })
+}
+
+/// Answers `PathList`.
+///
+/// # Errors  never
+pub async fn path_list(daemon: &Daemon) -> Result<PathList, ApiError> {
+    let view = view(daemon).await;
+    Ok(PathList {
+        paths: view.tables.lus.values().map(|l| view.path_row(l)).collect(),
+    })
+}
+
+/// Answers `Shutdown`: every group, then ublk-target, then mgmtd.
+///
+/// # Errors  `Busy` with the mounts that hold a LU; then everything goes on
+pub async fn shutdown(daemon: &Daemon, ask: ShutdownAsk) -> Result<Changed, ApiError> {
+    let _turn = daemon.turn().await?;
+    let view = view(daemon).await;
+    for group in view.live.groups.values() {
+        check_not_held(group, "Lunar cannot be shut down")?;
+    }
+    let stops = view
+        .live
+        .groups
+        .values()
+        .map(|g| format!("stop group {}", g.name));
+    let mut plan = Plan {
+        steps: stops.collect(),
+        ..Plan::default()
+    };
+    plan.steps.push("end ublk-target".into());
+    plan.steps.push("end mgmtd".into());
+    if let Gate::Answer(answer) = plan.gate(ask.dry_run, ask.yes)? {
+        return Ok(*answer);
+    }
+    daemon.stopping.store(true, Ordering::Relaxed);
+    let result = if daemon.live().target_pid.is_some() {
+        daemon
+            .ask(&TargetRequest::Shutdown, Vec::new())
+            .await
+            .map(drop)
+    } else {
+        Ok(())
+    };
+    if let Err(error) = result {
+        // It may end before its answer is read: then it has done what was asked.
+        if error.kind != ErrorKind::Unreachable {
+            daemon.stopping.store(false, Ordering::Relaxed);
+            let ublks: Vec<u32> = daemon.lus().iter().filter_map(|lu| lu.ublk).collect();
+            return Err(name_openers(error, &ublks));
+        }
+    }
+    daemon.event(
+        "Shutdown",
+        About::default(),
+        "everything was stopped in order",
+    );
+    daemon.live().groups.clear();
+    daemon.absorb().await?;
+    daemon.stopped.notify_one();
+    Ok(plan.done("everything is stopped"))
+}

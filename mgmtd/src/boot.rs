@@ -1,0 +1,348 @@
+//! Finds every disk again by its identity, and starts the groups.
+//!
+//! # Order
+//! 1. Probe the known paths; if an identity is missing, probe every other candidate.
+//! 2. Correct paths in the tables from what the disks carry; save.
+//! 3. Open the members of each group exclusively (a dead process's I/O may hold them for up to 30 s).
+//! 4. GroupStart. A crash anywhere here changes nothing on the disks; the next start does it again.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use lunar_api::target::{MemberSpec, Probe, TargetAnswer, TargetRequest};
+use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid};
+
+use crate::daemon::{About, Daemon};
+use crate::limits::REOPEN_LIMIT;
+use crate::link::unexpected;
+use crate::opener::{open_inflight, open_patiently, open_plain};
+use crate::probe::{boot_id, candidates, identify, stable_path, ublk_devices};
+use crate::tables::DiskSave;
+
+/// Most paths probed in one message.
+const PROBE_MAX: usize = 64;
+
+/// Asks ublk-target what is on these paths; those that cannot be opened are left out.
+///
+/// # Errors  ublk-target does not answer
+pub async fn probe_paths(daemon: &Daemon, paths: &[PathBuf]) -> Result<Vec<Probe>, ApiError> {
+    let mut out = Vec::new();
+    for some in paths.chunks(PROBE_MAX) {
+        let some = some.to_vec();
+        let opened = tokio::task::spawn_blocking(move || {
+            some.into_iter()
+                .filter_map(|p| Some((open_plain(&p).ok()?, p)))
+                .collect::<Vec<_>>()
+        });
+        let opened = tokio::time::timeout(REOPEN_LIMIT, opened).await;
+        let Ok(Ok(opened)) = opened else {
+            let text =
+                "a block device did not open in 30 s; it and those probed with it are left out";
+            daemon.event("ProbeStuck", About::default(), text);
+            continue;
+        };
+        if opened.is_empty() {
+            continue;
+        }
+        let (fds, paths): (Vec<OwnedFd>, Vec<PathBuf>) = opened.into_iter().unzip();
+        let paths = paths.iter().map(|p| p.display().to_string()).collect();
+        match daemon.ask(&TargetRequest::Probe { paths }, fds).await? {
+            TargetAnswer::Probed { disks } => out.extend(disks),
+            other => return Err(unexpected(&other)),
+        }
+    }
+    Ok(out)
+}
+
+/// Finds every known disk and corrects its path (steps 1 and 2).
+///
+/// # Errors  ublk-target does not answer, or the tables cannot be saved
+pub async fn find_disks(daemon: &Daemon) -> Result<(), ApiError> {
+    let (system, known): (_, Vec<DiskSave>) = {
+        let tables = daemon.tables();
+        (tables.system, tables.disks.values().cloned().collect())
+    };
+    let paths: Vec<PathBuf> = known.iter().map(|d| d.path.clone().into()).collect();
+    let mut found = BTreeMap::new();
+    let ours = |probe: &Probe| {
+        probe
+            .label
+            .as_ref()
+            .filter(|label| label.system == system)
+            .map(|label| label.disk)
+    };
+    let mut wanted: BTreeSet<DiskUuid> = known.iter().map(|d| d.uuid).collect();
+    for probe in probe_paths(daemon, &paths).await? {
+        if let Some(disk) = ours(&probe) {
+            wanted.extend(
+                probe
+                    .label
+                    .iter()
+                    .filter(|l| !l.deleted)
+                    .flat_map(|l| l.members.clone()),
+            );
+            found.entry(disk).or_insert(probe);
+        }
+    }
+    wanted.retain(|disk| !disk.is_nil() && !found.contains_key(disk));
+    if !wanted.is_empty() {
+        let seen: BTreeSet<_> = paths.iter().filter_map(|p| identify(p).ok()).collect();
+        let others: Vec<PathBuf> = candidates(&paths)
+            .into_iter()
+            .filter(|path| identify(path).is_ok_and(|id| !seen.contains(&id)))
+            .collect();
+        for probe in probe_paths(daemon, &others).await? {
+            if let Some(disk) = ours(&probe) {
+                found.entry(disk).or_insert(probe);
+            }
+        }
+    }
+    correct(daemon, found);
+    daemon.save().await
+}
+
+fn correct(daemon: &Daemon, found: BTreeMap<DiskUuid, Probe>) {
+    let mut moved = Vec::new();
+    {
+        let mut tables = daemon.tables();
+        for (uuid, probe) in &found {
+            let path = stable_path(Path::new(&probe.path)).display().to_string();
+            let old = tables.disk(*uuid).cloned();
+            // A disk given to Lunar whose row was lost gets a new number; a removed one stays out.
+            let member = probe
+                .label
+                .as_ref()
+                .is_some_and(|l| !l.group.is_nil() && !l.deleted);
+            let number = match &old {
+                Some(row) => row.number,
+                None if member => tables.next_disk(),
+                None => continue,
+            };
+            let (role, was) = old
+                .as_ref()
+                .map_or_else(Default::default, |o| (o.role, o.was));
+            if let Some(old) = old.filter(|old| old.path != path) {
+                moved.push((
+                    *uuid,
+                    format!("disk {number} was {}, is now {path}", old.path),
+                ));
+            }
+            let (uuid, capacity) = (*uuid, probe.capacity);
+            tables.put_disk(DiskSave {
+                number,
+                uuid,
+                path,
+                role,
+                capacity,
+                was,
+            });
+            if let Some(label) = probe.label.as_ref().filter(|_| member) {
+                tables.number_group(label.group, &label.group_name);
+            }
+        }
+    }
+    for (disk, text) in moved {
+        daemon.event(
+            "DiskMoved",
+            About {
+                disk: Some(disk),
+                ..About::default()
+            },
+            text,
+        );
+    }
+    daemon.live().probes = found;
+}
+
+/// Groups that should be up and are not.
+fn groups_to_start(daemon: &Daemon) -> Vec<GroupUuid> {
+    let boot = boot_id();
+    let tables = daemon.tables();
+    let live = daemon.live();
+    let by_hand = |group| {
+        tables
+            .group(group)
+            .is_some_and(|g| g.stopped_in.as_ref() == Some(&boot))
+    };
+    let on_disk = live
+        .probes
+        .values()
+        .filter_map(|p| p.label.as_ref())
+        .filter(|l| !l.deleted);
+    let groups: BTreeSet<GroupUuid> = on_disk.map(|label| label.group).collect();
+    groups
+        .into_iter()
+        .filter(|g| !g.is_nil() && !live.groups.contains_key(g) && !by_hand(*g))
+        .collect()
+}
+
+/// Members of a group, from the disks: every disk that says it is one.
+pub fn members_of(daemon: &Daemon, group: GroupUuid) -> Vec<MemberSpec> {
+    let tables = daemon.tables();
+    let live = daemon.live();
+    let is_member = |probe: &&Probe| {
+        probe
+            .label
+            .as_ref()
+            .is_some_and(|l| l.group == group && !l.deleted)
+    };
+    live.probes
+        .values()
+        .filter(is_member)
+        .filter_map(|probe| probe.label.as_ref())
+        // A disk that failed and was replaced is not brought back by its old superblock.
+        .filter_map(|label| tables.disk(label.disk).filter(|disk| disk.was.is_none()))
+        .map(|disk| MemberSpec {
+            disk: disk.uuid,
+            path: disk.path.clone(),
+        })
+        .collect()
+}
+
+/// Starts every group that should be up.
+pub async fn start_groups(daemon: &Daemon) {
+    for group in groups_to_start(daemon) {
+        let members = members_of(daemon, group);
+        if let Err(error) = start_group(daemon, group, members, false).await {
+            not_started(daemon, group, &error);
+        }
+    }
+}
+
+/// Brings back the groups that were up when ublk-target died, from what was last seen: no probe, no search.
+pub async fn recover_groups(daemon: &Daemon) {
+    let were_up: Vec<_> = std::mem::take(&mut daemon.live().groups)
+        .into_values()
+        .collect();
+    for group in were_up {
+        let uuid = group.group;
+        let members = {
+            let tables = daemon.tables();
+            group
+                .members
+                .iter()
+                .filter_map(|m| tables.disk(m.disk))
+                .filter(|disk| disk.was.is_none())
+                .map(|disk| MemberSpec {
+                    disk: disk.uuid,
+                    path: disk.path.clone(),
+                })
+                .collect()
+        };
+        if let Err(error) = start_group(daemon, uuid, members, false).await {
+            not_started(daemon, uuid, &error);
+        }
+    }
+}
+
+fn not_started(daemon: &Daemon, group: GroupUuid, error: &ApiError) {
+    let why = std::iter::once(&error.message).chain(&error.causes);
+    let why = why.map(String::as_str).collect::<Vec<_>>().join(": ");
+    daemon.event(
+        "GroupNotStarted",
+        About {
+            group: Some(group),
+            ..About::default()
+        },
+        why.clone(),
+    );
+    daemon.live().problems.insert(group, why);
+}
+
+/// Starts one group (steps 3 and 4).
+///
+/// # Errors  no member can be opened, or ublk-target refuses
+pub async fn start_group(
+    daemon: &Daemon,
+    group: GroupUuid,
+    members: Vec<MemberSpec>,
+    force: bool,
+) -> Result<(), ApiError> {
+    let (specs, mut fds, without) = open_members(daemon, group, members).await;
+    if specs.is_empty() {
+        return Err(
+            ApiError::new(ErrorKind::NoService, "no member of the group can be opened")
+                .hint("lunar disk list; lunar events"),
+        );
+    }
+    fds.push(open_inflight(&daemon.config.run_dir, group).map_err(|e| {
+        ApiError::new(ErrorKind::Failed, "the in-flight log cannot be opened")
+            .because(e.to_string())
+            .hint(format!("df {}", daemon.config.run_dir.display()))
+    })?);
+    let (witness, rates) = {
+        let tables = daemon.tables();
+        let row = tables.group(group);
+        (
+            row.and_then(|g| g.witness),
+            row.map(|g| (g.rebuild_min, g.rebuild_max)),
+        )
+    };
+    let ublk_devices = ublk_devices();
+    let start = TargetRequest::GroupStart {
+        group,
+        force,
+        members: specs,
+        ublk_devices,
+        witness,
+        without,
+    };
+    let answer = daemon.ask(&start, fds).await?;
+    let TargetAnswer::Group { group: status } = answer else {
+        return Err(unexpected(&answer));
+    };
+    daemon.absorb_group(*status).await?;
+    if let Some((rebuild_min_bytes, rebuild_max_bytes)) = rates.filter(|r| *r != (None, None)) {
+        let set = TargetRequest::GroupSet {
+            group,
+            rebuild_min_bytes,
+            rebuild_max_bytes,
+        };
+        daemon.ask(&set, Vec::new()).await?;
+    }
+    Ok(())
+}
+
+/// Opens members side by side; those that do not open in time are named and left out.
+async fn open_members(
+    daemon: &Daemon,
+    group: GroupUuid,
+    members: Vec<MemberSpec>,
+) -> (Vec<MemberSpec>, Vec<OwnedFd>, Vec<DiskUuid>) {
+    let tasks: Vec<_> = members
+        .into_iter()
+        .map(|spec| {
+            tokio::spawn(async move {
+                let opened = open_patiently(Path::new(&spec.path), REOPEN_LIMIT).await;
+                (spec, opened)
+            })
+        })
+        .collect();
+    let (mut specs, mut fds, mut without) = (Vec::new(), Vec::new(), Vec::new());
+    for task in tasks {
+        let Ok((spec, opened)) = task.await else {
+            continue;
+        };
+        match opened {
+            Ok(fd) => {
+                specs.push(spec);
+                fds.push(fd);
+            }
+            Err(error) => {
+                let about = About {
+                    group: Some(group),
+                    disk: Some(spec.disk),
+                    lu: None,
+                };
+                let text = format!(
+                    "{} cannot be opened: {error}; the group goes on without it",
+                    spec.path
+                );
+                daemon.event("DiskBusy", about, text);
+                without.push(spec.disk);
+            }
+        }
+    }
+    (specs, fds, without)
+}

@@ -1,0 +1,378 @@
+//! What can be typed.
+
+use std::path::PathBuf;
+
+use clap::{Args as Group_, Parser, Subcommand, ValueEnum};
+use lunar_api::mgmt::Role;
+use lunar_api::target::{Consistency, Level, LuSize};
+use lunar_api::units::parse_size;
+
+const EXIT: &str = "Exit status: 0 ok, 1 failed, 2 usage, 3 redundancy missing, 4 no service, 5 daemon unreachable,\n6 refused because data would die, 7 in use or held elsewhere.";
+
+/// Steers a Lunar storage array.
+#[derive(Debug, Parser)]
+#[command(version, after_help = const_format())]
+pub(crate) struct Args {
+    /// Socket of mgmtd
+    #[arg(long, global = true, value_name = "PATH")]
+    pub(crate) socket: Option<PathBuf>,
+    /// Number of the system, when this machine runs several
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u32).range(1..10000))]
+    pub(crate) system: Option<u32>,
+    /// Print JSON
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Print the steps, do nothing
+    #[arg(long, global = true)]
+    pub(crate) dry_run: bool,
+    /// What dies may die
+    #[arg(long, short, global = true)]
+    pub(crate) yes: bool,
+    /// Wait until the background job has ended too
+    #[arg(long, global = true, conflicts_with = "no_wait")]
+    pub(crate) wait: bool,
+    /// Do not wait for background jobs (the default)
+    #[arg(long, global = true)]
+    pub(crate) no_wait: bool,
+    #[command(subcommand)]
+    pub(crate) noun: Noun,
+}
+
+fn const_format() -> String {
+    format!(
+        "Examples:\n  lunar disk add /dev/sdb /dev/sdc /dev/sdd\n  lunar group create data --level raid5 --disks 1-3\n  lunar lu create vol --group data --size max\n  lunar status\n\n{EXIT}"
+    )
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Noun {
+    /// Tell the health of everything
+    #[command(
+        after_help = "Examples:\n  lunar status\n  lunar status -x\n  lunar status --watch\n  lunar status --json\n\nExit status: 0 optimal, 3 redundancy missing, 4 something gives no service, 5 daemon unreachable."
+    )]
+    Status {
+        /// Only what is not healthy
+        #[arg(short = 'x', long)]
+        unhealthy: bool,
+        /// Again every 2 s, until Ctrl-C
+        #[arg(long)]
+        watch: bool,
+    },
+    /// Print a table
+    #[command(
+        after_help = "Examples:\n  lunar table disks\n  lunar table raid-groups --json\n  lunar table lus"
+    )]
+    Table { name: Table },
+    /// Tell what happened
+    #[command(
+        after_help = "Examples:\n  lunar events\n  lunar events --follow\n  lunar events --json"
+    )]
+    Events {
+        /// Go on until Ctrl-C
+        #[arg(long, short)]
+        follow: bool,
+    },
+    /// Background jobs
+    #[command(
+        after_help = "Examples:\n  lunar job list\n  lunar job watch 7\n  lunar job cancel 7"
+    )]
+    Job {
+        #[command(subcommand)]
+        verb: Job,
+    },
+    /// Disks, partitions and files given to Lunar
+    #[command(
+        after_help = "Examples:\n  lunar disk add /dev/disk/by-id/wwn-0x5000c500a1\n  lunar disk list\n  lunar disk replace 2 5"
+    )]
+    Disk {
+        #[command(subcommand)]
+        verb: Disk,
+    },
+    /// RAID groups
+    #[command(
+        after_help = "Examples:\n  lunar group create data --level raid5 --disks 1-4\n  lunar group show data\n  lunar group delete data"
+    )]
+    Group {
+        #[command(subcommand)]
+        verb: Group,
+    },
+    /// Logical units: what file systems are put on
+    #[command(
+        after_help = "Examples:\n  lunar lu create vol --group data --size 10GiB\n  lunar lu show vol\n  lunar lu delete vol"
+    )]
+    Lu {
+        #[command(subcommand)]
+        verb: Lu,
+    },
+    /// Ways to the LUs
+    #[command(after_help = "Examples:\n  lunar path list\n  lunar path list --json")]
+    Path {
+        #[command(subcommand)]
+        verb: PathVerb,
+    },
+    /// Stop everything in order; names the mounts that hold it
+    #[command(after_help = "Examples:\n  lunar shutdown --dry-run\n  lunar shutdown")]
+    Shutdown,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum Table {
+    Disks,
+    RaidGroups,
+    Lus,
+    Paths,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Job {
+    /// List jobs
+    #[command(after_help = "Examples:\n  lunar job list")]
+    List,
+    /// Follow a job to its end; Ctrl-C detaches, the job goes on
+    #[command(after_help = "Examples:\n  lunar job watch 7")]
+    Watch { job: u32 },
+    /// End a job early
+    #[command(after_help = "Examples:\n  lunar job cancel 7")]
+    Cancel { job: u32 },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Disk {
+    /// Give disks to Lunar, all or none
+    #[command(
+        after_help = "Examples:\n  lunar disk add /dev/sdb /dev/sdc\n  lunar disk add --role spare /dev/sdd\n  lunar disk add --force=ext4 /dev/sde     (that ext4 dies)"
+    )]
+    Add {
+        #[arg(required = true, value_name = "PATH")]
+        paths: Vec<PathBuf>,
+        #[arg(long, default_value = "data")]
+        role: RoleArg,
+        /// The one foreign signature that may be destroyed
+        #[arg(long, require_equals = true, value_name = "SIGNATURE")]
+        force: Option<String>,
+    },
+    /// List disks
+    #[command(after_help = "Examples:\n  lunar disk list\n  lunar disk list --json")]
+    List,
+    /// Show a disk
+    #[command(after_help = "Examples:\n  lunar disk show 1\n  lunar disk show /dev/sdb")]
+    Show { disk: String },
+    /// Fail a member by hand
+    #[command(after_help = "Examples:\n  lunar disk fail 2")]
+    Fail { disk: String },
+    /// Put NEW, or a spare, in the place of OLD, and rebuild
+    #[command(
+        after_help = "Examples:\n  lunar disk replace 2 5\n  lunar disk replace 2 --wait     (takes a spare)"
+    )]
+    Replace { old: String, new: Option<String> },
+    /// Take disks back
+    #[command(after_help = "Examples:\n  lunar disk remove 2\n  lunar disk remove 3-5 --wipe")]
+    Remove {
+        #[arg(required = true, value_name = "DISK")]
+        disks: Vec<String>,
+        /// Overwrite the superblocks: they cannot be brought back
+        #[arg(long)]
+        wipe: bool,
+    },
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum RoleArg {
+    Data,
+    Spare,
+    Work,
+}
+
+impl From<RoleArg> for Role {
+    fn from(role: RoleArg) -> Self {
+        match role {
+            RoleArg::Data => Self::Data,
+            RoleArg::Spare => Self::Spare,
+            RoleArg::Work => Self::Work,
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Group {
+    /// Make a group
+    #[command(
+        after_help = "Examples:\n  lunar group create data --level raid5 --disks 1-4\n  lunar group create fast --level raid0 --disks 5,6 --chunk 128KiB\n  lunar group create safe --level raid1 --disks 7,8 --assume-clean     (both known to be zero)"
+    )]
+    Create(Create),
+    /// List groups
+    #[command(after_help = "Examples:\n  lunar group list")]
+    List,
+    /// Show a group
+    #[command(after_help = "Examples:\n  lunar group show data")]
+    Show { group: String },
+    /// Set tunables
+    #[command(after_help = "Examples:\n  lunar group set data --rebuild-max 200MiB")]
+    Set {
+        group: String,
+        /// Bytes a second that a rebuild gets at least
+        #[arg(long, value_parser = size)]
+        rebuild_min: Option<u64>,
+        /// Bytes a second that a rebuild takes at most
+        #[arg(long, value_parser = size)]
+        rebuild_max: Option<u64>,
+    },
+    /// Start a stopped group
+    #[command(
+        after_help = "Examples:\n  lunar group start data\n  lunar group start data --force     (old or wrong data is accepted)"
+    )]
+    Start {
+        group: String,
+        /// Start although data may be old or wrong
+        #[arg(long)]
+        force: bool,
+    },
+    /// Stop a group and its LUs
+    #[command(after_help = "Examples:\n  lunar group stop data")]
+    Stop { group: String },
+    /// Rename a group
+    #[command(after_help = "Examples:\n  lunar group rename data archive")]
+    Rename { group: String, to: String },
+    /// Delete a group and its LUs
+    #[command(
+        after_help = "Examples:\n  lunar group delete data --dry-run\n  lunar group delete data"
+    )]
+    Delete { group: String },
+}
+
+#[derive(Debug, Group_)]
+pub(crate) struct Create {
+    pub(crate) name: String,
+    #[arg(long)]
+    pub(crate) level: LevelArg,
+    /// Numbers, ranges, names or paths
+    #[arg(long, required = true, num_args = 1.., value_name = "DISKS")]
+    pub(crate) disks: Vec<String>,
+    /// Contiguous piece on one member; default 64KiB
+    #[arg(long, value_parser = size)]
+    pub(crate) chunk: Option<u64>,
+    #[arg(long)]
+    pub(crate) consistency: Option<ConsistencyArg>,
+    /// The members are known to be zero: no first sync
+    #[arg(long)]
+    pub(crate) assume_clean: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum LevelArg {
+    Raid0,
+    Raid1,
+    Raid5,
+}
+
+impl From<LevelArg> for Level {
+    fn from(level: LevelArg) -> Self {
+        match level {
+            LevelArg::Raid0 => Self::Raid0,
+            LevelArg::Raid1 => Self::Raid1,
+            LevelArg::Raid5 => Self::Raid5,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum ConsistencyArg {
+    /// Everything is resynced after a power loss; the write hole is open
+    None,
+}
+
+impl From<ConsistencyArg> for Consistency {
+    fn from(consistency: ConsistencyArg) -> Self {
+        match consistency {
+            ConsistencyArg::None => Self::None,
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Lu {
+    /// Make a LU and its device /dev/lunar/NAME
+    #[command(
+        after_help = "Examples:\n  lunar lu create vol --group data --size 10GiB\n  lunar lu create all --group data --size max --depth 256"
+    )]
+    Create {
+        name: String,
+        #[arg(long)]
+        group: String,
+        /// 10GiB, 50% or max
+        #[arg(long, value_parser = lu_size)]
+        size: LuSize,
+        /// Requests in flight; default 128
+        #[arg(long)]
+        depth: Option<u16>,
+    },
+    /// List LUs
+    #[command(after_help = "Examples:\n  lunar lu list")]
+    List,
+    /// Show a LU, its mkfs geometry and its fstab line
+    #[command(after_help = "Examples:\n  lunar lu show vol\n  lunar lu show vol --json")]
+    Show { lu: String },
+    /// Rename a LU
+    #[command(after_help = "Examples:\n  lunar lu rename vol archive")]
+    Rename { lu: String, to: String },
+    /// Delete a LU; refused while anybody holds it
+    #[command(after_help = "Examples:\n  lunar lu delete vol --dry-run\n  lunar lu delete vol")]
+    Delete { lu: String },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum PathVerb {
+    /// List paths
+    #[command(after_help = "Examples:\n  lunar path list")]
+    List,
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    parse_size(text).map_err(|e| e.to_string())
+}
+
+fn lu_size(text: &str) -> Result<LuSize, String> {
+    if text == "max" {
+        return Ok(LuSize::Max);
+    }
+    match text.strip_suffix('%') {
+        Some(percent) => match percent.parse() {
+            Ok(percent @ 1..=100) => Ok(LuSize::Percent(percent)),
+            _ => Err("a percentage is 1% to 100%".into()),
+        },
+        None => size(text).map(LuSize::Bytes),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn every_verb_has_examples() {
+        fn check(command: &clap::Command) {
+            let help = command
+                .get_after_help()
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            assert!(help.contains("Examples:"), "{}", command.get_name());
+            command
+                .get_subcommands()
+                .filter(|c| c.get_name() != "help")
+                .for_each(check);
+        }
+        Args::command().debug_assert();
+        check(&Args::command());
+    }
+
+    #[test]
+    fn lu_size_table() {
+        assert_eq!(lu_size("50%"), Ok(LuSize::Percent(50)));
+        assert_eq!(lu_size("max"), Ok(LuSize::Max));
+        assert_eq!(lu_size("1GiB"), Ok(LuSize::Bytes(1 << 30)));
+        for bad in ["", "0%", "101%", "-1", "x"] {
+            assert!(lu_size(bad).is_err(), "{bad}");
+        }
+    }
+}

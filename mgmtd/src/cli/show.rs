@@ -1,0 +1,255 @@
+//! Tables and lines for people.
+
+use comfy_table::{Table, presets};
+use lunar_api::rows::{
+    Changed, DiskRow, EventRow, GroupRow, JobRow, JobState, LuRow, LuShow, PathRow, PathState,
+};
+use lunar_api::target::GroupState;
+use lunar_api::units::format_size;
+use mgmtd::text::{duration, level_word, word};
+
+fn table(head: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
+    let mut table = Table::new();
+    table
+        .load_style(presets::NOTHING)
+        .set_header(head.iter().copied());
+    rows.for_each(|row| {
+        table.add_row(row);
+    });
+    let lines: Vec<String> = table
+        .lines()
+        .map(|line| line.trim_end().to_string())
+        .collect();
+    lines.join("\n") + "\n"
+}
+
+fn or_dash<T: ToString>(value: Option<T>) -> String {
+    value.map_or("-".into(), |v| v.to_string())
+}
+
+pub(crate) fn disks(rows: &[DiskRow]) -> String {
+    let row = |d: &DiskRow| {
+        let role = format!("{:?}", d.role).to_lowercase();
+        let (state, group) = (word(d.state).to_string(), or_dash(d.group));
+        let (disk, errors) = (d.disk.to_string(), d.errors.to_string());
+        vec![
+            disk,
+            d.path.clone(),
+            format_size(d.capacity),
+            role,
+            state,
+            group,
+            errors,
+        ]
+    };
+    let head = [
+        "DISK", "PATH", "CAPACITY", "ROLE", "STATE", "GROUP", "ERRORS",
+    ];
+    table(&head, rows.iter().map(row))
+}
+
+fn numbers(disks: &[Option<u32>]) -> String {
+    disks
+        .iter()
+        .map(|d| or_dash(*d))
+        .collect::<Vec<_>>()
+        .join(",")
+}
+
+pub(crate) fn groups(rows: &[GroupRow]) -> String {
+    let row = |g: &GroupRow| {
+        let state = match g.state {
+            GroupState::Optimal => "optimal",
+            GroupState::Degraded => "degraded",
+            GroupState::Failed => "failed",
+            GroupState::Stopped => "stopped",
+        };
+        vec![
+            g.group.to_string(),
+            g.name.clone(),
+            g.level.map_or("-", level_word).into(),
+            numbers(&g.disks),
+            format_size(g.chunk),
+            g.consistency
+                .map_or("-".into(), |c| format!("{c:?}").to_lowercase()),
+            state.into(),
+        ]
+    };
+    let head = [
+        "GROUP",
+        "NAME",
+        "LEVEL",
+        "DISKS",
+        "CHUNK",
+        "CONSISTENCY",
+        "STATE",
+    ];
+    table(&head, rows.iter().map(row))
+}
+
+pub(crate) fn lus(rows: &[LuRow]) -> String {
+    let row = |l: &LuRow| {
+        let paths = l
+            .paths
+            .iter()
+            .filter_map(|p| p.device.clone())
+            .collect::<Vec<_>>()
+            .join(",");
+        let (lu, group) = (l.lu.to_string(), l.group.to_string());
+        vec![
+            lu,
+            l.name.clone(),
+            group,
+            format_size(l.capacity),
+            or_dash(l.device.clone()),
+            paths,
+        ]
+    };
+    table(
+        &["LU", "NAME", "GROUP", "CAPACITY", "DEVICE", "PATHS"],
+        rows.iter().map(row),
+    )
+}
+
+pub(crate) fn paths(rows: &[PathRow]) -> String {
+    let row = |p: &PathRow| {
+        let state = if p.state == PathState::Online {
+            "online"
+        } else {
+            "offline"
+        };
+        let (path, lu) = (p.path.to_string(), p.lu.to_string());
+        vec![
+            path,
+            lu,
+            p.head.clone(),
+            or_dash(p.device.clone()),
+            state.into(),
+        ]
+    };
+    table(
+        &["PATH", "LU", "HEAD", "DEVICE", "STATE"],
+        rows.iter().map(row),
+    )
+}
+
+pub(crate) fn jobs(rows: &[JobRow]) -> String {
+    rows.iter().map(|job| job_line(job) + "\n").collect()
+}
+
+pub(crate) fn job_line(job: &JobRow) -> String {
+    let kind = format!("{:?}", job.kind).to_lowercase();
+    let of = match job.disk {
+        Some(disk) => format!("{kind} of disk {disk} in group {}", job.group_name),
+        None => format!("{kind} of group {}", job.group_name),
+    };
+    let state = match job.state {
+        JobState::Done => "done".into(),
+        JobState::Failed => format!("failed: {}", job.reason),
+        JobState::Running => {
+            let tenths = u128::from(job.done) * 1000 / u128::from(job.total.max(1));
+            let left = (job.total.saturating_sub(job.done)).checked_div(job.rate);
+            let left = left.map_or(String::new(), |s| format!(", about {}", duration(s)));
+            format!(
+                "{}.{} %, {}/s{left}",
+                tenths / 10,
+                tenths % 10,
+                format_size(job.rate)
+            )
+        }
+    };
+    format!("job {}: {of}: {state}", job.job)
+}
+
+pub(crate) fn bar(job: &JobRow) -> indicatif::ProgressBar {
+    let template = "{msg} [{bar:40}] {percent} % {bytes}/{total_bytes} {bytes_per_sec} {eta}";
+    let style = indicatif::ProgressStyle::with_template(template).expect("the template is fixed");
+    let bar = indicatif::ProgressBar::new(job.total).with_style(style);
+    bar.with_message(format!("job {}", job.job))
+}
+
+pub(crate) fn event(event: &EventRow) -> String {
+    let (days, ms) = (event.time / 86_400_000, event.time % 86_400_000);
+    let (year, month, day) = date(days);
+    let (h, m, s) = (ms / 3_600_000, ms / 60_000 % 60, ms / 1000 % 60);
+    let (name, text) = (&event.name, &event.text);
+    format!(
+        "{} {year}-{month:02}-{day:02}T{h:02}:{m:02}:{s:02}Z {name}: {text}",
+        event.event
+    )
+}
+
+/// Year, month, day of a day since 1970 (civil calendar, years counted from March).
+fn date(days: u64) -> (u64, u64, u64) {
+    let z = days + 719_468;
+    let (era, doe) = (z / 146_097, z % 146_097);
+    let yoe = (doe - doe / 1460 + doe / 36_524 - doe / 146_096) / 365;
+    let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
+    let mp = (5 * doy + 2) / 153;
+    let month = if mp < 10 { mp + 3 } else { mp - 9 };
+    (
+        yoe + era * 400 + u64::from(month <= 2),
+        month,
+        doy - (153 * mp + 2) / 5 + 1,
+    )
+}
+
+/// `key: value`, a line each, of any row.
+pub(crate) fn object(row: &impl serde::Serialize) -> String {
+    let value = serde_json::to_value(row).unwrap_or_default();
+    let fields = value.as_object().into_iter().flatten();
+    let mut out = String::new();
+    for (key, value) in fields {
+        let line = match (key.as_str(), value) {
+            ("capacity" | "free" | "chunk", v) => format_size(v.as_u64().unwrap_or_default()),
+            (_, serde_json::Value::String(text)) => text.clone(),
+            (_, serde_json::Value::Null) => "-".into(),
+            (_, serde_json::Value::Array(list)) => {
+                let items = list.iter().map(|item| match item.as_str() {
+                    Some(text) => format!("\n    {text}"),
+                    None => format!("\n    {item}"),
+                });
+                items.collect()
+            }
+            (_, v) => v.to_string(),
+        };
+        out += &format!("{key:>16}: {line}\n");
+    }
+    out
+}
+
+pub(crate) fn lu(row: &LuShow) -> String {
+    let mut out = object(row);
+    out += "\nmake a file system of the right geometry:\n";
+    row.mkfs
+        .iter()
+        .for_each(|line| out += &format!("  {line}\n"));
+    out + &format!("line for /etc/fstab:\n  {}\n", row.fstab)
+}
+
+pub(crate) fn changed(reply: &Changed) -> String {
+    let mut out: String = reply.text.iter().map(|line| format!("{line}\n")).collect();
+    if reply.outcome == lunar_api::rows::Outcome::Planned {
+        reply
+            .dies
+            .iter()
+            .for_each(|what| out += &format!("would die: {what}\n"));
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn date_table() {
+        for (days, want) in [
+            (0, (1970, 1, 1)),
+            (19_782, (2024, 2, 29)),
+            (20_778, (2026, 11, 21)),
+        ] {
+            assert_eq!(date(days), want);
+        }
+    }
+}

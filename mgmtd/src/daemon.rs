@@ -1,0 +1,344 @@
+//! The daemon's state: tables, what ublk-target last said, and the connections to it.
+//!
+//! # Concurrency
+//! One thread. The std mutexes are never held across an await. Changing verbs hold `intent` one at a time;
+//! reads use their own connection and never wait for a change.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use lunar_api::target::{
+    Features, GroupStatus, LuStatus, Probe, TARGET_API, TargetAnswer, TargetRequest, Witness,
+};
+use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid, LuUuid};
+
+use crate::limits::{CALL_LIMIT, INTENT_LIMIT, STATUS_LIMIT};
+use crate::link::{Link, unexpected};
+use crate::store::Store;
+use crate::tables::{EventSave, Tables};
+use crate::{devnodes, jobs, probe};
+
+/// Where everything is.
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub state_dir: PathBuf,
+    pub run_dir: PathBuf,
+    pub socket: PathBuf,
+    pub system: Option<u32>,
+    pub target_bin: PathBuf,
+}
+
+/// What was last seen; nothing of it is saved.
+#[derive(Debug, Default, Clone)]
+pub struct Live {
+    pub groups: BTreeMap<GroupUuid, GroupStatus>,
+    pub features: Features,
+    pub target_pid: Option<u32>,
+    /// What the disks carried when they were last probed.
+    pub probes: BTreeMap<DiskUuid, Probe>,
+    /// Why a group is not started.
+    pub problems: BTreeMap<GroupUuid, String>,
+}
+
+/// Whom an event is about.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct About {
+    pub group: Option<GroupUuid>,
+    pub disk: Option<DiskUuid>,
+    pub lu: Option<LuUuid>,
+}
+
+/// The daemon.
+#[derive(Debug)]
+pub struct Daemon {
+    pub config: Config,
+    store: Store,
+    tables: Mutex<Tables>,
+    live: Mutex<Live>,
+    saving: tokio::sync::Mutex<()>,
+    pub intent: tokio::sync::Mutex<()>,
+    control: tokio::sync::Mutex<Option<Link>>,
+    reading: tokio::sync::Mutex<Option<Link>>,
+    /// Rings whenever an event was added.
+    pub rang: tokio::sync::Notify,
+    /// `lunar shutdown` has begun: a death of ublk-target is no failure.
+    pub stopping: AtomicBool,
+    /// Rings when all has been stopped.
+    pub stopped: tokio::sync::Notify,
+}
+
+impl Daemon {
+    /// Puts the parts together.
+    pub fn new(config: Config, store: Store, tables: Tables) -> Arc<Self> {
+        Arc::new(Self {
+            config,
+            store,
+            tables: Mutex::new(tables),
+            live: Mutex::default(),
+            saving: tokio::sync::Mutex::default(),
+            intent: tokio::sync::Mutex::default(),
+            control: tokio::sync::Mutex::default(),
+            reading: tokio::sync::Mutex::default(),
+            rang: tokio::sync::Notify::new(),
+            stopping: AtomicBool::new(false),
+            stopped: tokio::sync::Notify::new(),
+        })
+    }
+
+    /// The tables.
+    pub fn tables(&self) -> MutexGuard<'_, Tables> {
+        self.tables
+            .lock()
+            .expect("nobody panics while holding it: panic is abort")
+    }
+
+    /// What was last seen.
+    pub fn live(&self) -> MutexGuard<'_, Live> {
+        self.live
+            .lock()
+            .expect("nobody panics while holding it: panic is abort")
+    }
+
+    /// Waits for its turn to change something.
+    ///
+    /// # Errors  `Busy` if another change takes too long
+    pub async fn turn(&self) -> Result<tokio::sync::MutexGuard<'_, ()>, ApiError> {
+        tokio::time::timeout(INTENT_LIMIT, self.intent.lock())
+            .await
+            .map_err(|_| {
+                ApiError::new(ErrorKind::Busy, "another change is still running")
+                    .because(format!("it has not ended in {} s", INTENT_LIMIT.as_secs()))
+                    .hint("lunar events")
+            })
+    }
+
+    /// Makes the tables durable.
+    ///
+    /// # Errors  the disk of the state directory failed
+    pub async fn save(&self) -> Result<(), ApiError> {
+        let _one = self.saving.lock().await;
+        let writes = self.tables().take_writes();
+        if writes.is_empty() {
+            return Ok(());
+        }
+        let store = self.store.clone();
+        let result = tokio::task::spawn_blocking(move || store.write(&writes)).await;
+        let failed = |why: String| {
+            ApiError::new(ErrorKind::Failed, "the tables could not be saved")
+                .because(why)
+                .hint(format!("df {}", self.config.state_dir.display()))
+        };
+        result.map_err(|e| failed(e.to_string()))?.map_err(|e| {
+            let source = std::error::Error::source(&e).map(ToString::to_string);
+            failed(format!("{e}: {}", source.unwrap_or_default()))
+        })
+    }
+
+    /// Records an event; it becomes durable with the next `save`.
+    pub fn event(&self, name: &str, about: About, text: impl Into<String>) {
+        let text = text.into();
+        tracing::info!(event = name, "{text}");
+        let About { group, disk, lu } = about;
+        let (number, time, name) = (0, probe::now_ms(), name.to_string());
+        self.tables().push_event(EventSave {
+            number,
+            time,
+            name,
+            group,
+            disk,
+            lu,
+            text,
+        });
+        self.rang.notify_waiters();
+    }
+
+    /// Forgets the connections to a dead ublk-target.
+    pub async fn disconnect(&self) {
+        *self.control.lock().await = None;
+        *self.reading.lock().await = None;
+        self.live().target_pid = None;
+    }
+
+    /// Sends an intent to ublk-target; the descriptors are closed here before the answer is looked at.
+    ///
+    /// # Errors  `Unreachable`, or what ublk-target answered
+    pub async fn ask(
+        &self,
+        request: &TargetRequest,
+        fds: Vec<OwnedFd>,
+    ) -> Result<TargetAnswer, ApiError> {
+        self.ask_on(&self.control, request, fds, CALL_LIMIT).await
+    }
+
+    async fn ask_on(
+        &self,
+        slot: &tokio::sync::Mutex<Option<Link>>,
+        request: &TargetRequest,
+        fds: Vec<OwnedFd>,
+        limit: Duration,
+    ) -> Result<TargetAnswer, ApiError> {
+        let held = tokio::time::timeout(limit, slot.lock()).await;
+        let mut held = held.map_err(|_| {
+            ApiError::new(
+                ErrorKind::Unreachable,
+                "ublk-target is busy with another request",
+            )
+        })?;
+        let mut link = match held.take() {
+            Some(link) => link,
+            None => self.hello(limit).await?,
+        };
+        let raw: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let reply = link.call(request, &raw, limit).await;
+        drop(fds);
+        let reply = reply?;
+        // Only now: after a failure of the connection its answers would be out of step.
+        *held = Some(link);
+        reply
+    }
+
+    /// Connects and agrees on the protocol.
+    ///
+    /// # Errors  `Unreachable` if no ublk-target listens, `Failed` if it speaks another protocol
+    pub async fn hello(&self, limit: Duration) -> Result<Link, ApiError> {
+        let path = self.config.run_dir.join("target.sock");
+        let mut link = Link::connect(&path).map_err(|e| {
+            ApiError::new(ErrorKind::Unreachable, "ublk-target is not running")
+                .because(format!("{}: {e}", path.display()))
+                .hint("lunar events")
+        })?;
+        let system = self.tables().system;
+        let hello = TargetRequest::Hello {
+            api: TARGET_API,
+            system,
+        };
+        match link.call(&hello, &[], limit).await?? {
+            TargetAnswer::Hello {
+                api: TARGET_API,
+                pid,
+                features,
+                ..
+            } => {
+                let mut live = self.live();
+                live.target_pid = Some(pid);
+                live.features = features;
+            }
+            other => return Err(unexpected(&other)),
+        }
+        Ok(link)
+    }
+
+    /// Reads the state of everything from ublk-target and corrects the tables from it.
+    ///
+    /// # Errors  `Unreachable`; what was last seen stays
+    pub async fn refresh(&self) -> Result<(), ApiError> {
+        let answer = self
+            .ask_on(
+                &self.reading,
+                &TargetRequest::Status,
+                Vec::new(),
+                STATUS_LIMIT,
+            )
+            .await?;
+        let TargetAnswer::Status { groups, features } = answer else {
+            return Err(unexpected(&answer));
+        };
+        {
+            let mut live = self.live();
+            live.features = features;
+            live.groups = groups.into_iter().map(|g| (g.group, g)).collect();
+        }
+        self.absorb().await
+    }
+
+    /// Takes one group as ublk-target answered it.
+    ///
+    /// # Errors  the tables cannot be saved
+    pub async fn absorb_group(&self, group: GroupStatus) -> Result<(), ApiError> {
+        {
+            let mut live = self.live();
+            live.problems.remove(&group.group);
+            live.groups.insert(group.group, group);
+        }
+        self.absorb().await
+    }
+
+    /// Corrects numbers, witnesses, jobs and device nodes from what was last seen.
+    ///
+    /// # Errors  the tables cannot be saved
+    pub async fn absorb(&self) -> Result<(), ApiError> {
+        let groups: Vec<GroupStatus> = self.live().groups.values().cloned().collect();
+        {
+            let mut tables = self.tables();
+            for group in &groups {
+                number(&mut tables, group);
+            }
+            jobs::derive(&mut tables, &groups, probe::now_ms());
+        }
+        self.sync_nodes();
+        self.save().await
+    }
+
+    fn sync_nodes(&self) {
+        let want = self
+            .lus()
+            .into_iter()
+            .filter_map(|lu| Some((lu.name, lu.ublk?)))
+            .collect();
+        let dir = devnodes::node_dir(self.config.system);
+        if let Err(error) = devnodes::sync_nodes(&dir, &want) {
+            tracing::warn!(%error, dir = %dir.display(), "device links could not be made");
+        }
+    }
+
+    /// Every LU that was last seen.
+    pub fn lus(&self) -> Vec<LuStatus> {
+        self.live()
+            .groups
+            .values()
+            .flat_map(|g| g.lus.clone())
+            .collect()
+    }
+
+    /// Whether the data path is being stopped for good.
+    pub fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
+    }
+
+    /// Disks in groups that are up: ublk-target holds them.
+    pub fn held_disks(&self) -> BTreeSet<DiskUuid> {
+        let live = self.live();
+        live.groups
+            .values()
+            .flat_map(|g| &g.members)
+            .map(|m| m.disk)
+            .collect()
+    }
+}
+
+/// Gives numbers to a group and its LUs, records its witness, and drops LUs that are gone.
+fn number(tables: &mut Tables, group: &GroupStatus) {
+    let n = tables.number_group(group.group, &group.name);
+    let mut row = tables.groups[&n].clone();
+    row.witness = Some(Witness {
+        history: group.history,
+        generation: group.generation,
+    });
+    tables.put_group(row);
+    for lu in &group.lus {
+        tables.number_lu(lu.lu, group.group, &lu.name);
+    }
+    let gone: Vec<u32> = tables
+        .lus
+        .values()
+        .filter(|l| l.group == group.group && !group.lus.iter().any(|s| s.lu == l.uuid))
+        .map(|l| l.number)
+        .collect();
+    for lu in gone {
+        tables.drop_lu(lu);
+    }
+}

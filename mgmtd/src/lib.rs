@@ -1,0 +1,29 @@
+//! The management daemon of Lunar: tables, supervision of ublk-target, and the socket.
+//!
+//! Owns what no disk carries: numbers, paths, roles, jobs, events. Must never decide where bytes are, never
+//! send a member state downwards, and never keep a disk open. Pure parts (`names`, `tables`, `planner`,
+//! `views`, `text`) do no I/O; everything else is the rim.
+
+#![forbid(unsafe_code)]
+
+pub mod api;
+pub mod boot;
+pub mod daemon;
+pub mod devnodes;
+pub mod holders;
+pub mod jobs;
+pub mod limits;
+pub mod link;
+pub mod names;
+pub mod notify;
+pub mod opener;
+pub mod planner;
+pub mod probe;
+pub mod server;
+pub mod signature;
+pub mod store;
+pub mod supervisor;
+pub mod tables;
+pub mod text;
+pub mod varlink;
+pub mod views;

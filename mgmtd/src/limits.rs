@@ -1,0 +1,50 @@
+//! Every limit of mgmtd, with the arithmetic that gave it.
+
+use std::time::Duration;
+
+/// Longest wait for one answer of ublk-target.
+pub const CALL_LIMIT: Duration = Duration::from_secs(60);
+/// Longest wait for the state of ublk-target in a read verb; then the last known state is told.
+pub const STATUS_LIMIT: Duration = Duration::from_secs(10);
+/// Longest wait for a dead process's I/O to let go of a disk (design.md §3).
+pub const REOPEN_LIMIT: Duration = Duration::from_secs(30);
+/// Pause between two tries to open a disk exclusively.
+pub const REOPEN_PAUSE: Duration = Duration::from_millis(20);
+/// Longest wait for another change to end.
+pub const INTENT_LIMIT: Duration = Duration::from_secs(60);
+/// Longest run of blkid or wipefs; a healthy disk answers in milliseconds.
+pub const COMMAND_LIMIT: Duration = Duration::from_secs(20);
+/// Longest wait for a new ublk-target to accept its first connection.
+pub const START_LIMIT: Duration = Duration::from_secs(20);
+
+/// Open connections; the next one is told so and closed.
+pub const CONNECTIONS_MAX: usize = 256;
+/// Connections of one uid other than root: three quarters, so that nobody locks root out.
+pub const CONNECTIONS_USER_MAX: usize = CONNECTIONS_MAX / 4 * 3;
+/// From here on idle connections are dropped.
+pub const CONNECTIONS_NEAR: usize = CONNECTIONS_MAX / 8 * 7;
+/// A connection without a request for so long is idle.
+pub const IDLE_LIMIT: Duration = Duration::from_secs(300);
+/// A connection that has begun a message, or does not read its answer, has so long for it.
+pub const MESSAGE_LIMIT: Duration = Duration::from_secs(30);
+
+/// Smallest disk.
+pub const DISK_MIN: u64 = 64 << 20;
+/// Most paths in one `disk add`: one descriptor each in a packet.
+pub const PATHS_MAX: usize = 128;
+/// Files looked at in one directory when a disk is searched.
+pub const SEARCH_MAX: usize = 1024;
+/// Events kept.
+pub const EVENTS_MAX: usize = 5000;
+/// Ended jobs kept.
+pub const JOBS_MAX: usize = 500;
+/// Deaths of ublk-target in a minute before restarts are slowed down.
+pub const DEATHS_MAX: usize = 5;
+/// Longest pause before a restart.
+pub const BACKOFF_MAX: Duration = Duration::from_secs(60);
+/// Most requests in flight of a LU (ublk's limit is 4096).
+pub const DEPTH_MAX: u16 = 1024;
+/// Default requests in flight of a LU.
+pub const DEPTH: u16 = 128;
+/// Default chunk.
+pub const CHUNK: u64 = 64 << 10;

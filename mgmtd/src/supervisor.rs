@@ -1,0 +1,263 @@
+//! Keeps one ublk-target alive: adopts a living one, starts a new one, brings the groups back after a death.
+//!
+//! ublk-target has its own session and, where possible, its own cgroup: the end of mgmtd is not its end.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use lunar_api::target::{TargetAnswer, TargetRequest};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
+};
+use tokio::sync::oneshot;
+
+use crate::daemon::{About, Daemon};
+use crate::limits::{BACKOFF_MAX, DEATHS_MAX, START_LIMIT, STATUS_LIMIT};
+use crate::{boot, notify};
+
+/// Own cgroup (best effort), listening socket from 0 to 3, then exec: what cannot be done between fork and
+/// exec without `unsafe`.
+const EXEC: &str = "{ mkdir -p /sys/fs/cgroup/lunar-target && \
+    echo $$ > /sys/fs/cgroup/lunar-target/cgroup.procs; } 2>/dev/null; \
+    exec \"$@\" 3<&0 </dev/null";
+
+/// A running ublk-target.
+#[derive(Debug)]
+struct Running {
+    /// Comes when the process has ended.
+    ended: oneshot::Receiver<()>,
+    /// None: adopted, its exit status is its parent's.
+    child: Option<Child>,
+}
+
+/// Runs for as long as mgmtd does.
+pub async fn supervise(daemon: Arc<Daemon>) {
+    let mut deaths: Vec<Instant> = Vec::new();
+    let mut first = true;
+    loop {
+        let up = bring_up(&daemon, first).await;
+        match up {
+            Ok(mut running) => {
+                first = false;
+                let _ = (&mut running.ended).await;
+                if died(&daemon, &mut running).await {
+                    return;
+                }
+            }
+            Err(error) => {
+                daemon.event("TargetNotStarted", About::default(), error.to_string());
+            }
+        }
+        let _ = daemon.save().await;
+        let now = Instant::now();
+        deaths.retain(|at| now.duration_since(*at) < Duration::from_secs(60));
+        deaths.push(now);
+        if let Some(over) = deaths.len().checked_sub(DEATHS_MAX) {
+            let pause = Duration::from_secs(1 << over.min(6)).min(BACKOFF_MAX);
+            tokio::time::sleep(pause).await;
+        }
+    }
+}
+
+/// Says how it ended; true if that was asked for.
+async fn died(daemon: &Daemon, running: &mut Running) -> bool {
+    let how = match running
+        .child
+        .as_mut()
+        .and_then(|child| child.try_wait().ok().flatten())
+    {
+        Some(status) => match status.signal() {
+            Some(signal) => format!("killed by signal {signal}"),
+            None => format!("ended with {}", status.code().unwrap_or_default()),
+        },
+        None => "ended".into(),
+    };
+    daemon.disconnect().await;
+    if daemon.is_stopping() {
+        return true;
+    }
+    daemon.event(
+        "TargetDied",
+        About::default(),
+        format!("ublk-target {how}; it is started again"),
+    );
+    false
+}
+
+/// Adopts or starts ublk-target, and brings the groups up.
+async fn bring_up(daemon: &Arc<Daemon>, first: bool) -> io::Result<Running> {
+    let turn = daemon.intent.lock().await;
+    let adopted = if first { adopt(daemon).await? } else { None };
+    let running = match adopted {
+        Some(running) => running,
+        None => start(daemon).await?,
+    };
+    let result = async {
+        if first {
+            daemon.refresh().await?;
+            boot::find_disks(daemon).await?;
+            boot::start_groups(daemon).await;
+        } else {
+            boot::recover_groups(daemon).await;
+        }
+        daemon.refresh().await
+    };
+    if let Err(error) = result.await {
+        daemon.event(
+            "StartIncomplete",
+            About::default(),
+            format!("{error}: {:?}", error.causes),
+        );
+    }
+    drop(turn);
+    let _ = daemon.save().await;
+    ready(daemon);
+    tokio::spawn(follow(daemon.clone()));
+    Ok(running)
+}
+
+fn ready(daemon: &Daemon) {
+    let down = daemon.lus().iter().filter(|lu| lu.ublk.is_none()).count();
+    let problems = daemon.live().problems.len();
+    let all_well = down == 0 && problems == 0;
+    let status = if all_well {
+        "STATUS=every LU is up".to_string()
+    } else {
+        format!("STATUS={problems} groups and {down} LUs are not up: lunar status")
+    };
+    notify::notify(&format!("READY=1\n{status}"));
+}
+
+/// Looks for a living ublk-target at its socket.
+async fn adopt(daemon: &Daemon) -> io::Result<Option<Running>> {
+    match daemon.hello(STATUS_LIMIT).await {
+        Ok(_) => {}
+        Err(error) if error.message == "ublk-target is not running" => return Ok(None),
+        // It lives but does not answer: a second one must never be started beside it.
+        Err(error) => return Err(io::Error::other(format!("{error}; it is left alone"))),
+    }
+    let Some(pid) = daemon.live().target_pid else {
+        return Ok(None);
+    };
+    daemon.event(
+        "TargetAdopted",
+        About::default(),
+        format!("ublk-target {pid} was found running"),
+    );
+    Ok(Some(Running {
+        ended: watch(pid)?,
+        child: None,
+    }))
+}
+
+/// Watches a process, child or not, by its pidfd; the pid cannot be taken for another's.
+fn watch(pid: u32) -> io::Result<oneshot::Receiver<()>> {
+    let raw = i32::try_from(pid).map_err(io::Error::other)?;
+    let pid = rustix::process::Pid::from_raw(raw).ok_or(io::ErrorKind::InvalidInput)?;
+    let fd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
+    let (tell, ended) = oneshot::channel();
+    // A thread that sleeps in poll: one per ublk-target, gone when it is.
+    std::thread::Builder::new()
+        .name("pidfd".into())
+        .spawn(move || {
+            let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+            while poll(&mut fds, PollTimeout::NONE) == Err(nix::errno::Errno::EINTR) {}
+            let _ = tell.send(());
+        })?;
+    Ok(ended)
+}
+
+/// Makes the listening socket and starts ublk-target with it.
+async fn start(daemon: &Daemon) -> io::Result<Running> {
+    let run_dir = &daemon.config.run_dir;
+    let listening = listen_at(&run_dir.join("target.sock"))?;
+    let child = spawn(&daemon.config.target_bin, run_dir, listening)?;
+    std::fs::write(run_dir.join("target.pid"), format!("{}\n", child.id()))?;
+    let mut running = Running {
+        ended: watch(child.id())?,
+        child: Some(child),
+    };
+    let hello = tokio::select! {
+        hello = daemon.hello(START_LIMIT) => hello.map(drop).map_err(io::Error::other),
+        _ = &mut running.ended => Err(io::Error::other("it ended at once")),
+    };
+    if let Err(error) = hello {
+        // It is our child and serves nothing yet: end it, or the next one would stand beside it.
+        if let Some(child) = &mut running.child {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        return Err(io::Error::other(format!(
+            "ublk-target does not start: {error}"
+        )));
+    }
+    Ok(running)
+}
+
+fn listen_at(path: &Path) -> io::Result<OwnedFd> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    let fd = socket(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+    // Before anybody can connect: only root speaks to ublk-target.
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+    std::fs::set_permissions(path, mode)?;
+    listen(&fd, Backlog::new(16)?)?;
+    Ok(fd)
+}
+
+/// `setsid` gives it its own session, the shell its cgroup and descriptor 3; both exec, the pid stays.
+fn spawn(target: &Path, run_dir: &Path, listening: OwnedFd) -> io::Result<Child> {
+    Command::new("setsid")
+        .args(["sh", "-c", EXEC])
+        .arg("ublk-target")
+        .arg(target)
+        .args(["--listen-fd", "3", "--run-dir"])
+        .arg(run_dir)
+        .stdin(Stdio::from(listening))
+        .spawn()
+}
+
+/// Follows ublk-target's events until it ends.
+async fn follow(daemon: Arc<Daemon>) {
+    let Ok(mut link) = daemon.hello(STATUS_LIMIT).await else {
+        return;
+    };
+    let mut after = 0;
+    loop {
+        let wait_ms = if daemon.live().groups.values().any(|g| g.sync.is_some()) {
+            2000
+        } else {
+            10_000
+        };
+        let ask = TargetRequest::Events { after, wait_ms };
+        let limit = Duration::from_millis(wait_ms.into()) + STATUS_LIMIT;
+        let Ok(Ok(TargetAnswer::Events { events })) = link.call(&ask, &[], limit).await else {
+            return;
+        };
+        for event in events {
+            after = after.max(event.seq);
+            let about = About {
+                group: event.group,
+                disk: event.disk,
+                lu: event.lu,
+            };
+            daemon.event(&event.name, about, event.text);
+        }
+        let _ = daemon.refresh().await;
+        let _ = daemon.save().await;
+    }
+}

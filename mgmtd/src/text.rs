@@ -1,0 +1,423 @@
+//! The text of `lunar status`, composed here and never in the client. Pure.
+
+use std::fmt::Write;
+
+use lunar_api::rows::{
+    DiskState, GroupHealth, Health, LuHealth, MemberHealth, StatusData, StatusReply,
+};
+use lunar_api::target::{GroupState, GroupStatus, Level, SyncAction, SyncStatus};
+use lunar_api::units::format_size;
+
+use crate::tables::GroupSave;
+use crate::views::{View, is_write_hole_open, member_state};
+
+/// Composes the answer to `Status`. `holders` tells who holds a ublk device; `by_hand` which groups were
+/// stopped on purpose.
+pub fn status(
+    view: &View,
+    unhealthy: bool,
+    target_up: bool,
+    holders: &dyn Fn(u32) -> Vec<String>,
+    by_hand: &dyn Fn(&GroupSave) -> bool,
+) -> StatusReply {
+    let mut health = if target_up {
+        Health::Optimal
+    } else {
+        Health::NoService
+    };
+    let mut text = String::new();
+    if !target_up {
+        text += "ublk-target does not answer; what follows is what was last seen. See: lunar events\n\n";
+    }
+    let mut groups = Vec::new();
+    for save in view.tables.groups.values() {
+        let group = group_health(view, save);
+        let own = if by_hand(save) {
+            Health::Optimal
+        } else {
+            health_of(&group)
+        };
+        health = health.max(own);
+        if !unhealthy || own != Health::Optimal {
+            group_text(&mut text, view, save, &group, holders);
+            groups.push(group);
+        }
+    }
+    let need_look = [DiskState::Missing, DiskState::Faulty];
+    let disks: Vec<_> = view
+        .disk_rows()
+        .into_iter()
+        .filter(|d| d.group.is_none() && need_look.contains(&d.state))
+        .collect();
+    for disk in &disks {
+        let _ = writeln!(
+            text,
+            "disk {} is {} and in no group: {}",
+            disk.disk,
+            word(disk.state),
+            disk.path
+        );
+    }
+    for note in &view.live.features.notes {
+        let _ = writeln!(text, "  note: {note}");
+    }
+    if text.is_empty() {
+        text += if view.tables.groups.is_empty() {
+            "no groups. Try: lunar disk add PATH..; lunar group create NAME --level raid5 --disks 1-3\n"
+        } else {
+            "all groups are optimal\n"
+        };
+    }
+    let exit = match health {
+        Health::Optimal => 0,
+        Health::Degraded => 3,
+        Health::NoService => 4,
+    };
+    let (system, features) = (view.tables.system, view.live.features.clone());
+    StatusReply {
+        exit,
+        text,
+        status: StatusData {
+            health,
+            system,
+            target_up,
+            features,
+            groups,
+            disks,
+        },
+    }
+}
+
+fn health_of(group: &GroupHealth) -> Health {
+    let lu_down = group
+        .lus
+        .iter()
+        .any(|lu| lu.device.is_none() || !lu.problem.is_empty());
+    match group.state {
+        GroupState::Failed | GroupState::Stopped => Health::NoService,
+        _ if lu_down => Health::NoService,
+        GroupState::Degraded => Health::Degraded,
+        GroupState::Optimal => Health::Optimal,
+    }
+}
+
+fn group_health(view: &View, save: &GroupSave) -> GroupHealth {
+    let show = view.group_show(save);
+    let live = view.live.groups.get(&save.uuid);
+    let members = live
+        .map(|g| g.members.iter())
+        .into_iter()
+        .flatten()
+        .map(|m| {
+            let disk = view.tables.disk(m.disk);
+            MemberHealth {
+                slot: m.slot,
+                disk: disk.map(|d| d.number),
+                path: disk.map_or(m.path.clone(), |d| d.path.clone()),
+                state: member_state(m.state),
+                read_errors: m.read_errors,
+                write_errors: m.write_errors,
+            }
+        });
+    let lus = view
+        .tables
+        .lus
+        .values()
+        .filter(|l| l.group == save.uuid)
+        .map(|l| {
+            let row = view.lu_row(l);
+            let problem = view
+                .lu_live(l)
+                .map_or("its group is not started".into(), |l| l.problem.clone());
+            LuHealth {
+                lu: row.lu,
+                name: row.name,
+                capacity: row.capacity,
+                device: row.device,
+                problem,
+            }
+        });
+    GroupHealth {
+        group: save.number,
+        action: live.map_or(stopped_action(&show.name), action),
+        members: members.collect(),
+        lus: lus.collect(),
+        name: show.name,
+        level: show.level,
+        state: show.state,
+        reason: show.reason,
+        write_hole_open: show.write_hole_open,
+        sync: show.sync,
+    }
+}
+
+fn stopped_action(name: &str) -> String {
+    format!("lunar group start {name}")
+}
+
+fn action(group: &GroupStatus) -> String {
+    let out = group.members.iter().find(|m| {
+        matches!(
+            member_state(m.state),
+            DiskState::Faulty | DiskState::Missing
+        )
+    });
+    let recovering = group
+        .sync
+        .as_ref()
+        .is_some_and(|s| s.action == SyncAction::Recover);
+    match (group.state, out) {
+        (GroupState::Optimal, _) => String::new(),
+        (GroupState::Failed, _) => {
+            format!(
+                "bring the missing disks back, then: lunar group start {}",
+                group.name
+            )
+        }
+        (_, Some(m)) => format!(
+            "add a disk (lunar disk add PATH), then: lunar disk replace {} NEW",
+            m.path
+        ),
+        (_, None) if recovering => "none needed, the rebuild is running".into(),
+        (_, None) => "lunar events".into(),
+    }
+}
+
+fn group_text(
+    text: &mut String,
+    view: &View,
+    save: &GroupSave,
+    group: &GroupHealth,
+    holders: &dyn Fn(u32) -> Vec<String>,
+) {
+    let live = view.live.groups.get(&save.uuid);
+    let mut head = match group.level {
+        Some(level) => format!("{}   {}", group.name, level_word(level)),
+        None => format!("{}   (no disk of it found)", group.name),
+    };
+    if let Some(live) = live {
+        let _ = write!(head, ", {} disks", live.members.len());
+        if live.level != Level::Raid1 {
+            let _ = write!(head, ", chunk {}", format_size(live.chunk));
+        }
+        if live.level == Level::Raid5 {
+            head += if is_write_hole_open(live) {
+                ", none (write hole open)"
+            } else {
+                ""
+            };
+        }
+    }
+    let state = match group.state {
+        GroupState::Optimal => "optimal",
+        GroupState::Degraded => "DEGRADED",
+        GroupState::Failed => "FAILED",
+        GroupState::Stopped => "STOPPED",
+    };
+    let doing = match group.sync.as_ref().map(|s| s.action) {
+        Some(SyncAction::Recover) => ", rebuilding",
+        Some(SyncAction::Resync) => ", syncing",
+        None => "",
+    };
+    let _ = writeln!(text, " group: {head:<46} state: {state}{doing}");
+    if !group.reason.is_empty() {
+        let _ = writeln!(text, "reason: {}", group.reason);
+    }
+    if !group.action.is_empty() {
+        let _ = writeln!(text, "action: {}", number_action(view, group));
+    }
+    if let Some(sync) = &group.sync {
+        let _ = writeln!(text, "  scan: {}", scan(sync, group));
+    }
+    if !group.members.is_empty() {
+        let _ = writeln!(
+            text,
+            "        DISK  SLOT  STATE       READ WRITE CKSUM  PATH"
+        );
+    }
+    for m in &group.members {
+        let disk = m.disk.map_or("-".into(), |d| d.to_string());
+        let (state, r, w) = (word(m.state), m.read_errors, m.write_errors);
+        let _ = writeln!(
+            text,
+            "        {disk:<5} {:<5} {state:<10} {r:>5} {w:>5}     0  {}",
+            m.slot, m.path
+        );
+    }
+    for was in view
+        .tables
+        .disks
+        .values()
+        .filter(|d| d.was.is_some_and(|w| w.0 == save.uuid))
+    {
+        let slot = was.was.map_or(0, |w| w.1);
+        let (n, path) = (was.number, &was.path);
+        let _ = writeln!(
+            text,
+            "        {n:<5} {slot:<5} faulty         -     -     -  {path}  (was)"
+        );
+    }
+    for (at, lu) in group.lus.iter().enumerate() {
+        let label = if at == 0 { "   LUs:" } else { "       " };
+        let _ = writeln!(text, "{label} {}", lu_text(view, lu, holders));
+    }
+    text.push('\n');
+}
+
+/// The action with the disk's number in place of its path, as it is typed.
+fn number_action(view: &View, group: &GroupHealth) -> String {
+    let mut action = group.action.clone();
+    for disk in view.tables.disks.values() {
+        action = action.replace(
+            &format!("replace {} ", disk.path),
+            &format!("replace {} ", disk.number),
+        );
+    }
+    action
+}
+
+fn lu_text(view: &View, lu: &LuHealth, holders: &dyn Fn(u32) -> Vec<String>) -> String {
+    let save = view.tables.lus.get(&lu.lu);
+    let ublk = save.and_then(|s| view.lu_live(s)).and_then(|l| l.ublk);
+    let mut out = format!("{} {}", lu.name, format_size(lu.capacity));
+    if let (Some(device), Some(ublk)) = (&lu.device, ublk) {
+        let _ = write!(out, " {device} -> /dev/ublkb{ublk}");
+        for holder in holders(ublk) {
+            let _ = write!(out, ", {}", holder.replace("mounted at", "mounted"));
+        }
+    }
+    out + &if lu.problem.is_empty() {
+        ", I/O ok".to_string()
+    } else {
+        format!(", NO I/O: {}", lu.problem)
+    }
+}
+
+fn scan(sync: &SyncStatus, group: &GroupHealth) -> String {
+    let tenths = u128::from(sync.done) * 1000 / u128::from(sync.total.max(1));
+    let verb = match sync.action {
+        SyncAction::Recover => "rebuild",
+        SyncAction::Resync => "resync",
+    };
+    let mut out = format!(
+        "{verb} {}.{} % ({}/{}), {}/s",
+        tenths / 10,
+        tenths % 10,
+        format_size(sync.done),
+        format_size(sync.total),
+        format_size(sync.rate)
+    );
+    if let Some(left) = sync.total.saturating_sub(sync.done).checked_div(sync.rate) {
+        let _ = write!(out, ", about {}", duration(left));
+    }
+    if group.state == GroupState::Degraded && group.level == Some(Level::Raid5) {
+        out += "; another failure before then loses data";
+    }
+    out
+}
+
+/// Seconds as people say them.
+pub fn duration(seconds: u64) -> String {
+    match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
+        (0, 0, s) => format!("{s} s"),
+        (0, m, s) if m < 10 => format!("{m} min {s} s"),
+        (0, m, _) => format!("{m} min"),
+        (h, m, _) => format!("{h} h {m} min"),
+    }
+}
+
+/// A level as people write it.
+pub fn level_word(level: Level) -> &'static str {
+    match level {
+        Level::Raid0 => "raid0",
+        Level::Raid1 => "raid1",
+        Level::Raid5 => "raid5",
+    }
+}
+
+/// A disk state as it stands in JSON.
+pub fn word(state: DiskState) -> &'static str {
+    match state {
+        DiskState::Free => "free",
+        DiskState::Spare => "spare",
+        DiskState::Stopped => "stopped",
+        DiskState::InSync => "in_sync",
+        DiskState::Rebuilding => "rebuilding",
+        DiskState::Faulty => "faulty",
+        DiskState::Missing => "missing",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::views::tests::view;
+    use lunar_api::target::MemberState;
+
+    fn compose(view: &View) -> StatusReply {
+        status(
+            view,
+            false,
+            true,
+            &|_| vec!["mounted at /srv".into()],
+            &|_| false,
+        )
+    }
+
+    #[test]
+    fn status_optimal_exits_0() {
+        let reply = compose(&view());
+        assert_eq!(reply.exit, 0);
+        assert!(reply.text.contains("write hole open"), "{}", reply.text);
+        assert!(
+            reply
+                .text
+                .contains("   LUs: vol 1 GiB /dev/lunar/vol -> /dev/ublkb0, mounted /srv, I/O ok"),
+            "{}",
+            reply.text
+        );
+    }
+
+    #[test]
+    fn status_degraded_exits_3_and_says_what_to_type() {
+        let mut view = view();
+        for group in view.live.groups.values_mut() {
+            group.state = GroupState::Degraded;
+            group.reason = "disk 2 (slot 1) failed".into();
+            group.members[1].state = MemberState::Faulty;
+            group.members[1].write_errors = 3;
+        }
+        // The path of the table, not the one of the start, is shown and typed.
+        let path = view.tables.disks[&2].path.clone();
+        for group in view.live.groups.values_mut() {
+            group.members[1].path = path.clone();
+        }
+        let reply = compose(&view);
+        assert_eq!(reply.exit, 3);
+        assert!(reply.text.contains("state: DEGRADED"), "{}", reply.text);
+        assert!(
+            reply.text.contains("lunar disk replace 2 NEW"),
+            "{}",
+            reply.text
+        );
+    }
+
+    #[test]
+    fn status_not_started_exits_4() {
+        let mut view = view();
+        view.live.groups.clear();
+        assert_eq!(compose(&view).exit, 4);
+    }
+
+    #[test]
+    fn duration_is_short() {
+        for (s, text) in [
+            (5, "5 s"),
+            (65, "1 min 5 s"),
+            (1200, "20 min"),
+            (34800, "9 h 40 min"),
+        ] {
+            assert_eq!(duration(s), text);
+        }
+    }
+}

@@ -1,0 +1,477 @@
+//! Rows of the tables, from what is saved and what was last seen. Pure.
+
+use lunar_api::rows::{
+    DiskRow, DiskState, EventRow, GroupRow, GroupShow, JobRow, JobState, LuRow, LuShow, MemberRow,
+    PathRow, PathState,
+};
+use lunar_api::target::{
+    Consistency, GroupState, GroupStatus, Level, LuStatus, MemberState, MemberStatus,
+};
+use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid};
+
+use crate::daemon::Live;
+use crate::tables::{DiskSave, EventSave, GroupSave, JobSave, LuSave, Tables};
+
+/// One moment of everything.
+#[derive(Debug, Clone, Default)]
+pub struct View {
+    pub tables: Tables,
+    pub live: Live,
+    /// Directory of the device links.
+    pub nodes: String,
+}
+
+impl View {
+    /// The group and slot that a disk is in.
+    pub fn member(&self, disk: DiskUuid) -> Option<(&GroupStatus, &MemberStatus)> {
+        self.live.groups.values().find_map(|group| {
+            let member = group
+                .members
+                .iter()
+                .find(|m| m.disk == disk && !m.disk.is_nil())?;
+            Some((group, member))
+        })
+    }
+
+    /// Group that a disk belongs to, started or not.
+    pub fn group_of(&self, disk: &DiskSave) -> Option<GroupUuid> {
+        if let Some((group, _)) = self.member(disk.uuid) {
+            return Some(group.group);
+        }
+        if disk.was.is_some() {
+            return None;
+        }
+        let label = self.live.probes.get(&disk.uuid)?.label.as_ref()?;
+        let up = self.live.groups.contains_key(&label.group);
+        (!label.group.is_nil() && !label.deleted && !up).then_some(label.group)
+    }
+
+    fn disk_state(&self, disk: &DiskSave) -> DiskState {
+        if let Some((_, member)) = self.member(disk.uuid) {
+            return member_state(member.state);
+        }
+        if disk.was.is_some() {
+            return DiskState::Faulty;
+        }
+        if !self.live.probes.contains_key(&disk.uuid) {
+            return DiskState::Missing;
+        }
+        match (self.group_of(disk), disk.role) {
+            (Some(_), _) => DiskState::Stopped,
+            (None, lunar_api::mgmt::Role::Spare) => DiskState::Spare,
+            (None, _) => DiskState::Free,
+        }
+    }
+
+    /// A row of table disks.
+    pub fn disk_row(&self, disk: &DiskSave) -> DiskRow {
+        let group = self.group_of(disk).and_then(|g| self.tables.group(g));
+        let errors = self
+            .member(disk.uuid)
+            .map_or(0, |(_, m)| m.read_errors + m.write_errors);
+        DiskRow {
+            disk: disk.number,
+            path: disk.path.clone(),
+            capacity: disk.capacity,
+            role: disk.role,
+            state: self.disk_state(disk),
+            group: group.map(|g| g.number),
+            errors,
+        }
+    }
+
+    /// Table disks.
+    pub fn disk_rows(&self) -> Vec<DiskRow> {
+        self.tables
+            .disks
+            .values()
+            .map(|d| self.disk_row(d))
+            .collect()
+    }
+
+    /// A row of table raid-groups; what is not up is told from the disks.
+    pub fn group_row(&self, save: &GroupSave) -> GroupRow {
+        let number = |disk: &DiskUuid| self.tables.disk(*disk).map(|d| d.number);
+        let mut row = GroupRow {
+            group: save.number,
+            name: save.name_seen.clone(),
+            level: None,
+            disks: Vec::new(),
+            chunk: 0,
+            consistency: None,
+            state: GroupState::Stopped,
+        };
+        if let Some(live) = self.live.groups.get(&save.uuid) {
+            row.name.clone_from(&live.name);
+            row.level = Some(live.level);
+            row.disks = live.members.iter().map(|m| number(&m.disk)).collect();
+            row.chunk = live.chunk;
+            row.consistency = Some(live.consistency);
+            row.state = live.state;
+        } else {
+            let labels = self.live.probes.values().filter_map(|p| p.label.as_ref());
+            let of_group = labels.filter(|l| l.group == save.uuid);
+            if let Some(label) = of_group.max_by_key(|l| l.generation) {
+                row.level = label.level;
+                row.disks = label.members.iter().map(number).collect();
+            }
+        }
+        row
+    }
+
+    /// Slots of a group.
+    pub fn member_rows(&self, group: &GroupStatus) -> Vec<MemberRow> {
+        let row = |m: &MemberStatus| {
+            let disk = self.tables.disk(m.disk);
+            MemberRow {
+                slot: m.slot,
+                disk: disk.map(|d| d.number),
+                path: disk.map_or(m.path.clone(), |d| d.path.clone()),
+                state: member_state(m.state),
+                reason: m.reason.clone(),
+                reads: m.reads,
+                writes: m.writes,
+                read_bytes: m.read_bytes,
+                write_bytes: m.write_bytes,
+                read_errors: m.read_errors,
+                write_errors: m.write_errors,
+            }
+        };
+        group.members.iter().map(row).collect()
+    }
+
+    /// One group in full.
+    pub fn group_show(&self, save: &GroupSave) -> GroupShow {
+        let row = self.group_row(save);
+        let live = self.live.groups.get(&save.uuid);
+        let problem = self.live.problems.get(&save.uuid).cloned();
+        let lus = self.tables.lus.values().filter(|l| l.group == save.uuid);
+        GroupShow {
+            group: row.group,
+            name: row.name,
+            level: row.level,
+            disks: row.disks,
+            chunk: row.chunk,
+            consistency: row.consistency,
+            state: row.state,
+            uuid: save.uuid,
+            reason: live.map_or(problem.unwrap_or_default(), |g| g.reason.clone()),
+            capacity: live.map_or(0, |g| g.capacity),
+            free: live.map_or(0, |g| g.free),
+            logical_block: live.map_or(0, |g| g.logical_block),
+            write_hole_open: live.is_some_and(is_write_hole_open),
+            zero_copy: live.is_some_and(|g| g.zero_copy),
+            history: live.map(|g| g.history).or(save.witness.map(|w| w.history)),
+            generation: live
+                .map(|g| g.generation)
+                .or(save.witness.map(|w| w.generation))
+                .unwrap_or(0),
+            members: live.map(|g| self.member_rows(g)).unwrap_or_default(),
+            lus: lus.map(|l| l.number).collect(),
+            sync: live.and_then(|g| g.sync.clone()),
+        }
+    }
+
+    /// A LU, live.
+    pub fn lu_live(&self, save: &LuSave) -> Option<&LuStatus> {
+        self.live
+            .groups
+            .get(&save.group)?
+            .lus
+            .iter()
+            .find(|l| l.lu == save.uuid)
+    }
+
+    /// The one path of a LU in this version: the host's.
+    pub fn path_row(&self, save: &LuSave) -> PathRow {
+        let ublk = self.lu_live(save).and_then(|l| l.ublk);
+        PathRow {
+            path: save.number,
+            lu: save.number,
+            head: "host".into(),
+            device: ublk.map(|n| format!("/dev/ublkb{n}")),
+            state: if ublk.is_some() {
+                PathState::Online
+            } else {
+                PathState::Offline
+            },
+        }
+    }
+
+    /// A row of table lus.
+    pub fn lu_row(&self, save: &LuSave) -> LuRow {
+        let live = self.lu_live(save);
+        let name = live.map_or(&save.name_seen, |l| &l.name).clone();
+        let up = live.is_some_and(|l| l.ublk.is_some());
+        LuRow {
+            lu: save.number,
+            device: up.then(|| format!("{}/{name}", self.nodes)),
+            name,
+            group: self.tables.group(save.group).map_or(0, |g| g.number),
+            capacity: live.map_or(0, |l| l.capacity),
+            paths: vec![self.path_row(save)],
+            counters: live.map(|l| l.counters).unwrap_or_default(),
+        }
+    }
+
+    /// One LU in full.
+    pub fn lu_show(&self, save: &LuSave, holders: Vec<String>) -> LuShow {
+        let row = self.lu_row(save);
+        let live = self.lu_live(save);
+        let group = self.live.groups.get(&save.group);
+        let node = format!("{}/{}", self.nodes, row.name);
+        let problem = self.live.problems.get(&save.group).cloned();
+        LuShow {
+            lu: row.lu,
+            mkfs: group.map(|g| mkfs_lines(g, &node)).unwrap_or_default(),
+            fstab: format!(
+                "{node} /srv/{} ext4 defaults,nofail,x-systemd.requires=mgmtd.service 0 2",
+                row.name
+            ),
+            name: row.name,
+            group: row.group,
+            capacity: row.capacity,
+            device: row.device,
+            paths: row.paths,
+            counters: row.counters,
+            uuid: save.uuid,
+            group_name: self
+                .tables
+                .group(save.group)
+                .map_or(String::new(), |g| g.name_seen.clone()),
+            depth: live.map_or(0, |l| l.depth),
+            problem: live.map_or(problem.unwrap_or("its group is not started".into()), |l| {
+                l.problem.clone()
+            }),
+            holders,
+            members: group.map(|g| self.member_rows(g)).unwrap_or_default(),
+        }
+    }
+
+    /// A row of the job list.
+    pub fn job_row(&self, save: &JobSave) -> JobRow {
+        let group = self.tables.group(save.group);
+        let sync = self
+            .live
+            .groups
+            .get(&save.group)
+            .and_then(|g| g.sync.as_ref());
+        let sync = sync.filter(|_| save.state == JobState::Running);
+        JobRow {
+            job: save.number,
+            kind: save.kind,
+            group: group.map_or(0, |g| g.number),
+            group_name: group.map_or(String::new(), |g| g.name_seen.clone()),
+            disk: save
+                .disk
+                .and_then(|d| self.tables.disk(d))
+                .map(|d| d.number),
+            state: save.state,
+            done: sync.map_or(save.done, |s| s.done),
+            total: sync.map_or(save.total, |s| s.total),
+            rate: sync.map_or(0, |s| s.rate),
+            started: save.started,
+            ended: save.ended,
+            reason: save.reason.clone(),
+        }
+    }
+
+    /// An event.
+    pub fn event_row(&self, save: &EventSave) -> EventRow {
+        EventRow {
+            event: save.number,
+            time: save.time,
+            name: save.name.clone(),
+            group: save
+                .group
+                .and_then(|g| self.tables.group(g))
+                .map(|g| g.number),
+            disk: save
+                .disk
+                .and_then(|d| self.tables.disk(d))
+                .map(|d| d.number),
+            lu: save.lu.and_then(|l| self.tables.lu(l)).map(|l| l.number),
+            text: save.text.clone(),
+        }
+    }
+
+    /// Finds a group by number or name.
+    ///
+    /// # Errors  `Usage` if there is none
+    pub fn find_group(&self, name: &str) -> Result<&GroupSave, ApiError> {
+        let same = |g: &&GroupSave| g.number.to_string() == name || self.group_row(g).name == name;
+        self.tables
+            .groups
+            .values()
+            .find(same)
+            .ok_or_else(|| unknown("group", name))
+    }
+
+    /// Finds a LU by number, name or device.
+    ///
+    /// # Errors  `Usage` if there is none
+    pub fn find_lu(&self, name: &str) -> Result<&LuSave, ApiError> {
+        let name_ = name
+            .strip_prefix(&format!("{}/", self.nodes))
+            .unwrap_or(name);
+        let same = |l: &&LuSave| {
+            let row = self.lu_row(l);
+            l.number.to_string() == name_
+                || row.name == name_
+                || row.paths.iter().any(|p| p.device.as_deref() == Some(name))
+        };
+        self.tables
+            .lus
+            .values()
+            .find(same)
+            .ok_or_else(|| unknown("lu", name))
+    }
+}
+
+/// The error for a name that nothing has.
+pub fn unknown(noun: &str, name: &str) -> ApiError {
+    let shown: String = name.chars().take(80).collect();
+    let what = if noun == "lu" { "LU" } else { noun };
+    ApiError::new(ErrorKind::Usage, format!("there is no {what} `{shown}`"))
+        .because(format!("no {what} has this number, name or path"))
+        .hint(format!("lunar {noun} list"))
+}
+
+/// The same state in the words of table disks.
+pub fn member_state(state: MemberState) -> DiskState {
+    match state {
+        MemberState::InSync => DiskState::InSync,
+        MemberState::Faulty => DiskState::Faulty,
+        MemberState::Rebuilding => DiskState::Rebuilding,
+        MemberState::Missing => DiskState::Missing,
+    }
+}
+
+/// Parity without a log: a power loss while degraded can damage old data.
+pub fn is_write_hole_open(group: &GroupStatus) -> bool {
+    group.level == Level::Raid5 && group.consistency == Consistency::None
+}
+
+/// Members that hold data of one stripe.
+pub fn data_members(level: Level, members: usize) -> usize {
+    match level {
+        Level::Raid0 => members,
+        Level::Raid1 => 1,
+        Level::Raid5 => members.saturating_sub(1),
+    }
+}
+
+/// Command lines that make file systems of the group's geometry.
+pub fn mkfs_lines(group: &GroupStatus, node: &str) -> Vec<String> {
+    let data = data_members(group.level, group.members.len());
+    if group.level == Level::Raid1 {
+        return vec![
+            format!("mkfs.ext4 -b 4096 {node}"),
+            format!("mkfs.xfs {node}"),
+        ];
+    }
+    let (stride, kib) = (group.chunk / 4096, group.chunk / 1024);
+    let width = stride * data as u64;
+    vec![
+        format!("mkfs.ext4 -b 4096 -E stride={stride},stripe_width={width} {node}"),
+        format!("mkfs.xfs -d su={kib}k,sw={data} {node}"),
+    ]
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use lunar_api::mgmt::Role;
+    use lunar_api::target::LuCounters;
+    use lunar_api::{History, LuUuid};
+
+    /// A raid5 of three disks with one LU.
+    pub(crate) fn group() -> GroupStatus {
+        let uuid = GroupUuid::from_bytes([9; 16]);
+        let member = |slot: u16| MemberStatus {
+            slot,
+            disk: DiskUuid::from_bytes([u8::try_from(slot).unwrap() + 1; 16]),
+            path: format!("/dev/disk{slot}"),
+            state: MemberState::InSync,
+            reason: String::new(),
+            reads: 0,
+            writes: 0,
+            read_bytes: 0,
+            write_bytes: 0,
+            read_errors: 0,
+            write_errors: 0,
+        };
+        GroupStatus {
+            group: uuid,
+            name: "data".into(),
+            level: Level::Raid5,
+            chunk: 65536,
+            consistency: Consistency::None,
+            state: GroupState::Optimal,
+            reason: String::new(),
+            history: History::from_bytes([5; 16]),
+            generation: 4,
+            capacity: 2 << 30,
+            free: 1 << 30,
+            member_bytes: 1 << 30,
+            logical_block: 512,
+            members: (0..3).map(member).collect(),
+            lus: vec![LuStatus {
+                lu: LuUuid::from_bytes([7; 16]),
+                name: "vol".into(),
+                group: uuid,
+                capacity: 1 << 30,
+                depth: 128,
+                ublk: Some(0),
+                problem: String::new(),
+                counters: LuCounters::default(),
+            }],
+            sync: None,
+            zero_copy: true,
+        }
+    }
+
+    /// A view with that group.
+    pub(crate) fn view() -> View {
+        let mut view = View {
+            nodes: "/dev/lunar".into(),
+            ..View::default()
+        };
+        let group = group();
+        for (n, m) in (1..).zip(&group.members) {
+            let (path, capacity) = (format!("/dev/disk/by-id/wwn-{n}"), 1 << 30);
+            view.tables.put_disk(DiskSave {
+                number: n,
+                uuid: m.disk,
+                path,
+                role: Role::Data,
+                capacity,
+                was: None,
+            });
+        }
+        view.tables.number_group(group.group, &group.name);
+        view.tables.number_lu(group.lus[0].lu, group.group, "vol");
+        view.live.groups.insert(group.group, group);
+        view
+    }
+
+    #[test]
+    fn find_takes_number_name_and_device() {
+        let view = view();
+        for name in ["1", "vol", "/dev/lunar/vol", "/dev/ublkb0"] {
+            assert_eq!(view.find_lu(name).unwrap().number, 1, "{name}");
+        }
+        assert!(view.find_lu("2").is_err());
+        assert_eq!(view.find_group("data").unwrap().number, 1);
+    }
+
+    #[test]
+    fn mkfs_lines_of_raid5() {
+        let lines = mkfs_lines(&group(), "/dev/lunar/vol");
+        assert_eq!(
+            lines[0],
+            "mkfs.ext4 -b 4096 -E stride=16,stripe_width=32 /dev/lunar/vol"
+        );
+        assert_eq!(lines[1], "mkfs.xfs -d su=64k,sw=2 /dev/lunar/vol");
+    }
+}
