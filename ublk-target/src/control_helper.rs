@@ -30,6 +30,8 @@ use crate::ublk::{self, Command};
 const CONTROL: &str = "/dev/ublk-control";
 /// Longest message: a command with its parameters as JSON.
 const MESSAGE_MAX: usize = 16 << 10;
+/// Commands in one message: 64 bytes and their frame are under 300 bytes of JSON each.
+const COMMANDS_MAX: usize = 32;
 /// START_DEV and END_USER_RECOVERY wait for every tag; TRY_STOP and DEL for I/O to drain.
 const LIMIT_LONG: Duration = Duration::from_secs(30);
 const LIMIT: Duration = Duration::from_secs(10);
@@ -40,6 +42,8 @@ const HELPER_SLACK: Duration = Duration::from_secs(5);
 #[derive(Debug, Clone, Serialize, Deserialize)]
 enum Job {
     Command(Command),
+    /// Several that only read: the buffers of those that succeed, one after the other.
+    Commands(Vec<Command>),
     /// STOP_DEV, if the block device can be opened exclusively: for kernels without TRY_STOP_DEV.
     StopUnheld(u32),
 }
@@ -196,6 +200,17 @@ impl ControlHelper {
         self.order(Job::Command(command), name, device, limit)
     }
 
+    /// Runs several commands that only read; answers the buffers of those that succeeded.
+    pub(crate) fn run_all(&self, commands: Vec<Command>) -> Result<Vec<u8>, ControlError> {
+        let mut found = Vec::new();
+        for part in commands.chunks(COMMANDS_MAX) {
+            let (name, device) = (part[0].name.clone(), part[0].device);
+            let job = Job::Commands(part.to_vec());
+            found.extend(self.order(job, name, device, LIMIT)?.1);
+        }
+        Ok(found)
+    }
+
     /// Stops a device that nobody has mounted or opened exclusively.
     pub(crate) fn stop_unheld(&self, device: u32) -> Result<(), ControlError> {
         let name = "STOP_DEV".to_owned();
@@ -210,6 +225,7 @@ impl ControlHelper {
         device: u32,
         limit: Duration,
     ) -> Result<(i32, Vec<u8>), ControlError> {
+        let began = Instant::now();
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (to, report) = bounded(1);
         self.waiting
@@ -222,6 +238,7 @@ impl ControlHelper {
             let error = io::Error::other("no answer");
             return Err(ControlError::Gone(error));
         };
+        tracing::debug!(name, device, result = report.result, took = ?began.elapsed(), "control command");
         match report.result {
             Some(result) if result >= 0 => Ok((result, report.buffer)),
             Some(errno) => {
@@ -341,6 +358,9 @@ fn open_pid(pid: Pid) -> io::Result<OwnedFd> {
 fn work(job: &Job) -> (i32, Vec<u8>) {
     let done = match job {
         Job::Command(command) => run_command(command.clone()),
+        Job::Commands(commands) => {
+            Ok((0, commands.iter().cloned().flat_map(read_command).collect()))
+        }
         Job::StopUnheld(device) => stop_if_unheld(*device),
     };
     done.unwrap_or_else(|error| (-error.raw_os_error().unwrap_or(libc::EIO), Vec::new()))
@@ -350,6 +370,12 @@ fn run_command(mut command: Command) -> io::Result<(i32, Vec<u8>)> {
     let control = File::options().read(true).write(true).open(CONTROL)?;
     let result = ublk::execute(&control, &mut command)?;
     Ok((result, command.buffer))
+}
+
+fn read_command(command: Command) -> Vec<u8> {
+    run_command(command)
+        .map(|(_, buffer)| buffer)
+        .unwrap_or_default()
 }
 
 fn stop_if_unheld(device: u32) -> io::Result<(i32, Vec<u8>)> {

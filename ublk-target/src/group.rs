@@ -31,6 +31,8 @@ const DEPTH_MAX: u16 = 1024;
 struct Path {
     /// N of /dev/ublkbN.
     number: Option<u32>,
+    /// The one that it had last: it gets it again if it is free.
+    last: Option<u32>,
     /// Why it is not up.
     problem: String,
 }
@@ -316,18 +318,14 @@ impl Group {
     }
 
     fn known(&self, devices: &[u32]) -> Vec<Info> {
-        let info = |number: &u32| match self.lifecycle().info(*number) {
-            Ok(info) => info,
-            Err(error) => {
-                tracing::warn!(
-                    number,
-                    error = &error as &dyn std::error::Error,
-                    "a device is left alone"
-                );
-                None
-            }
-        };
-        devices.iter().filter_map(info).collect()
+        self.lifecycle().infos(devices).unwrap_or_else(|error| {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(
+                error,
+                "kernel devices cannot be looked at and are left alone"
+            );
+            Vec::new()
+        })
     }
 
     fn up_or_say(&self, lu: LuUuid, known: Option<Info>) {
@@ -341,6 +339,7 @@ impl Group {
                 lu,
                 Path {
                     number: known.map(|info| info.number),
+                    last: None,
                     problem,
                 },
             );
@@ -374,7 +373,7 @@ impl Group {
                 self.is_up(lu, info.number);
                 return Ok(());
             }
-            None => None,
+            None => lock(&self.paths).get(&lu).and_then(|path| path.last),
         };
         let group = self.status()?;
         let found = group.lus.iter().find(|status| status.lu == lu);
@@ -403,6 +402,7 @@ impl Group {
             lu,
             Path {
                 number: Some(number),
+                last: Some(number),
                 problem: String::new(),
             },
         );
@@ -472,6 +472,7 @@ impl Group {
             lu,
             Path {
                 number: None,
+                last: Some(number),
                 problem,
             },
         );

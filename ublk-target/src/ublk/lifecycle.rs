@@ -137,22 +137,17 @@ impl Lifecycle<'_> {
             .map(drop)
     }
 
-    /// Reads a device; None: there is none of that number.
-    pub(crate) fn info(&self, number: u32) -> Result<Option<Info>, LifecycleError> {
-        let ask = command(
-            sys::UBLK_U_CMD_GET_DEV_INFO,
-            "GET_DEV_INFO",
-            number,
-            0,
-            vec![0; INFO_BYTES],
-        );
-        match self.helper.run(ask) {
-            Ok((_, buffer)) => Info::decode(&buffer)
-                .map(Some)
-                .ok_or_else(|| LifecycleError::ReadBack("a short GET_DEV_INFO".into())),
-            Err(error) if matches!(error.errno(), Some(libc::ENODEV | libc::EINVAL)) => Ok(None),
-            Err(error) => Err(error.into()),
+    /// Reads what devices there are of those numbers.
+    pub(crate) fn infos(&self, numbers: &[u32]) -> Result<Vec<Info>, LifecycleError> {
+        if numbers.is_empty() {
+            return Ok(Vec::new());
         }
+        let ask = |number: &u32| {
+            let op = sys::UBLK_U_CMD_GET_DEV_INFO;
+            command(op, "GET_DEV_INFO", *number, 0, vec![0; INFO_BYTES])
+        };
+        let found = self.helper.run_all(numbers.iter().map(ask).collect())?;
+        Ok(found.chunks(INFO_BYTES).filter_map(Info::decode).collect())
     }
 
     /// Adds a device and describes it; it is not started. `number`: that one if it is free, else any.
