@@ -50,15 +50,16 @@ lunar_remove() { :; }
 
 make_raw() { printf '%s\n' "$1"; }
 
-md_count=0
 make_md() { # make_md LEVEL POLICY DISKS..: POLICY resync | bitmap | ppl | -
-  local level=$1 policy=$2 device=/dev/md$((10 + md_count)) extra=()
+  local level=$1 policy=$2 number=10 device extra=()
   shift 2
+  while [ -e "/sys/block/md$number" ]; do number=$((number + 1)); done
+  device=/dev/md$number
   [ "$policy" = - ] || extra+=("--consistency-policy=$policy")
   [ "$policy" = bitmap ] && extra+=(--bitmap=internal)
   [ "$level" = 5 ] && extra+=(--assume-clean)
-  mdadm --create "$device" --run --level="$level" --chunk=64 --metadata=1.2 --raid-devices=$# "${extra[@]}" "$@" > /dev/null 2>&1 \
-    || { echo "md raid$level $policy: mdadm failed" >&2; return 77; }
+  mdadm --create "$device" --run --level="$level" --chunk=64 --metadata=1.2 --raid-devices=$# "${extra[@]}" "$@" > /tmp/mdadm.log 2>&1 \
+    || { echo "md raid$level $policy: $(tail -n 1 /tmp/mdadm.log)" >&2; return 77; }
   printf '%s\n' "$device"
 }
 
@@ -90,10 +91,11 @@ make_rublk() { # make_rublk DISK
 # One set: its targets live side by side, each on members of its own.
 
 next_member=0
-take() { # take COUNT: fresh members into the array `taken`
-  local i
-  taken=()
-  for ((i = 0; i < $1; i++)); do
+spare=() # made for a target that then could not be had
+take() { # take COUNT: unused members into the array `taken`
+  taken=("${spare[@]:0:$1}")
+  spare=("${spare[@]:$1}")
+  while [ ${#taken[@]} -lt "$1" ]; do
     taken+=("$(member_make "$members" "$next_member" "$mib")") || return 1
     next_member=$((next_member + 1))
   done
@@ -104,14 +106,13 @@ add() { # add NAME COUNT COMMAND..: makes a target on COUNT members; leaves it o
   local name=$1 count=$2 device code
   shift 2
   take "$count" || { echo "bench: no members left for $name"; exit 1; }
-  # rublk and kublk keep the descriptors they inherit: not the pipe of this substitution's reader.
   device=$("$@" "${taken[@]}" 2> /tmp/reason)
   code=$?
   if [ "$code" = 0 ] && [ -b "$device" ]; then
     targets+=("$name=$device")
   else
     echo "bench: left out: $(tail -n 1 /tmp/reason)"
-    next_member=$((next_member - count))
+    spare+=("${taken[@]}")
   fi
 }
 
@@ -148,6 +149,7 @@ tear_down() {
   done
   members_remove
   targets=()
+  spare=()
   next_member=0
 }
 
