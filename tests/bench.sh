@@ -188,7 +188,7 @@ measure() { # measure SET NAME=DEVICE..: all rounds of all workloads, to the CSV
   count=$#
   echo 'workload,round,target,iops,kib_s,p50_us,p99_us' > "$csv"
   for pair in "$@"; do # first touch, so that no target pays for memory that others have
-    dd if=/dev/zero of="${pair#*=}" bs=1M oflag=direct status=none 2>/dev/null
+    dd if=/dev/zero of="${pair#*=}" bs=1M count=$((4 * mib)) oflag=direct status=none 2>/dev/null
   done
   for workload in ${workloads//,/ }; do
     for ((round = 1; round <= rounds; round++)); do
