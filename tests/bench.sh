@@ -242,6 +242,10 @@ command -v fio > /dev/null || { echo 'bench: no fio. Try: fixtures/setup.sh'; ex
 mkdir -p "$out"
 rublk=${XDG_CACHE_HOME:-$HOME/.cache}/lunar/rublk/bin/rublk
 limit=$((${#sets[@]} * 7 * rounds * 4 * (seconds + 2) + 120))
-exec "$root/fixtures/lab.sh" --mem 6G --ram-disks-kib $((mib * 1024)) --timeout "$limit" --share "$out" \
+see=()
+for program in "${KUBLK:-}" "${RUBLK:-$rublk}"; do
+  [ -x "$program" ] && see+=(--see "$(dirname "$program")")
+done
+exec "$root/fixtures/lab.sh" "${see[@]}" --mem 6G --ram-disks-kib $((mib * 1024)) --timeout "$limit" --share "$out" \
   --env "KUBLK=${KUBLK:-}" --env "RUBLK=${RUBLK:-$rublk}" -- \
   "$root/tests/bench.sh" --guest --rounds "$rounds" --seconds "$seconds" --members "$members" --mib "$mib" --workloads "$workloads" "${sets[@]}"
