@@ -44,7 +44,9 @@ part_e2e() {
     fixtures/kernel/find.sh > /dev/null || return 77
   fi
   # 16 RAM disks of 256 MiB take memory only as they are written; ext4-file members lie on the scratch disk.
-  fixtures/lab.sh --timeout "${LUNAR_E2E_TIMEOUT:-2400}" --mem 4G --ram-disks-kib 262144 --new-disk 8G \
+  local see=(--see "$target")
+  [ -n "${KUBLK:-}" ] && see+=(--see "$(dirname "$KUBLK")")
+  fixtures/lab.sh "${see[@]}" --timeout "${LUNAR_E2E_TIMEOUT:-2400}" --mem 4G --ram-disks-kib 262144 --new-disk 8G \
     --env "KUBLK=${KUBLK:-}" -- "$(realpath "$target")/release/lunar-e2e"
 }
 declare -A limits=([unit]=30m [lab]=10m [e2e]=60m) # the others: 20m
