@@ -40,14 +40,12 @@ pub fn check_name(name: &str) -> Result<(), ApiError> {
 
 /// Takes lists and ranges apart: `["1-3", "5,/dev/x"]` is `["1", "2", "3", "5", "/dev/x"]`.
 ///
+/// A path with a comma in it is named by its disk's number.
+///
 /// # Errors  `Usage` for a range that runs backwards or names more than [`RANGE_MAX`]
 pub fn expand(args: &[String]) -> Result<Vec<String>, ApiError> {
     let mut out = Vec::new();
     for arg in args {
-        if arg.contains('/') {
-            out.push(arg.clone());
-            continue;
-        }
         for word in arg.split(',').map(str::trim).filter(|w| !w.is_empty()) {
             match range(word)? {
                 Some((first, last)) => out.extend((first..=last).map(|n| n.to_string())),
@@ -91,9 +89,9 @@ mod tests {
 
     #[test]
     fn expand_ranges_lists_and_paths() {
-        let args: Vec<String> = ["1-3", "5,7", "/dev/a-b,c", "x-y"].map(String::from).into();
+        let args: Vec<String> = ["1-3", "5,/dev/a-1", "/dev/a-b,c", "x-y"].map(String::from).into();
         let out = expand(&args).unwrap();
-        assert_eq!(out, ["1", "2", "3", "5", "7", "/dev/a-b,c", "x-y"]);
+        assert_eq!(out, ["1", "2", "3", "5", "/dev/a-1", "/dev/a-b", "c", "x-y"]);
     }
 
     #[test]
