@@ -171,7 +171,7 @@ impl Group {
     pub(crate) fn status(&self) -> Result<GroupStatus, ApiError> {
         let (mut status, served) = self
             .owner()?
-            .call(async |local: Rc<Local>| Ok((local.group()?.status(), local.served())))
+            .call(async |local: Rc<Local>| Ok((local.group()?.status(), local.problems())))
             .flatten()?;
         let paths = lock(&self.paths);
         for lu in &mut status.lus {
@@ -180,7 +180,7 @@ impl Group {
                 lu.problem.clone_from(&path.problem);
             }
             if lu.problem.is_empty()
-                && let Some((_, problem)) = served.get(&lu.lu)
+                && let Some(problem) = served.get(&lu.lu)
             {
                 lu.problem.clone_from(problem);
             }

@@ -144,13 +144,25 @@ impl Op {
         self.end = 0;
         self.retries = 0;
         for (base, len) in vectors {
-            assert!(self.end < PIECES_MAX, "more than {PIECES_MAX} pieces");
-            self.vectors[self.end] = libc::iovec {
-                iov_base: std::ptr::with_exposed_provenance_mut(base),
-                iov_len: len,
-            };
-            self.end += 1;
+            self.push_vector(base, len);
         }
+    }
+
+    /// Adds a vector, to the last one if it goes on there: one range is cheaper for the kernel than many.
+    fn push_vector(&mut self, base: usize, len: usize) {
+        if let Some(last) = self.end.checked_sub(1) {
+            let last = &mut self.vectors[last];
+            if last.iov_base.addr() + last.iov_len == base {
+                last.iov_len += len;
+                return;
+            }
+        }
+        assert!(self.end < PIECES_MAX, "more than {PIECES_MAX} pieces");
+        self.vectors[self.end] = libc::iovec {
+            iov_base: std::ptr::with_exposed_provenance_mut(base),
+            iov_len: len,
+        };
+        self.end += 1;
     }
 
     /// Builds the entry for what is left to do. `vector_fixed`: the kernel takes vectors of registered memory.
@@ -378,6 +390,15 @@ mod tests {
         assert_eq!((op.at, op.first), (115, 1));
         assert_eq!(op.one(), (std::ptr::with_exposed_provenance_mut(2005), 15));
         assert_eq!(op.advance(15), Some(Ok(0)));
+    }
+
+    #[test]
+    fn set_joins_adjacent_vectors() {
+        let op = op(35, &[(1000, 10), (1010, 20), (2000, 5)]);
+        assert_eq!(
+            (op.end, op.vectors[0].iov_len, op.vectors[1].iov_len),
+            (2, 30, 5)
+        );
     }
 
     #[test]

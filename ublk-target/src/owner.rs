@@ -55,6 +55,8 @@ pub(crate) struct Local {
     pub(crate) clock: RingClock,
     pub(crate) devices: Rc<Devices>,
     served: RefCell<BTreeMap<LuUuid, Rc<Device>>>,
+    /// Devices that somebody else stopped, and how.
+    lost: RefCell<BTreeMap<LuUuid, String>>,
     group: OnceCell<Rc<RaidGroup<World>>>,
     /// Workers and background tasks that run.
     running: Cell<usize>,
@@ -199,6 +201,7 @@ impl Local {
             clock: RingClock(timers),
             devices: Rc::default(),
             served: RefCell::default(),
+            lost: RefCell::default(),
             group: OnceCell::new(),
             running: Cell::new(0),
             ending: Cell::new(false),
@@ -237,6 +240,7 @@ impl Local {
         }
         self.spawn_counted(Rc::clone(&group).background());
         self.spawn_counted(Rc::clone(&group).watch());
+        self.spawn_counted(Rc::clone(&group).tidy());
         assert!(self.group.set(group).is_ok(), "one group a thread");
     }
 
@@ -267,8 +271,24 @@ impl Local {
                 device.serve_tag(tag, serve).await;
             });
         }
+        self.executor
+            .spawn(Rc::clone(self).notice_end(lu, Rc::clone(&device)));
+        self.lost.borrow_mut().remove(&lu);
         self.served.borrow_mut().insert(lu, device);
         Ok(())
+    }
+
+    /// Lets go of a device that somebody else stopped: whoever deletes it waits for that.
+    async fn notice_end(self: Rc<Self>, lu: LuUuid, device: Rc<Device>) {
+        device.end().await;
+        let mut served = self.served.borrow_mut();
+        // Not there, or another: it is being detached.
+        if served.get(&lu).is_some_and(|now| Rc::ptr_eq(now, &device)) {
+            served.remove(&lu);
+            let problem = device.problem();
+            tracing::warn!(%lu, number = device.shape.number, problem, "a LU went down");
+            self.lost.borrow_mut().insert(lu, problem);
+        }
     }
 
     /// Waits until the kernel has taken back every tag of a LU's device, and lets go of it.
@@ -276,17 +296,17 @@ impl Local {
         let device = self.served.borrow_mut().remove(&lu);
         if let Some(device) = device {
             device.end().await;
-            debug_assert_eq!(Rc::strong_count(&device), 1, "every tag has ended");
         }
+        self.lost.borrow_mut().remove(&lu);
     }
 
-    /// Number and problem of each device that is served.
-    pub(crate) fn served(&self) -> BTreeMap<LuUuid, (u32, String)> {
-        let served = self.served.borrow();
-        served
-            .iter()
-            .map(|(lu, device)| (*lu, (device.shape.number, device.problem())))
-            .collect()
+    /// What is wrong with the devices of LUs; nothing is said of those that are well.
+    pub(crate) fn problems(&self) -> BTreeMap<LuUuid, String> {
+        let mut problems = self.lost.borrow().clone();
+        for (lu, device) in self.served.borrow().iter() {
+            problems.insert(*lu, device.problem());
+        }
+        problems
     }
 }
 

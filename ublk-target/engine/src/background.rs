@@ -28,10 +28,9 @@ const WINDOW_MAX: u64 = 32;
 pub(crate) const RATE_MIN: u64 = 32 << 20;
 
 impl<E: Env> RaidGroup<E> {
-    /// Watches the members and marks an idle group clean; the rim spawns one. Ends when the group has stopped.
+    /// Watches for members that do not answer; the rim spawns one. Ends when the group has stopped. It waits
+    /// for no member: whoever does may wait for the very one that is to be given up here.
     pub async fn watch(self: Rc<Self>) {
-        let mut idle_since = self.clock.now();
-        let mut seen = self.requests.get();
         while !self.stopping.get() {
             self.clock.sleep(LOOK).await;
             let mut stalled = 0;
@@ -50,6 +49,15 @@ impl<E: Env> RaidGroup<E> {
                 self.fail_now(stalled, "no answer for 30 s");
                 let _ = self.publish().await;
             }
+        }
+    }
+
+    /// Marks an idle group clean; the rim spawns one. Ends when the group has stopped.
+    pub async fn tidy(self: Rc<Self>) {
+        let mut idle_since = self.clock.now();
+        let mut seen = self.requests.get();
+        while !self.stopping.get() {
+            self.clock.sleep(LOOK).await;
             let now = self.clock.now();
             let requests = self.requests.get();
             if requests != seen || self.active_writes.get() != 0 {

@@ -291,6 +291,8 @@ impl Lifecycle<'_> {
         };
         match stopped {
             Err(error) if error.errno() == Some(libc::EBUSY) => Err(LifecycleError::Held(number)),
+            // Somebody else deleted it.
+            Err(error) if error.errno() == Some(libc::ENODEV) => Ok(()),
             other => Ok(other?),
         }
     }

@@ -523,4 +523,5 @@ pub(crate) fn run(world: &Rc<World>, group: &Rc<RaidGroup<Sim>>) {
     }
     world.spawn(Rc::clone(group).background());
     world.spawn(Rc::clone(group).watch());
+    world.spawn(Rc::clone(group).tidy());
 }
