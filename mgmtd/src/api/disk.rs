@@ -10,7 +10,7 @@ use lunar_api::units::format_size;
 use lunar_api::{ApiError, DiskUuid, ErrorKind};
 
 use super::{last_view, view};
-use crate::boot::probe_paths;
+use crate::boot::{look_again, probe_paths};
 use crate::daemon::{About, Daemon};
 use crate::limits::{DISK_MIN, PATHS_MAX, REOPEN_LIMIT};
 use crate::link::unexpected;
@@ -507,7 +507,17 @@ pub async fn replace(daemon: &Daemon, ask: DiskReplace) -> Result<Changed, ApiEr
             old.number
         )));
     }
-    let new = choose_new(&view, &ask, group.member_bytes)?;
+    let new = choose_new(&view, &ask, group.member_bytes)?.clone();
+    look_again(daemon, std::slice::from_ref(&new)).await?;
+    let fresh = last_view(daemon);
+    let new = choose_new(
+        &fresh,
+        &DiskReplace {
+            new: Some(new.number.to_string()),
+            ..ask.clone()
+        },
+        group.member_bytes,
+    )?;
     let (n, slot) = (new.number, member.slot);
     let plan = Plan::step(format!(
         "put disk {n} into slot {slot} of group {} and rebuild it",
@@ -602,16 +612,36 @@ pub async fn remove(daemon: &Daemon, ask: DiskRemove) -> Result<Changed, ApiErro
     let _turn = daemon.turn().await?;
     let view = view(daemon).await;
     let names = expand(&ask.disks)?;
+    // What was last seen may be old, and a wipe cannot be taken back: look at the disks now.
+    let chosen: Vec<DiskSave> = names
+        .iter()
+        .map(|n| find(&view, n).cloned())
+        .collect::<Result<_, _>>()?;
+    let free: Vec<DiskSave> = chosen
+        .into_iter()
+        .filter(|d| view.member(d.uuid).is_none())
+        .collect();
+    look_again(daemon, &free).await?;
+    let view = last_view(daemon);
     let mut disks = Vec::new();
     for name in &names {
         let disk = find(&view, name)?;
-        if let Some(group) = view.group_of(disk).and_then(|g| view.tables.group(g)) {
-            return Err(ApiError::new(
-                ErrorKind::Busy,
-                format!("disk {} is not removed", disk.number),
-            )
-            .because(format!("it is a member of group {}", group.name_seen))
-            .hint(format!("lunar disk replace {} NEW", disk.number)));
+        // The disk's own label decides, also for a group that has no row yet.
+        if let Some(group) = view.group_of(disk) {
+            let name = view
+                .tables
+                .group(group)
+                .map_or(group.to_string(), |g| g.name_seen.clone());
+            let what = format!("disk {} is not removed", disk.number);
+            return Err(ApiError::new(ErrorKind::Busy, what)
+                .because(format!("it is a member of group {name}"))
+                .hint(format!("lunar disk replace {} NEW", disk.number)));
+        }
+        if ask.wipe && !view.live.probes.contains_key(&disk.uuid) {
+            let what = format!("disk {} is not wiped", disk.number);
+            return Err(ApiError::new(ErrorKind::Refused, what)
+                .because(format!("{} does not carry its identity now", disk.path))
+                .hint(format!("lunar disk remove {}", disk.number)));
         }
         disks.push(disk.clone());
     }
