@@ -21,9 +21,9 @@ use crate::daemon::{About, Daemon};
 use crate::limits::{BACKOFF_MAX, DEATHS_MAX, START_LIMIT, STATUS_LIMIT};
 use crate::{boot, notify};
 
-/// Own cgroup (best effort), listening socket from 0 to 3, then exec: what cannot be done between fork and
+/// Own cgroup (best effort, version 2 only: elsewhere that path is a plain directory), listening socket from 0 to 3, then exec: what cannot be done between fork and
 /// exec without `unsafe`.
-const EXEC: &str = "{ mkdir -p /sys/fs/cgroup/lunar-target && \
+const EXEC: &str = "{ test -e /sys/fs/cgroup/cgroup.controllers && mkdir -p /sys/fs/cgroup/lunar-target && \
     echo $$ > /sys/fs/cgroup/lunar-target/cgroup.procs; } 2>/dev/null; \
     exec \"$@\" 3<&0 </dev/null";
 
