@@ -105,11 +105,21 @@ impl<E: Env> RaidGroup<E> {
             front: parts.front,
             random,
         };
-        let group = Self::launch(rest, geometry, record, config.clone(), generation, slots).await;
+        let group = Self::launch(
+            rest,
+            geometry,
+            record,
+            config.clone(),
+            generation,
+            slots,
+            false,
+        )
+        .await;
         group.write_config(config).await?;
         if group.in_sync.get().count_ones() < u32::from(n) {
             return Err(failed(what, group.reason()));
         }
+        group.log.begin();
         group.event("NewArray", None, &spec.name);
         Ok(group)
     }
@@ -183,11 +193,13 @@ impl<E: Env> RaidGroup<E> {
             }));
         }
         drop(given);
+        // Replay comes first: what is read from here on may take the memory that it writes from.
+        let mut unreplayed = 0;
+        if let Some(left) = &left {
+            unreplayed = left.unreplayed | replay::<E>(&parts.pool, left, &slots).await;
+            inflight::replayed(&parts.pool, unreplayed);
+        }
         let config = read_config::<E>(&parts.pool, &geometry, &record, &slots, &plan.slots).await?;
-        let unreplayed = match &left {
-            Some(left) => replay::<E>(&parts.pool, left, &slots).await,
-            None => 0,
-        };
         let rest = Rest {
             system: parts.system,
             pool: parts.pool,
@@ -196,7 +208,16 @@ impl<E: Env> RaidGroup<E> {
             random,
         };
         let generation = plan.superblock.generation;
-        let group = Self::launch(rest, geometry, record, config, generation, slots).await;
+        let group = Self::launch(
+            rest,
+            geometry,
+            record,
+            config,
+            generation,
+            slots,
+            left.is_some(),
+        )
+        .await;
         for reason in &plan.reasons {
             group.event("Assembled", None, reason);
         }
@@ -216,7 +237,9 @@ impl<E: Env> RaidGroup<E> {
                 .fail(unreplayed, why)
                 .await
                 .map_err(|_| failed(what, format!("a member {why}")))?;
+            inflight::replayed(&group.pool, 0);
         }
+        group.log.begin();
         if left.is_some() {
             group.event(
                 "Recovered",
@@ -242,6 +265,7 @@ type Slot<E> = Option<(Given<<E as Env>::Disk>, MemberPlace)>;
 
 impl<E: Env> RaidGroup<E> {
     /// Puts a group together in memory. States are those of the record, but who is not there is not believed.
+    /// `died`: a process of the group died here, and its log goes on.
     async fn launch(
         rest: Rest<E>,
         geometry: Geometry,
@@ -249,6 +273,7 @@ impl<E: Env> RaidGroup<E> {
         config: GroupConfig,
         generation: u64,
         slots: Vec<Slot<E>>,
+        died: bool,
     ) -> Rc<Self> {
         let chunk = geometry.chunk();
         let (mut in_sync, mut rebuild) = (0, None);
@@ -288,7 +313,7 @@ impl<E: Env> RaidGroup<E> {
         }
         let synced = record.synced_to / chunk;
         let meta = rest.pool.lease(Quota::Work, members.len() * 4096).await;
-        let log = InflightLog::start(&rest.pool, record.uuid, generation);
+        let log = InflightLog::start(&rest.pool, record.uuid, generation, died);
         let lus = config.lus.clone();
         let group = Rc::new(Self {
             id: record.uuid,

@@ -9,9 +9,9 @@ use std::rc::Rc;
 use lunar_api::LuUuid;
 use lunar_api::target::{Consistency, GroupState, Level, LuSize, MemberState};
 use lunar_engine::raid_group::{CreateSpec, RaidGroup, StartSpec};
-use lunar_engine::traits::{HostRequest, HostVerb, RequestId};
+use lunar_engine::traits::{Clock, HostRequest, HostVerb, RequestId, SECOND};
 
-use world::{GROUP, Sim, Store, World, given, memory, parts, run};
+use world::{GROUP, Sim, SimClock, Store, World, given, memory, parts, run, uuid};
 
 const DISK: usize = 80 << 20;
 const LU: LuUuid = LuUuid::from_bytes([3; 16]);
@@ -25,6 +25,8 @@ struct Rig {
     model: Rc<RefCell<Vec<u8>>>,
     /// Bytes whose content is defined: all of a group of zeroed disks, else those written.
     known: RefCell<Vec<bool>>,
+    /// Writes that were answered with an error.
+    refused: Rc<RefCell<Vec<(u64, u64)>>>,
 }
 
 fn spec(level: Level, chunk: u64, assume_clean: bool) -> CreateSpec {
@@ -66,6 +68,7 @@ fn rig(seed: u64, level: Level, n: u8, chunk: u64, assume_clean: bool) -> Rig {
         group,
         model,
         known,
+        refused: Rc::default(),
     };
     // The model starts from what is there: content of a new LU is undefined.
     let now = rig.read_all();
@@ -234,6 +237,7 @@ impl Rig {
                     let done = Rc::new(Cell::new(false));
                     busy.push((tag << 48 | at, len, Rc::clone(&done)));
                     let (group, errors) = (Rc::clone(&self.group), Rc::clone(&errors));
+                    let refused = Rc::clone(&self.refused);
                     let verb = HostVerb::Write {
                         fua: self.world.random(8) == 0,
                     };
@@ -241,6 +245,7 @@ impl Rig {
                     self.world.spawn(async move {
                         if group.serve(0, request).await.is_err() {
                             errors.set(errors.get() + 1);
+                            refused.borrow_mut().push((at, len));
                         }
                         done.set(true);
                     });
@@ -265,6 +270,28 @@ impl Rig {
             let status = group.status();
             status.sync.is_none() && status.state == GroupState::Optimal
         });
+    }
+
+    fn replace(&self, slot: u16, disk: u8, with: &Rc<Store>) {
+        let (group, new) = (Rc::clone(&self.group), given(&self.world, disk, with));
+        let replaced = self
+            .world
+            .block_on(async move { group.member_replace(slot, new).await });
+        assert_eq!(replaced, Ok(()));
+    }
+
+    /// Lets virtual time pass.
+    fn sleep(&self, seconds: u64) {
+        let clock = SimClock(Rc::clone(&self.world));
+        self.world
+            .block_on(async move { clock.sleep(seconds * SECOND).await });
+    }
+
+    /// Waits until the running sync has done so much of a member.
+    fn wait_done(&self, bytes: u64) {
+        let group = Rc::clone(&self.group);
+        self.world
+            .run_until(move || group.status().sync.is_some_and(|sync| sync.done >= bytes));
     }
 
     fn without_each(&self, but: &[u8]) {
@@ -461,4 +488,49 @@ fn clean_stop_starts_without_resync_unclean_with_and_degraded_not_at_all() {
     assert!(refused.contains("not stopped cleanly"), "{refused}");
     rig.restart(&memory(), true).unwrap();
     rig.check();
+}
+
+#[test]
+fn replay_comes_before_anything_is_read_into_the_memory_that_it_replays() {
+    let mut rig = rig(51, Level::Raid5, 3, 65536, true);
+    let group = Rc::clone(&rig.group);
+    rig.world.block_on(async move {
+        // A configuration longer than the superblocks' place, which is the first of the work memory.
+        for i in 0..100u8 {
+            let name = format!("v{i:0>60}");
+            let lu = LuUuid::from_bytes([i + 10; 16]);
+            let made = group.lu_create(lu, &name, LuSize::Bytes(1 << 20), 32).await;
+            assert!(made.is_ok(), "{i} {made:?}");
+        }
+    });
+    rig.storm_with_kills(6);
+}
+
+#[test]
+fn process_that_dies_while_it_starts_after_a_power_loss_leaves_the_resync_to_do() {
+    // Around the first write of its superblocks; whether one of those happened is drawn.
+    for (seed, crash) in (69..89).flat_map(|seed| (7..10).map(move |crash| (seed, crash))) {
+        let mut rig = rig(seed, Level::Raid5, 3, 65536, true);
+        rig.storm(20, || ());
+        rig.world.kill();
+        let lost_memory = memory();
+        let members = (0..3u8)
+            .map(|i| given(&rig.world, i, &rig.stores[usize::from(i)]))
+            .collect();
+        let parts = parts(&rig.world, members, &lost_memory);
+        let spec = StartSpec {
+            group: GROUP,
+            force: false,
+            witness: None,
+        };
+        rig.world.crash_in.set(Some(crash));
+        let _ = rig.world.try_block_on(RaidGroup::start(parts, spec));
+        rig.world.kill();
+        rig.restart(&lost_memory, false).unwrap();
+        rig.sleep(1);
+        let mut events = Vec::new();
+        rig.group.take_events(&mut events);
+        let resync = events.iter().any(|event| event.name == "ResyncStarted");
+        assert!(resync, "killed at I/O {crash}");
+    }
 }
