@@ -165,11 +165,20 @@ impl<E: Env> RaidGroup<E> {
         let record = plan
             .next_record(History::from_bytes(random()))
             .ok_or_else(|| failed(what, "its deciding superblock names no group"))?;
-        let is_changed = plan
-            .superblock
-            .member
-            .as_ref()
-            .is_none_or(|member| member.group != record);
+        // A stop in mid-publish leaves the newest state on some members only; whoever is missing at the next
+        // start must not take it with him.
+        let differs = |disk: usize| {
+            let superblock = &superblocks[disk];
+            superblock.generation != plan.superblock.generation
+                || superblock
+                    .member
+                    .as_ref()
+                    .is_none_or(|member| member.group != record)
+        };
+        let is_changed = plan.slots.iter().any(|slot| match slot {
+            SlotPlan::InSync(disk) | SlotPlan::Rebuilding(disk) => differs(*disk),
+            SlotPlan::Stale(_) | SlotPlan::Faulty | SlotPlan::Missing => false,
+        });
         let geometry = record.geometry().map_err(|error| failed(what, error))?;
         let mut given: Vec<Option<Given<E::Disk>>> = parts.members.into_iter().map(Some).collect();
         let mut slots: Vec<Slot<E>> = Vec::new();
