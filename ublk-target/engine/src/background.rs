@@ -240,7 +240,7 @@ impl<E: Env> RaidGroup<E> {
     }
 
     async fn save_cursor(&self, slot: Option<u16>, done: u64) -> Result<(), ()> {
-        self.flush_members().await;
+        self.flush_members().await.map_err(|_| ())?;
         match slot {
             Some(_) if self.rebuilding() != slot => return Err(()),
             Some(_) => self.durable_rebuild.set(done),
@@ -251,7 +251,7 @@ impl<E: Env> RaidGroup<E> {
     }
 
     async fn sync_end(&self, slot: Option<u16>) -> Result<(), ()> {
-        self.flush_members().await;
+        self.flush_members().await.map_err(|_| ())?;
         if let Some(slot) = slot {
             if self.rebuilding() != Some(slot) {
                 return Err(());

@@ -340,9 +340,11 @@ impl<E: Env> RaidGroup<E> {
         while self.active_writes.get() > 0 || !self.stripes.is_idle() {
             self.clock.sleep(MILLISECOND).await;
         }
-        self.flush_members().await;
-        let mut result = Ok(());
-        if !self.failed.get() {
+        let mut result = self
+            .flush_members()
+            .await
+            .map_err(|_| failed(what, "a member could not be flushed"));
+        if result.is_ok() && !self.failed.get() {
             self.dirty.set(false);
             self.record.borrow_mut().flags.deleted |= delete;
             self.advance();

@@ -532,6 +532,27 @@ fn start_makes_durable_everywhere_what_only_one_member_says() {
 }
 
 #[test]
+fn failed_flush_in_the_background_does_not_hold_writes() {
+    for rebuild in [true, false] {
+        let rig = rig(54, Level::Raid5, 4, 65536, rebuild);
+        rig.group.set_rebuild_rate(None, Some(1 << 20));
+        let mut store = Rc::clone(&rig.stores[2]);
+        if rebuild {
+            store.faults.dead.set(true);
+            rig.storm(30, || ());
+            store = Store::new(DISK, 0x77);
+            rig.replace(2, 40, &store);
+        }
+        rig.wait_done(2 << 20);
+        store.faults.flush_errors.set(true);
+        rig.sleep(15);
+        assert_eq!(rig.storm(30, || ()), 0);
+        rig.check();
+        assert_eq!(rig.group.status().members[2].state, MemberState::Faulty);
+    }
+}
+
+#[test]
 fn process_that_dies_while_it_starts_after_a_power_loss_leaves_the_resync_to_do() {
     // At the first write of its superblocks; whether one of those happened is drawn.
     for (seed, crash) in (69..85).map(|seed| (seed, 8)) {
