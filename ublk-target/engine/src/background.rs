@@ -8,6 +8,7 @@ use lunar_api::target::{MemberState, SyncAction, SyncStatus};
 use crate::raid_group::RaidGroup;
 use crate::serve::bits;
 use crate::stripe_table::{Item, JoinId, Task};
+use crate::sync::join;
 use crate::traits::{Clock, Disk, Env, MILLISECOND, SECOND, Tick};
 
 /// A member that has not answered for so long is failed (`--disk-limit`).
@@ -30,8 +31,12 @@ pub(crate) const RATE_MIN: u64 = 32 << 20;
 impl<E: Env> RaidGroup<E> {
     /// Watches the members and marks an idle group clean; the rim spawns one. Ends when the group has stopped.
     pub async fn watch(self: Rc<Self>) {
-        let mut idle_since = self.clock.now();
-        let mut seen = self.requests.get();
+        // Side by side: what writes to the members may wait for the very one that is to be given up.
+        join(self.watch_members(), self.tidy()).await;
+    }
+
+    /// Gives up members that do not answer; `tidy` makes that durable.
+    async fn watch_members(&self) {
         while !self.stopping.get() {
             self.clock.sleep(LOOK).await;
             let mut stalled = 0;
@@ -46,10 +51,17 @@ impl<E: Env> RaidGroup<E> {
                 }
             }
             if stalled != 0 && self.can_lose(stalled) {
-                // Whoever publishes now may wait for this very member: it is given up first.
                 self.fail_now(stalled, "no answer for 30 s");
-                let _ = self.publish().await;
             }
+        }
+    }
+
+    async fn tidy(&self) {
+        let mut idle_since = self.clock.now();
+        let mut seen = self.requests.get();
+        while !self.stopping.get() {
+            self.clock.sleep(LOOK).await;
+            let _ = self.wait_durable().await;
             let now = self.clock.now();
             let requests = self.requests.get();
             if requests != seen || self.active_writes.get() != 0 {

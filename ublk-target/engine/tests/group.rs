@@ -553,6 +553,38 @@ fn failed_flush_in_the_background_does_not_hold_writes() {
 }
 
 #[test]
+fn member_that_hangs_is_failed_whoever_waits_for_it() {
+    // The clean mark of an idle group.
+    let rig = rig(55, Level::Raid5, 4, 65536, true);
+    rig.storm(30, || ());
+    rig.stores[1].faults.hang.set(true);
+    rig.sleep(120);
+    assert_eq!(rig.group.status().members[1].state, MemberState::Faulty);
+    assert_eq!(rig.storm(30, || ()), 0);
+    rig.check();
+}
+
+#[test]
+fn second_member_that_hangs_is_failed_while_the_first_is_being_failed() {
+    let rig = rig(56, Level::Raid1, 3, 65536, true);
+    let (world, first, second) = (
+        Rc::clone(&rig.world),
+        Rc::clone(&rig.stores[1]),
+        Rc::clone(&rig.stores[2]),
+    );
+    let errors = rig.storm(60, || {
+        first.faults.hang.set(true);
+        let (clock, second) = (SimClock(Rc::clone(&world)), Rc::clone(&second));
+        world.spawn(async move {
+            clock.sleep(15 * SECOND).await;
+            second.faults.hang.set(true);
+        });
+    });
+    assert_eq!(errors, 0);
+    rig.check();
+}
+
+#[test]
 fn process_that_dies_while_it_starts_after_a_power_loss_leaves_the_resync_to_do() {
     // At the first write of its superblocks; whether one of those happened is drawn.
     for (seed, crash) in (69..85).map(|seed| (seed, 8)) {
