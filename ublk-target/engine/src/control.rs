@@ -310,6 +310,8 @@ impl<E: Env> RaidGroup<E> {
             return Err(failed(what, "it does not take writes"));
         }
         self.durable_rebuild.set(0);
+        // A sync that still runs is about another disk: from here on it counts nothing as done.
+        self.sync_wanted.set(self.sync_wanted.get() + 1);
         self.rebuild.set(Some(Rebuild {
             slot,
             done: 0,
@@ -319,7 +321,6 @@ impl<E: Env> RaidGroup<E> {
         self.publish()
             .await
             .map_err(|_| failed(what, "too few members took the superblock"))?;
-        self.sync_wanted.set(self.sync_wanted.get() + 1);
         if self.rebuilding() == Some(slot) {
             Ok(())
         } else {

@@ -507,6 +507,29 @@ fn replay_comes_before_anything_is_read_into_the_memory_that_it_replays() {
 }
 
 #[test]
+fn disk_that_replaces_a_rebuilding_one_is_filled_from_the_start() {
+    for (level, n) in [(Level::Raid1, 2), (Level::Raid5, 3)] {
+        let rig = rig(52, level, n, 65536, true);
+        rig.storm(60, || ());
+        rig.stores[1].faults.dead.set(true);
+        rig.storm(20, || ());
+        rig.group.set_rebuild_rate(None, Some(1 << 20));
+        rig.replace(1, 40, &Store::new(DISK, 0x77));
+        rig.wait_done(8 << 20);
+        let group = Rc::clone(&rig.group);
+        let failed = rig
+            .world
+            .block_on(async move { group.member_fail(uuid(40), "by hand").await });
+        assert_eq!(failed, Ok(()));
+        rig.replace(1, 41, &Store::new(DISK, 0x78));
+        rig.group.set_rebuild_rate(None, Some(1 << 40));
+        rig.wait_synced();
+        rig.stores[0].faults.dead.set(true);
+        rig.check();
+    }
+}
+
+#[test]
 fn start_makes_durable_everywhere_what_only_one_member_says() {
     for crash in 1..10 {
         for dead in 0..2 {
