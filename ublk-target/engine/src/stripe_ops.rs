@@ -543,7 +543,8 @@ impl<E: Env> RaidGroup<E> {
             self.event_repaired(slot, at, bytes);
             return Ok(());
         }
-        if self.in_sync.get() & 1 << slot == 0 {
+        let live = self.in_sync.get() | self.rebuilding().map_or(0, |slot| 1 << slot);
+        if live & 1 << slot == 0 {
             return Ok(()); // Failed meanwhile.
         }
         if self.can_lose(1 << slot) {

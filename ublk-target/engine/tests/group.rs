@@ -608,6 +608,22 @@ fn second_member_that_hangs_is_failed_while_the_first_is_being_failed() {
 }
 
 #[test]
+fn rebuilding_disk_that_dies_costs_no_write() {
+    let rig = rig(68, Level::Raid5, 4, 65536, true);
+    rig.storm(60, || ());
+    rig.stores[1].faults.dead.set(true);
+    rig.storm(20, || ());
+    rig.group.set_rebuild_rate(None, Some(1 << 20));
+    let fresh = Store::new(DISK, 0x77);
+    rig.replace(1, 40, &fresh);
+    rig.wait_done(8 << 20);
+    fresh.faults.worn.set(true);
+    *fresh.faults.bad.borrow_mut() = (0..(DISK / 512) as u64).collect();
+    assert_eq!(rig.storm(60, || ()), 0);
+    rig.check();
+}
+
+#[test]
 fn process_that_dies_while_it_starts_after_a_power_loss_leaves_the_resync_to_do() {
     // At the first write of its superblocks; whether one of those happened is drawn.
     for (seed, crash) in (69..85).map(|seed| (seed, 8)) {
