@@ -355,6 +355,7 @@ impl<E: Env> RaidGroup<E> {
             lus: RefCell::default(),
             stripes: StripeTable::new(),
             log,
+            kept: RefCell::default(),
             requests: Cell::new(0),
             active_writes: Cell::new(0),
             turn: Cell::new(0),

@@ -318,9 +318,18 @@ impl<E: Env> RaidGroup<E> {
             ios.push((segment.slot, Some(io)));
         }
         let failed = self.finish(&mut ios, DiskVerb::Write { fua }).await;
-        if failed != 0 {
-            // Without redundancy for it the entry stays: a successor writes these rows once more.
-            self.fail(failed, "write failed").await?;
+        if failed != 0
+            && let Err(errno) = self.fail(failed, "write failed").await
+        {
+            // Without redundancy for it the entry stays, and the memory that it names: a successor writes these
+            // rows once more.
+            let mut kept = self.kept.borrow_mut();
+            kept.extend(work.cloned());
+            kept.extend(batch.iter().filter_map(|item| match &item.task {
+                Task::Write { lease, .. } => Some(lease.clone()),
+                Task::Read { .. } | Task::Sync => None,
+            }));
+            return Err(errno);
         }
         self.log.clear(entry);
         Ok(())

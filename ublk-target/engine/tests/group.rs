@@ -608,6 +608,30 @@ fn second_member_that_hangs_is_failed_while_the_first_is_being_failed() {
 }
 
 #[test]
+fn replay_after_redundancy_was_exhausted_writes_what_was_meant() {
+    for seed in 57..67 {
+        let mut rig = rig(seed, Level::Raid5, 4, 65536, true);
+        rig.storm(60, || ());
+        rig.stores[0].faults.dead.set(true);
+        rig.storm(20, || ());
+        let store = Rc::clone(&rig.stores[1]);
+        assert!(rig.storm(40, || store.faults.write_errors.set(true)) > 0);
+        // Reads go on, and use the memory.
+        for at in (0..LU_BYTES).step_by(512 << 10) {
+            let _ = rig.read(at, 512 << 10);
+        }
+        rig.world.kill();
+        store.faults.write_errors.set(false);
+        let memory = Rc::clone(&rig.memory);
+        rig.restart(&memory, false).unwrap();
+        for (at, len) in rig.refused.borrow().iter() {
+            rig.known.borrow_mut()[*at as usize..(at + len) as usize].fill(false);
+        }
+        rig.check();
+    }
+}
+
+#[test]
 fn rebuilding_disk_that_dies_costs_no_write() {
     let rig = rig(68, Level::Raid5, 4, 65536, true);
     rig.storm(60, || ());
