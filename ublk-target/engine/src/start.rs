@@ -105,11 +105,21 @@ impl<E: Env> RaidGroup<E> {
             front: parts.front,
             random,
         };
-        let group = Self::launch(rest, geometry, record, config.clone(), generation, slots).await;
+        let group = Self::launch(
+            rest,
+            geometry,
+            record,
+            config.clone(),
+            generation,
+            slots,
+            false,
+        )
+        .await;
         group.write_config(config).await?;
         if group.in_sync.get().count_ones() < u32::from(n) {
             return Err(failed(what, group.reason()));
         }
+        group.log.begin();
         group.event("NewArray", None, &spec.name);
         Ok(group)
     }
@@ -155,11 +165,20 @@ impl<E: Env> RaidGroup<E> {
         let record = plan
             .next_record(History::from_bytes(random()))
             .ok_or_else(|| failed(what, "its deciding superblock names no group"))?;
-        let is_changed = plan
-            .superblock
-            .member
-            .as_ref()
-            .is_none_or(|member| member.group != record);
+        // A stop in mid-publish leaves the newest state on some members only; whoever is missing at the next
+        // start must not take it with him.
+        let differs = |disk: usize| {
+            let superblock = &superblocks[disk];
+            superblock.generation != plan.superblock.generation
+                || superblock
+                    .member
+                    .as_ref()
+                    .is_none_or(|member| member.group != record)
+        };
+        let is_changed = plan.slots.iter().any(|slot| match slot {
+            SlotPlan::InSync(disk) | SlotPlan::Rebuilding(disk) => differs(*disk),
+            SlotPlan::Stale(_) | SlotPlan::Faulty | SlotPlan::Missing => false,
+        });
         let geometry = record.geometry().map_err(|error| failed(what, error))?;
         let mut given: Vec<Option<Given<E::Disk>>> = parts.members.into_iter().map(Some).collect();
         let mut slots: Vec<Slot<E>> = Vec::new();
@@ -183,11 +202,13 @@ impl<E: Env> RaidGroup<E> {
             }));
         }
         drop(given);
+        // Replay comes first: what is read from here on may take the memory that it writes from.
+        let mut unreplayed = 0;
+        if let Some(left) = &left {
+            unreplayed = left.unreplayed | replay::<E>(&parts.pool, left, &slots).await;
+            inflight::replayed(&parts.pool, unreplayed);
+        }
         let config = read_config::<E>(&parts.pool, &geometry, &record, &slots, &plan.slots).await?;
-        let unreplayed = match &left {
-            Some(left) => replay::<E>(&parts.pool, left, &slots).await,
-            None => 0,
-        };
         let rest = Rest {
             system: parts.system,
             pool: parts.pool,
@@ -196,7 +217,16 @@ impl<E: Env> RaidGroup<E> {
             random,
         };
         let generation = plan.superblock.generation;
-        let group = Self::launch(rest, geometry, record, config, generation, slots).await;
+        let group = Self::launch(
+            rest,
+            geometry,
+            record,
+            config,
+            generation,
+            slots,
+            left.is_some(),
+        )
+        .await;
         for reason in &plan.reasons {
             group.event("Assembled", None, reason);
         }
@@ -216,7 +246,9 @@ impl<E: Env> RaidGroup<E> {
                 .fail(unreplayed, why)
                 .await
                 .map_err(|_| failed(what, format!("a member {why}")))?;
+            inflight::replayed(&group.pool, 0);
         }
+        group.log.begin();
         if left.is_some() {
             group.event(
                 "Recovered",
@@ -242,6 +274,7 @@ type Slot<E> = Option<(Given<<E as Env>::Disk>, MemberPlace)>;
 
 impl<E: Env> RaidGroup<E> {
     /// Puts a group together in memory. States are those of the record, but who is not there is not believed.
+    /// `died`: a process of the group died here, and its log goes on.
     async fn launch(
         rest: Rest<E>,
         geometry: Geometry,
@@ -249,6 +282,7 @@ impl<E: Env> RaidGroup<E> {
         config: GroupConfig,
         generation: u64,
         slots: Vec<Slot<E>>,
+        died: bool,
     ) -> Rc<Self> {
         let chunk = geometry.chunk();
         let (mut in_sync, mut rebuild) = (0, None);
@@ -288,7 +322,7 @@ impl<E: Env> RaidGroup<E> {
         }
         let synced = record.synced_to / chunk;
         let meta = rest.pool.lease(Quota::Work, members.len() * 4096).await;
-        let log = InflightLog::start(&rest.pool, record.uuid, generation);
+        let log = InflightLog::start(&rest.pool, record.uuid, generation, died);
         let lus = config.lus.clone();
         let group = Rc::new(Self {
             id: record.uuid,
@@ -321,6 +355,7 @@ impl<E: Env> RaidGroup<E> {
             lus: RefCell::default(),
             stripes: StripeTable::new(),
             log,
+            kept: RefCell::default(),
             requests: Cell::new(0),
             active_writes: Cell::new(0),
             turn: Cell::new(0),
