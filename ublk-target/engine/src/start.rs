@@ -132,11 +132,20 @@ impl<E: Env> RaidGroup<E> {
     pub async fn start(parts: Parts<E>, spec: StartSpec) -> Result<Rc<Self>, ApiError> {
         let what = "the group could not be started";
         let mut superblocks = Vec::new();
-        for given in &parts.members {
-            let superblock = read_superblock(&given.disk, &parts.pool)
-                .await
-                .map_err(|error| failed(what, format!("{}: {}", given.path, chain(&error))))?;
-            superblocks.push(superblock);
+        let mut readable = Vec::new();
+        let mut unreadable = Vec::new();
+        for given in parts.members {
+            match read_superblock(&given.disk, &parts.pool).await {
+                Ok(superblock) => {
+                    superblocks.push(superblock);
+                    readable.push(given);
+                }
+                // A member that cannot say who it is, is one that is not there: the rules for that decide.
+                Err(error) => unreadable.push(format!("{}: {}", given.path, chain(&error))),
+            }
+        }
+        if readable.is_empty() {
+            return Err(failed(what, unreadable.join("; ")));
         }
         let memory = parts.pool.whole().len() as u64;
         let generation = superblocks
@@ -153,7 +162,7 @@ impl<E: Env> RaidGroup<E> {
         };
         let present: Vec<Present<'_>> = superblocks
             .iter()
-            .zip(&parts.members)
+            .zip(&readable)
             .map(|(superblock, given)| Present {
                 superblock,
                 path: &given.path,
@@ -180,7 +189,7 @@ impl<E: Env> RaidGroup<E> {
             SlotPlan::Stale(_) | SlotPlan::Faulty | SlotPlan::Missing => false,
         });
         let geometry = record.geometry().map_err(|error| failed(what, error))?;
-        let mut given: Vec<Option<Given<E::Disk>>> = parts.members.into_iter().map(Some).collect();
+        let mut given: Vec<Option<Given<E::Disk>>> = readable.into_iter().map(Some).collect();
         let mut slots: Vec<Slot<E>> = Vec::new();
         for slot in &plan.slots {
             let index = match slot {
@@ -227,7 +236,7 @@ impl<E: Env> RaidGroup<E> {
             left.is_some(),
         )
         .await;
-        for reason in &plan.reasons {
+        for reason in plan.reasons.iter().chain(&unreadable) {
             group.event("Assembled", None, reason);
         }
         if group.in_sync.get().count_ones() < u32::from(group.geometry.members()) {
