@@ -61,7 +61,7 @@ test_results() {
     $1 == "Doc-tests" { prefix = binary($2 "-0") "::doc::"; next }
     /^ +(PASS|LEAK|FAIL|LEAK-FAIL|ABORT|TIMEOUT|SIG[A-Z0-9]+|SKIP) +\[/ {
       status = $1
-      name = $0; sub(/^[^\]]*\] +/, "", name); sub(/^\( *[0-9\/-]+\) +/, "", name)
+      name = $0; sub(/^[^\]]*\] +/, "", name); sub(/^\([^)]*\) +/, "", name)
       test = name; sub(/^[^ ]+ +/, "", test); sub(/ .*/, "", name)
       put(binary(name) "::" test, status ~ /^(PASS|LEAK)$/ ? "passed" : status == "SKIP" ? "skipped" : "failed")
       next

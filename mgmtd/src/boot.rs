@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use lunar_api::target::{MemberSpec, Probe, TargetAnswer, TargetRequest};
+use lunar_api::target::{GroupStatus, MemberSpec, Probe, TargetAnswer, TargetRequest};
 use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid};
 
 use crate::daemon::{About, Daemon};
@@ -109,11 +109,9 @@ fn correct(daemon: &Daemon, found: BTreeMap<DiskUuid, Probe>) {
         for (uuid, probe) in &found {
             let path = stable_path(Path::new(&probe.path)).display().to_string();
             let old = tables.disk(*uuid).cloned();
-            // A disk given to Lunar whose row was lost gets a new number; a removed one stays out.
-            let member = probe
-                .label
-                .as_ref()
-                .is_some_and(|l| !l.group.is_nil() && !l.deleted);
+            // A disk whose row was lost gets a new number, but only if the newest superblock of its group
+            // lists it: one that was replaced and removed keeps its old label and stays out.
+            let member = is_listed(&found, *uuid);
             let number = match &old {
                 Some(row) => row.number,
                 None if member => tables.next_disk(),
@@ -153,6 +151,25 @@ fn correct(daemon: &Daemon, found: BTreeMap<DiskUuid, Probe>) {
         );
     }
     daemon.live().probes = found;
+}
+
+/// Whether the newest superblock found of a disk's group lists the disk.
+fn is_listed(found: &BTreeMap<DiskUuid, Probe>, disk: DiskUuid) -> bool {
+    let label = |probe: &Probe| {
+        probe
+            .label
+            .clone()
+            .filter(|l| !l.group.is_nil() && !l.deleted)
+    };
+    let Some(own) = found.get(&disk).and_then(label) else {
+        return false;
+    };
+    let same = found
+        .values()
+        .filter_map(label)
+        .filter(|l| l.group == own.group);
+    same.max_by_key(|l| l.generation)
+        .is_some_and(|newest| newest.members.contains(&disk))
 }
 
 /// Groups that should be up and are not.
@@ -211,11 +228,11 @@ pub async fn start_groups(daemon: &Daemon) {
 }
 
 /// Brings back the groups that were up when ublk-target died, from what was last seen: no probe, no search.
-pub async fn recover_groups(daemon: &Daemon) {
-    let were_up: Vec<_> = std::mem::take(&mut daemon.live().groups)
-        .into_values()
-        .collect();
-    for group in were_up {
+///
+/// A group stays in `were_up` while ublk-target cannot be reached: if it dies again in the middle, the next
+/// one goes on with what is left.
+pub async fn recover_groups(daemon: &Daemon, were_up: &mut Vec<GroupStatus>) {
+    for group in std::mem::take(were_up) {
         let uuid = group.group;
         let members = {
             let tables = daemon.tables();
@@ -230,10 +247,31 @@ pub async fn recover_groups(daemon: &Daemon) {
                 })
                 .collect()
         };
-        if let Err(error) = start_group(daemon, uuid, members, false).await {
-            not_started(daemon, uuid, &error);
+        match start_group(daemon, uuid, members, false).await {
+            Ok(()) => {}
+            Err(error) if error.kind == ErrorKind::Unreachable => were_up.push(group),
+            Err(error) => not_started(daemon, uuid, &error),
         }
     }
+}
+
+/// Looks again at what these disks carry; whoever destroys or hands out a disk asks this first.
+///
+/// # Errors  ublk-target does not answer
+pub async fn look_again(daemon: &Daemon, disks: &[DiskSave]) -> Result<(), ApiError> {
+    let paths: Vec<PathBuf> = disks.iter().map(|d| d.path.clone().into()).collect();
+    let found = probe_paths(daemon, &paths).await?;
+    let system = daemon.tables().system;
+    let mut live = daemon.live();
+    for disk in disks {
+        live.probes.remove(&disk.uuid);
+    }
+    for probe in found {
+        if let Some(label) = probe.label.clone().filter(|l| l.system == system) {
+            live.probes.insert(label.disk, probe);
+        }
+    }
+    Ok(())
 }
 
 fn not_started(daemon: &Daemon, group: GroupUuid, error: &ApiError) {
@@ -345,4 +383,51 @@ async fn open_members(
         }
     }
     (specs, fds, without)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lunar_api::target::Label;
+    use lunar_api::{History, SystemUuid};
+
+    fn probe(disk: u8, generation: u64, members: &[u8]) -> (DiskUuid, Probe) {
+        let id = |n: u8| DiskUuid::from_bytes([n; 16]);
+        let label = Label {
+            system: SystemUuid::from_bytes([1; 16]),
+            disk: id(disk),
+            group: GroupUuid::from_bytes([1; 16]),
+            group_name: "data".into(),
+            level: None,
+            slots: 2,
+            slot: None,
+            history: History::NIL,
+            generation,
+            members: members.iter().map(|n| id(*n)).collect(),
+            deleted: false,
+        };
+        let path = format!("/dev/{disk}");
+        let (capacity, logical_block, problem) = (1 << 30, 512, None);
+        (
+            id(disk),
+            Probe {
+                path,
+                capacity,
+                logical_block,
+                label: Some(label),
+                problem,
+            },
+        )
+    }
+
+    #[test]
+    fn is_listed_leaves_a_replaced_disk_out() {
+        let found = BTreeMap::from([
+            probe(1, 9, &[1, 3]),
+            probe(2, 4, &[1, 2]),
+            probe(3, 9, &[1, 3]),
+        ]);
+        let listed = |n| is_listed(&found, DiskUuid::from_bytes([n; 16]));
+        assert_eq!([1, 2, 3, 4].map(listed), [true, false, true, false]);
+    }
 }

@@ -69,6 +69,8 @@ pub struct Daemon {
     pub stopping: AtomicBool,
     /// Rings when all has been stopped.
     pub stopped: tokio::sync::Notify,
+    /// Rings when the client that asked for the shutdown has its answer.
+    pub told: tokio::sync::Notify,
 }
 
 impl Daemon {
@@ -86,6 +88,7 @@ impl Daemon {
             rang: tokio::sync::Notify::new(),
             stopping: AtomicBool::new(false),
             stopped: tokio::sync::Notify::new(),
+            told: tokio::sync::Notify::new(),
         })
     }
 

@@ -106,6 +106,7 @@ async fn run(args: Args) -> Result<(), String> {
         _ = daemon.stopped.notified() => {
             let limit = std::time::Duration::from_secs(10);
             let _ = tokio::time::timeout(limit, &mut supervisor).await;
+            let _ = tokio::time::timeout(limit / 10, daemon.told.notified()).await;
             tracing::info!("everything is stopped");
         }
     }

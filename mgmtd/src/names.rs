@@ -89,9 +89,14 @@ mod tests {
 
     #[test]
     fn expand_ranges_lists_and_paths() {
-        let args: Vec<String> = ["1-3", "5,/dev/a-1", "/dev/a-b,c", "x-y"].map(String::from).into();
+        let args: Vec<String> = ["1-3", "5,/dev/a-1", "/dev/a-b,c", "x-y"]
+            .map(String::from)
+            .into();
         let out = expand(&args).unwrap();
-        assert_eq!(out, ["1", "2", "3", "5", "/dev/a-1", "/dev/a-b", "c", "x-y"]);
+        assert_eq!(
+            out,
+            ["1", "2", "3", "5", "/dev/a-1", "/dev/a-b", "c", "x-y"]
+        );
     }
 
     #[test]

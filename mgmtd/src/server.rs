@@ -176,6 +176,9 @@ async fn talk(
             let bytes = frame(&answer);
             tokio::time::timeout(MESSAGE_LIMIT, stream.write_all(&bytes)).await??;
         }
+        if daemon.is_stopping() {
+            daemon.told.notify_one();
+        }
         seat.idle_since.set(Some(Instant::now()));
         if close {
             return Ok(());

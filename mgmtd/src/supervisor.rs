@@ -10,7 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use lunar_api::target::{TargetAnswer, TargetRequest};
+use lunar_api::target::{GroupStatus, TargetAnswer, TargetRequest};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
@@ -21,9 +21,9 @@ use crate::daemon::{About, Daemon};
 use crate::limits::{BACKOFF_MAX, DEATHS_MAX, START_LIMIT, STATUS_LIMIT};
 use crate::{boot, notify};
 
-/// Own cgroup (best effort), listening socket from 0 to 3, then exec: what cannot be done between fork and
+/// Own cgroup (best effort, version 2 only: elsewhere that path is a plain directory), listening socket from 0 to 3, then exec: what cannot be done between fork and
 /// exec without `unsafe`.
-const EXEC: &str = "{ mkdir -p /sys/fs/cgroup/lunar-target && \
+const EXEC: &str = "{ test -e /sys/fs/cgroup/cgroup.controllers && mkdir -p /sys/fs/cgroup/lunar-target && \
     echo $$ > /sys/fs/cgroup/lunar-target/cgroup.procs; } 2>/dev/null; \
     exec \"$@\" 3<&0 </dev/null";
 
@@ -40,13 +40,14 @@ struct Running {
 pub async fn supervise(daemon: Arc<Daemon>) {
     let mut deaths: Vec<Instant> = Vec::new();
     let mut first = true;
+    let mut were_up = Vec::new();
     loop {
-        let up = bring_up(&daemon, first).await;
+        let up = bring_up(&daemon, first, &mut were_up).await;
         match up {
             Ok(mut running) => {
                 first = false;
                 let _ = (&mut running.ended).await;
-                if died(&daemon, &mut running).await {
+                if died(&daemon, &mut running, &mut were_up).await {
                     return;
                 }
             }
@@ -66,7 +67,7 @@ pub async fn supervise(daemon: Arc<Daemon>) {
 }
 
 /// Says how it ended; true if that was asked for.
-async fn died(daemon: &Daemon, running: &mut Running) -> bool {
+async fn died(daemon: &Daemon, running: &mut Running, were_up: &mut Vec<GroupStatus>) -> bool {
     let how = match running
         .child
         .as_mut()
@@ -78,6 +79,8 @@ async fn died(daemon: &Daemon, running: &mut Running) -> bool {
         },
         None => "ended".into(),
     };
+    // Taken before the next one answers: a read verb would find it without groups and forget them.
+    were_up.extend(std::mem::take(&mut daemon.live().groups).into_values());
     daemon.disconnect().await;
     if daemon.is_stopping() {
         return true;
@@ -91,8 +94,17 @@ async fn died(daemon: &Daemon, running: &mut Running) -> bool {
 }
 
 /// Adopts or starts ublk-target, and brings the groups up.
-async fn bring_up(daemon: &Arc<Daemon>, first: bool) -> io::Result<Running> {
-    let turn = daemon.intent.lock().await;
+async fn bring_up(
+    daemon: &Arc<Daemon>,
+    first: bool,
+    were_up: &mut Vec<GroupStatus>,
+) -> io::Result<Running> {
+    // A recovery waits for no change: I/O stands still, and no change touches members of groups that were up.
+    let turn = if first {
+        Some(daemon.intent.lock().await)
+    } else {
+        None
+    };
     let adopted = if first { adopt(daemon).await? } else { None };
     let running = match adopted {
         Some(running) => running,
@@ -104,7 +116,8 @@ async fn bring_up(daemon: &Arc<Daemon>, first: bool) -> io::Result<Running> {
             boot::find_disks(daemon).await?;
             boot::start_groups(daemon).await;
         } else {
-            boot::recover_groups(daemon).await;
+            boot::recover_groups(daemon, were_up).await;
+            boot::start_groups(daemon).await;
         }
         daemon.refresh().await
     };

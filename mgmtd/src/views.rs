@@ -393,6 +393,7 @@ pub(crate) mod tests {
             disk: DiskUuid::from_bytes([u8::try_from(slot).unwrap() + 1; 16]),
             path: format!("/dev/disk{slot}"),
             state: MemberState::InSync,
+            data_offset: 8 << 20,
             reason: String::new(),
             reads: 0,
             writes: 0,

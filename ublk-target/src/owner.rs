@@ -240,7 +240,6 @@ impl Local {
         }
         self.spawn_counted(Rc::clone(&group).background());
         self.spawn_counted(Rc::clone(&group).watch());
-        self.spawn_counted(Rc::clone(&group).tidy());
         assert!(self.group.set(group).is_ok(), "one group a thread");
     }
 

@@ -18,6 +18,7 @@ use lunar_engine::raid_group;
 
 /// Largest request: what one private copy takes, and 1/48 of the pool.
 pub(crate) const IO_BYTES_MAX: u32 = 512 << 10;
+const _: () = assert!(IO_BYTES_MAX as u64 == lunar_engine::limits::MAX_IO);
 /// The engine's grain: what is smaller it reads, merges and writes back.
 const PHYSICAL_BLOCK: u32 = lunar_engine::plan::GRAIN;
 /// Sectors of a discard or zeroing request; kernels before 6.11 cut what does not fit 32 bits of bytes.

@@ -5,22 +5,23 @@ use std::path::{Path, PathBuf};
 
 use lunar_api::mgmt::{DiskAdd, DiskFail, DiskRemove, DiskReplace, Role};
 use lunar_api::rows::{Changed, DiskList, DiskOne, DiskShow, DiskState};
-use lunar_api::target::{Label, MemberSpec, Probe, TargetAnswer, TargetRequest};
+use lunar_api::target::{MemberSpec, TargetAnswer, TargetRequest};
 use lunar_api::units::format_size;
 use lunar_api::{ApiError, DiskUuid, ErrorKind};
 
+use super::admission::{Fresh, check_fresh, check_kind, error, known_disk};
 use super::{last_view, view};
-use crate::boot::probe_paths;
+use crate::boot::{look_again, probe_paths};
 use crate::daemon::{About, Daemon};
-use crate::limits::{DISK_MIN, PATHS_MAX, REOPEN_LIMIT};
+use crate::limits::{PATHS_MAX, REOPEN_LIMIT};
 use crate::link::unexpected;
 use crate::names::expand;
-use crate::opener::{open_exclusive, open_patiently};
+use crate::opener::open_patiently;
 use crate::planner::{Gate, Plan};
-use crate::probe::{Identity, capacity, identify, random, stable_path};
+use crate::probe::{identify, random, stable_path};
+use crate::signature;
 use crate::tables::DiskSave;
 use crate::views::{View, unknown};
-use crate::{holders, signature};
 
 /// Answers `DiskList`.
 ///
@@ -76,17 +77,6 @@ pub fn find<'a>(view: &'a View, name: &str) -> Result<&'a DiskSave, ApiError> {
     let mut disks = view.tables.disks.values();
     same.and_then(|id| disks.find(|d| identify(Path::new(&d.path)).is_ok_and(|other| other == id)))
         .ok_or_else(|| unknown("disk", name))
-}
-
-/// One path of `disk add` that passed every check.
-#[derive(Debug)]
-struct Fresh {
-    path: PathBuf,
-    capacity: u64,
-    /// Identity that it already has in this system: only its row is missing.
-    known: Option<DiskUuid>,
-    /// Signature to erase first.
-    erase: Option<String>,
 }
 
 /// Answers `DiskAdd`.
@@ -163,210 +153,6 @@ fn rows(view: &View, numbers: &[u32]) -> Vec<lunar_api::rows::DiskRow> {
         .filter_map(|n| view.tables.disks.get(n))
         .map(|d| view.disk_row(d))
         .collect()
-}
-
-fn error(path: &Path, kind: ErrorKind, why: impl Into<String>) -> ApiError {
-    ApiError::new(
-        kind,
-        format!("{} cannot be taken as a disk", path.display()),
-    )
-    .because(why)
-}
-
-fn check_kind(path: &Path) -> Result<Identity, ApiError> {
-    let usage = |why: String| {
-        error(path, ErrorKind::Usage, why).hint("lsblk -o NAME,SIZE,FSTYPE,MOUNTPOINTS")
-    };
-    if !path.is_absolute() {
-        return Err(usage("the path is not absolute".into()));
-    }
-    let identity = identify(path).map_err(|e| usage(e.to_string()))?;
-    match identity {
-        Identity::Block(_) | Identity::File(..) => {}
-        Identity::Directory => return Err(usage("it is a directory".into())),
-        Identity::Other => return Err(usage("it is neither a block device nor a file".into())),
-    }
-    let size = capacity(path, identity).map_err(|e| usage(e.to_string()))?;
-    let name = path.display();
-    match size {
-        0 => Err(usage("it is empty".into()).hint(format!("fallocate -l 1GiB {name}"))),
-        1..DISK_MIN => Err(usage(format!(
-            "it has {}, the least is {}",
-            format_size(size),
-            format_size(DISK_MIN)
-        ))),
-        _ => Ok(identity),
-    }
-}
-
-fn known_disk(view: &View, identity: Identity) -> Option<&DiskSave> {
-    let mut disks = view.tables.disks.values();
-    disks.find(|d| identify(Path::new(&d.path)).is_ok_and(|other| other == identity))
-}
-
-async fn check_fresh(
-    daemon: &Daemon,
-    view: &View,
-    path: &Path,
-    identity: Identity,
-    force: Option<&str>,
-) -> Result<Fresh, ApiError> {
-    check_unused(path, identity)?;
-    let probe = probe_paths(daemon, &[path.to_path_buf()])
-        .await?
-        .into_iter()
-        .next();
-    let Some(probe) = probe else {
-        return Err(
-            error(path, ErrorKind::Failed, "it cannot be opened with O_DIRECT")
-                .hint("use a block device or a file on ext4, xfs or btrfs"),
-        );
-    };
-    let capacity = probe.capacity;
-    let path = path.to_path_buf();
-    if let Some(known) = own_label(view, &path, &probe)? {
-        return Ok(Fresh {
-            path,
-            capacity,
-            known: Some(known),
-            erase: None,
-        });
-    }
-    let mut found = signature::find(&path).await?;
-    if probe
-        .label
-        .as_ref()
-        .is_some_and(|label| !is_reusable(view, label))
-    {
-        found.insert(signature::LUNAR.into());
-    }
-    let erase = check_signatures(&path, &found, force, probe.label.as_ref())?;
-    Ok(Fresh {
-        path,
-        capacity,
-        known: None,
-        erase,
-    })
-}
-
-fn check_unused(path: &Path, identity: Identity) -> Result<(), ApiError> {
-    if let Identity::Block(dev) = identity {
-        let real = std::fs::canonicalize(path).unwrap_or_else(|_| path.into());
-        let held = holders::of_block(dev, &real.display().to_string());
-        if !held.is_empty() {
-            let mut busy = error(path, ErrorKind::Busy, "it is in use");
-            busy.causes.extend(held);
-            return Err(busy.hint("umount it, or name another disk"));
-        }
-    } else if let Ok(fs) = nix::sys::statfs::statfs(path) {
-        // NFS, SMB, CIFS, SMB2, 9p, AFS, Ceph, FUSE: a flush there does not mean what we need.
-        const REMOTE: [i64; 8] = [
-            0x6969,
-            0x517b,
-            0xff53_4d42,
-            0xfe53_4d42,
-            0x0102_1997,
-            0x5346_414f,
-            0x00c3_6400,
-            0x6573_5546,
-        ];
-        if REMOTE.contains(&fs.filesystem_type().0) {
-            return Err(error(
-                path,
-                ErrorKind::Usage,
-                "the file is not on a local file system",
-            )
-            .hint("use a block device or a file on ext4, xfs or btrfs"));
-        }
-    }
-    let opened = open_exclusive(path);
-    opened.map(drop).map_err(|e| match e.kind() {
-        std::io::ErrorKind::ResourceBusy => {
-            error(path, ErrorKind::Busy, "somebody holds it exclusively").hint(format!(
-                "lsof {}; dmsetup ls; cat /proc/mdstat",
-                path.display()
-            ))
-        }
-        _ => error(path, ErrorKind::Failed, e.to_string()).hint("dmesg | tail"),
-    })
-}
-
-/// The identity that a disk already has here, if only its row is missing.
-fn own_label(view: &View, path: &Path, probe: &Probe) -> Result<Option<DiskUuid>, ApiError> {
-    let Some(label) = probe
-        .label
-        .as_ref()
-        .filter(|l| l.system == view.tables.system)
-    else {
-        return Ok(None);
-    };
-    if let Some(other) = view.tables.disk(label.disk) {
-        if view.live.probes.contains_key(&other.uuid) || view.member(other.uuid).is_some() {
-            let why = format!(
-                "it carries the identity of disk {}, which is {}",
-                other.number, other.path
-            );
-            return Err(error(path, ErrorKind::Refused, why).hint(format!(
-                "wipefs -a {0} if {0} is a copy that may die",
-                path.display()
-            )));
-        }
-        return Ok(Some(label.disk));
-    }
-    let in_group = view
-        .live
-        .groups
-        .get(&label.group)
-        .is_some_and(|g| g.members.iter().any(|m| m.disk == label.disk));
-    let free = label.group.is_nil() && !label.deleted;
-    Ok((free || in_group).then_some(label.disk))
-}
-
-/// A superblock of ours that says the disk is free for reuse.
-fn is_reusable(view: &View, label: &Label) -> bool {
-    label.system == view.tables.system && (label.deleted || label.group.is_nil())
-}
-
-fn check_signatures(
-    path: &Path,
-    found: &BTreeSet<String>,
-    force: Option<&str>,
-    label: Option<&Label>,
-) -> Result<Option<String>, ApiError> {
-    let all = found.iter().cloned().collect::<Vec<_>>().join(", ");
-    let at = path.display();
-    match (found.len(), force) {
-        (0, None) => Ok(None),
-        (0, Some(name)) => Err(error(
-            path,
-            ErrorKind::Usage,
-            format!("--force={name} names what is not there"),
-        )
-        .hint(format!("lunar disk add {at}"))),
-        (1, Some(name)) if found.contains(name) => {
-            Ok(Some(name.to_string()).filter(|name| name != signature::LUNAR))
-        }
-        (1, _) => {
-            let mut refused = error(path, ErrorKind::Refused, format!("it carries data: {all}"));
-            if let Some(label) = label.filter(|_| found.contains(signature::LUNAR)) {
-                refused = refused.because(format!(
-                    "it belongs to group {} of Lunar system {}",
-                    label.group_name, label.system
-                ));
-            }
-            Err(refused.hint(format!(
-                "lunar disk add --force={all} {at}, if that data may die"
-            )))
-        }
-        _ => Err(error(
-            path,
-            ErrorKind::Refused,
-            format!("it carries more than one thing: {all}"),
-        )
-        .hint(format!(
-            "wipefs {at} to look; wipefs -a {at}, if all of that may die"
-        ))),
-    }
 }
 
 /// Labels one disk and gives it a number.
@@ -507,7 +293,17 @@ pub async fn replace(daemon: &Daemon, ask: DiskReplace) -> Result<Changed, ApiEr
             old.number
         )));
     }
-    let new = choose_new(&view, &ask, group.member_bytes)?;
+    let new = choose_new(&view, &ask, group.member_bytes)?.clone();
+    look_again(daemon, std::slice::from_ref(&new)).await?;
+    let fresh = last_view(daemon);
+    let new = choose_new(
+        &fresh,
+        &DiskReplace {
+            new: Some(new.number.to_string()),
+            ..ask.clone()
+        },
+        group.member_bytes,
+    )?;
     let (n, slot) = (new.number, member.slot);
     let plan = Plan::step(format!(
         "put disk {n} into slot {slot} of group {} and rebuild it",
@@ -602,16 +398,36 @@ pub async fn remove(daemon: &Daemon, ask: DiskRemove) -> Result<Changed, ApiErro
     let _turn = daemon.turn().await?;
     let view = view(daemon).await;
     let names = expand(&ask.disks)?;
+    // What was last seen may be old, and a wipe cannot be taken back: look at the disks now.
+    let chosen: Vec<DiskSave> = names
+        .iter()
+        .map(|n| find(&view, n).cloned())
+        .collect::<Result<_, _>>()?;
+    let free: Vec<DiskSave> = chosen
+        .into_iter()
+        .filter(|d| view.member(d.uuid).is_none())
+        .collect();
+    look_again(daemon, &free).await?;
+    let view = last_view(daemon);
     let mut disks = Vec::new();
     for name in &names {
         let disk = find(&view, name)?;
-        if let Some(group) = view.group_of(disk).and_then(|g| view.tables.group(g)) {
-            return Err(ApiError::new(
-                ErrorKind::Busy,
-                format!("disk {} is not removed", disk.number),
-            )
-            .because(format!("it is a member of group {}", group.name_seen))
-            .hint(format!("lunar disk replace {} NEW", disk.number)));
+        // The disk's own label decides, also for a group that has no row yet.
+        if let Some(group) = view.group_of(disk) {
+            let name = view
+                .tables
+                .group(group)
+                .map_or(group.to_string(), |g| g.name_seen.clone());
+            let what = format!("disk {} is not removed", disk.number);
+            return Err(ApiError::new(ErrorKind::Busy, what)
+                .because(format!("it is a member of group {name}"))
+                .hint(format!("lunar disk replace {} NEW", disk.number)));
+        }
+        if ask.wipe && !view.live.probes.contains_key(&disk.uuid) {
+            let what = format!("disk {} is not wiped", disk.number);
+            return Err(ApiError::new(ErrorKind::Refused, what)
+                .because(format!("{} does not carry its identity now", disk.path))
+                .hint(format!("lunar disk remove {}", disk.number)));
         }
         disks.push(disk.clone());
     }

@@ -10,7 +10,7 @@ use lunar_api::units::format_size;
 use lunar_api::{ApiError, ErrorKind, GroupUuid};
 
 use super::{check_not_held, disk, last_view, name_openers, view};
-use crate::boot::{find_disks, members_of, probe_paths, start_group};
+use crate::boot::{find_disks, look_again, members_of, probe_paths, start_group};
 use crate::daemon::{About, Daemon};
 use crate::limits::{CHUNK, PATHS_MAX};
 use crate::link::unexpected;
@@ -87,6 +87,9 @@ pub async fn create(daemon: &Daemon, ask: GroupCreate) -> Result<Changed, ApiErr
         answer.group = view.find_group(&ask.name).ok().map(|g| view.group_row(g));
         return Ok(*answer);
     }
+    let chosen: Vec<DiskSave> = members.iter().map(|d| (*d).clone()).collect();
+    look_again(daemon, &chosen).await?;
+    check_free(&last_view(daemon), &members)?;
     let uuid = random().map_err(|e| {
         ApiError::new(ErrorKind::Failed, "no random numbers").because(e.to_string())
     })?;

@@ -1,5 +1,6 @@
 //! What the verbs do: one file per resource. Each resolves its arguments, checks, plans, then carries out.
 
+mod admission;
 pub mod disk;
 pub mod group;
 pub mod lu;

@@ -74,10 +74,16 @@ fn member_dies(how: &'static str, level: &str) -> Result<(), Failure> {
     let rig = Rig::new()?;
     rig.array("dm", count, 256, &["--level", level, "--chunk", "64KiB"])?;
     let device = rig.device()?;
-    let write = fio(&device, 128, "--time_based=0 --io_size=256m");
+    let write = fio(&device, 128, "--io_size=1g --rate=40m");
     let dying = std::thread::spawn(move || {
-        super::shell::pause(1500);
-        sh(&format!("dm_{how} member1"))
+        super::shell::pause(2000);
+        sh(&format!("dm_{how} member1"))?;
+        if how == "hang" {
+            // Past the limit of 30 s; then what hung comes back, and its late writes land on a stale disk.
+            super::shell::pause(45_000);
+            sh("dm_heal member1")?;
+        }
+        Ok::<_, Failure>(())
     });
     let written = sh_in(&write, 400);
     dying.join().map_err(|_| "thread")??;
@@ -94,13 +100,10 @@ fn member_dies(how: &'static str, level: &str) -> Result<(), Failure> {
     sh("dm_error member0")?;
     let check = format!(
         "fio --name=v --filename={device} --size=128m --direct=1 --ioengine=io_uring --iodepth=8 --rw=randwrite \
-         --bsrange=512-256k --blockalign=512 --verify=crc32c --verify_fatal=1 --verify_only=1 --io_size=256m \
+         --bsrange=512-256k --blockalign=512 --verify=crc32c --verify_fatal=1 --verify_only=1 --io_size=1g \
          --randseed=7 >/tmp/fio.out 2>&1 || {{ cat /tmp/fio.out; exit 1; }}"
     );
     sh_in(&check, 300)?;
-    if how == "hang" {
-        sh("dm_heal member1")?;
-    }
     Ok(())
 }
 

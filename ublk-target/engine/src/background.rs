@@ -8,6 +8,7 @@ use lunar_api::target::{MemberState, SyncAction, SyncStatus};
 use crate::raid_group::RaidGroup;
 use crate::serve::bits;
 use crate::stripe_table::{Item, JoinId, Task};
+use crate::sync::join;
 use crate::traits::{Clock, Disk, Env, MILLISECOND, SECOND, Tick};
 
 /// A member that has not answered for so long is failed (`--disk-limit`).
@@ -28,9 +29,14 @@ const WINDOW_MAX: u64 = 32;
 pub(crate) const RATE_MIN: u64 = 32 << 20;
 
 impl<E: Env> RaidGroup<E> {
-    /// Watches for members that do not answer; the rim spawns one. Ends when the group has stopped. It waits
-    /// for no member: whoever does may wait for the very one that is to be given up here.
+    /// Watches the members and marks an idle group clean; the rim spawns one. Ends when the group has stopped.
     pub async fn watch(self: Rc<Self>) {
+        // Side by side: what writes to the members may wait for the very one that is to be given up.
+        join(self.watch_members(), self.tidy()).await;
+    }
+
+    /// Gives up members that do not answer; `tidy` makes that durable.
+    async fn watch_members(&self) {
         while !self.stopping.get() {
             self.clock.sleep(LOOK).await;
             let mut stalled = 0;
@@ -45,19 +51,17 @@ impl<E: Env> RaidGroup<E> {
                 }
             }
             if stalled != 0 && self.can_lose(stalled) {
-                // Whoever publishes now may wait for this very member: it is given up first.
                 self.fail_now(stalled, "no answer for 30 s");
-                let _ = self.publish().await;
             }
         }
     }
 
-    /// Marks an idle group clean; the rim spawns one. Ends when the group has stopped.
-    pub async fn tidy(self: Rc<Self>) {
+    async fn tidy(&self) {
         let mut idle_since = self.clock.now();
         let mut seen = self.requests.get();
         while !self.stopping.get() {
             self.clock.sleep(LOOK).await;
+            let _ = self.wait_durable().await;
             let now = self.clock.now();
             let requests = self.requests.get();
             if requests != seen || self.active_writes.get() != 0 {
@@ -98,11 +102,17 @@ impl<E: Env> RaidGroup<E> {
         if self.rebuilding().is_some() {
             return true;
         }
-        let whole = self.in_sync.get().count_ones() == u32::from(self.geometry.members());
         self.geometry.redundancy() > 0
             && self.synced.get() < self.geometry.stripes()
-            && (whole
-                || self.geometry.parity_slot(0).is_none() && self.in_sync.get().count_ones() > 1)
+            && self.has_sync_redundancy()
+    }
+
+    /// Says whether there is something that a resync can compare, or a slot to fill.
+    fn has_sync_redundancy(&self) -> bool {
+        let in_sync = self.in_sync.get().count_ones();
+        self.rebuilding().is_some()
+            || in_sync == u32::from(self.geometry.members())
+            || self.geometry.parity_slot(0).is_none() && in_sync > 1
     }
 
     /// Runs one resync or rebuild to its end.
@@ -140,9 +150,7 @@ impl<E: Env> RaidGroup<E> {
                 busy_until = Tick(now.0 + 100 * MILLISECOND);
             }
             let busy = now < busy_until;
-            let gone = self.stopping.get()
-                || self.rebuilding() != slot
-                || self.sync_wanted.get() != wanted;
+            let gone = self.stopping.get() || !self.is_current(slot, wanted);
             let room = match busy {
                 true => (64 * 1024 / chunk).clamp(1, 8),
                 false => (WINDOW_BYTES / chunk).clamp(2, WINDOW_MAX),
@@ -168,7 +176,7 @@ impl<E: Env> RaidGroup<E> {
                 break;
             };
             match self.stripes.wait(join).await {
-                Ok(()) if result.is_ok() => {
+                Ok(()) if result.is_ok() && self.is_current(slot, wanted) => {
                     done += 1;
                     match (slot, self.rebuild.get()) {
                         (Some(_), Some(mut rebuild)) => {
@@ -208,30 +216,32 @@ impl<E: Env> RaidGroup<E> {
             }
             let due = (done - saved) * chunk >= CURSOR_BYTES || now.0 - saved_at.0 >= CURSOR_AFTER;
             if due && result.is_ok() && !gone {
-                result = self.save_cursor(slot, done).await;
+                result = self.save_cursor(slot, wanted, done).await;
                 (saved, saved_at) = (done, self.clock.now());
             }
             self.throttle(busy, chunk).await;
         }
-        let complete = result.is_ok()
-            && done == stripes
-            && self.rebuilding() == slot
-            && self.sync_wanted.get() == wanted;
-        if complete {
-            self.sync_end(slot).await?;
-            self.event(&format!("{name}Finished"), slot, "");
-        } else if result.is_ok() && self.rebuilding() == slot && self.sync_wanted.get() == wanted {
-            // Stopping: the next start goes on from here.
-            result = self.save_cursor(slot, done).await;
-        } else if result.is_err() {
+        if result.is_ok() && self.is_current(slot, wanted) {
+            result = if done == stripes {
+                self.sync_end(slot, wanted).await
+            } else {
+                // Stopping: the next start goes on from here.
+                self.save_cursor(slot, wanted, done).await
+            };
+            if result.is_ok() && done == stripes {
+                self.event(&format!("{name}Finished"), slot, "");
+            }
+        }
+        self.sync_status.borrow_mut().take();
+        if result.is_err() && self.is_current(slot, wanted) {
             self.event(
                 &format!("{name}Stopped"),
                 slot,
                 "an I/O error on what it reads; tried again in 60 s",
             );
+            return Err(());
         }
-        self.sync_status.borrow_mut().take();
-        result
+        Ok(())
     }
 
     /// Waits so long that the sync keeps to its rate: the minimum while the host works, else the maximum.
@@ -247,10 +257,18 @@ impl<E: Env> RaidGroup<E> {
         }
     }
 
-    async fn save_cursor(&self, slot: Option<u16>, done: u64) -> Result<(), ()> {
-        self.flush_members().await;
+    /// Says whether a sync is still about what it began with: the same disk in the slot that is rebuilt, or none,
+    /// and redundancy to make right.
+    fn is_current(&self, slot: Option<u16>, wanted: u64) -> bool {
+        self.rebuilding() == slot && self.sync_wanted.get() == wanted && self.has_sync_redundancy()
+    }
+
+    async fn save_cursor(&self, slot: Option<u16>, wanted: u64, done: u64) -> Result<(), ()> {
+        self.flush_members().await.map_err(|_| ())?;
+        if !self.is_current(slot, wanted) {
+            return Err(());
+        }
         match slot {
-            Some(_) if self.rebuilding() != slot => return Err(()),
             Some(_) => self.durable_rebuild.set(done),
             None => self.durable_synced.set(done),
         }
@@ -258,12 +276,12 @@ impl<E: Env> RaidGroup<E> {
         self.publish().await.map_err(|_| ())
     }
 
-    async fn sync_end(&self, slot: Option<u16>) -> Result<(), ()> {
-        self.flush_members().await;
+    async fn sync_end(&self, slot: Option<u16>, wanted: u64) -> Result<(), ()> {
+        self.flush_members().await.map_err(|_| ())?;
+        if !self.is_current(slot, wanted) {
+            return Err(());
+        }
         if let Some(slot) = slot {
-            if self.rebuilding() != Some(slot) {
-                return Err(());
-            }
             // Whoever reads it from now on relies on data that is flushed; a crash before the publish only
             // repeats the end of the rebuild.
             self.in_sync.set(self.in_sync.get() | 1 << slot);

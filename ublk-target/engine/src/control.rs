@@ -310,6 +310,8 @@ impl<E: Env> RaidGroup<E> {
             return Err(failed(what, "it does not take writes"));
         }
         self.durable_rebuild.set(0);
+        // A sync that still runs is about another disk: from here on it counts nothing as done.
+        self.sync_wanted.set(self.sync_wanted.get() + 1);
         self.rebuild.set(Some(Rebuild {
             slot,
             done: 0,
@@ -319,7 +321,6 @@ impl<E: Env> RaidGroup<E> {
         self.publish()
             .await
             .map_err(|_| failed(what, "too few members took the superblock"))?;
-        self.sync_wanted.set(self.sync_wanted.get() + 1);
         if self.rebuilding() == Some(slot) {
             Ok(())
         } else {
@@ -340,9 +341,11 @@ impl<E: Env> RaidGroup<E> {
         while self.active_writes.get() > 0 || !self.stripes.is_idle() {
             self.clock.sleep(MILLISECOND).await;
         }
-        self.flush_members().await;
-        let mut result = Ok(());
-        if !self.failed.get() {
+        let mut result = self
+            .flush_members()
+            .await
+            .map_err(|_| failed(what, "a member could not be flushed"));
+        if result.is_ok() && !self.failed.get() {
             self.dirty.set(false);
             self.record.borrow_mut().flags.deleted |= delete;
             self.advance();

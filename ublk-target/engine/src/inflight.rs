@@ -20,6 +20,8 @@ use crate::sync::Waiters;
 
 const HEADER: usize = 4096;
 const ENTRY: usize = 4096;
+/// Where the header names the slots that did not take the replay.
+const UNREPLAYED: usize = 32;
 /// Entries.
 pub(crate) const ENTRIES: usize = (PREFIX - HEADER) / ENTRY;
 const MAGIC: u64 = u64::from_le_bytes(*b"LUNARIF1");
@@ -72,18 +74,21 @@ fn barrier() {
 }
 
 impl InflightLog {
-    /// Starts a new log; what was there is gone.
-    pub(crate) fn start(pool: &Rc<Pool>, group: GroupUuid, generation: u64) -> Self {
+    /// Starts a new log. It says something to a successor only after `begin`, or if it goes on that of a
+    /// process that died (`died`): that stays valid throughout, with what its replay could not write.
+    pub(crate) fn start(pool: &Rc<Pool>, group: GroupUuid, generation: u64, died: bool) -> Self {
         let cells = pool.cells(0..PREFIX);
-        put(cells, 0, &[0; 8]);
-        barrier();
+        if !died {
+            put(cells, 0, &[0; 8]);
+            barrier();
+            put(cells, UNREPLAYED, &[0; 8]);
+        }
         for entry in 0..ENTRIES {
             put(cells, HEADER + entry * ENTRY, &[0; ENTRY_HEAD]);
         }
         put(cells, 8, &group.to_bytes());
         put(cells, 24, &generation.to_le_bytes());
         barrier();
-        put(cells, 0, &MAGIC.to_le_bytes());
         let spare = (0..ENTRIES)
             .rev()
             .map(|e| u16::try_from(e).expect("255 entries"))
@@ -93,6 +98,14 @@ impl InflightLog {
             spare: RefCell::new(spare),
             waiters: Waiters::default(),
         }
+    }
+
+    /// From here on, finding this log proves that no more than a process died.
+    ///
+    /// # Crash  after the superblocks say what a power loss before this start left behind
+    pub(crate) fn begin(&self) {
+        barrier();
+        put(self.pool.cells(0..HEADER), 0, &MAGIC.to_le_bytes());
     }
 
     /// Notes that superblocks of up to this generation may be on the disks from now on.
@@ -156,6 +169,21 @@ impl InflightLog {
 pub(crate) struct Left {
     pub generation: u64,
     pub segments: Vec<Segment>,
+    /// Slots that an earlier replay could not write, as bits; their failure is not durable yet.
+    pub unreplayed: u64,
+}
+
+/// Notes that the entries are written again but for these slots: the memory that they name may be used.
+///
+/// # Crash  the slots are noted before the first entry is dropped
+pub(crate) fn replayed(pool: &Pool, unreplayed: u64) {
+    let cells = pool.cells(0..PREFIX);
+    put(cells, UNREPLAYED, &unreplayed.to_le_bytes());
+    barrier();
+    for entry in 0..ENTRIES {
+        cells[HEADER + entry * ENTRY].set(0);
+    }
+    barrier();
 }
 
 /// Reads what is in the memory; none if no process of this group died with it.
@@ -190,5 +218,6 @@ pub(crate) fn read(pool: &Pool, group: GroupUuid, memory_len: u64) -> Option<Lef
     Some(Left {
         generation: get_u64(cells, 24),
         segments,
+        unreplayed: get_u64(cells, UNREPLAYED),
     })
 }

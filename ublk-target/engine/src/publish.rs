@@ -95,28 +95,13 @@ impl<E: Env> RaidGroup<E> {
         }
         if live != 0 {
             self.fail_now(live, why);
-            self.publish().await?;
         }
         self.wait_durable().await
     }
 
-    /// Waits until the superblocks say what memory says now.
+    /// Waits until the superblocks say what memory says now; writes them if nobody else does.
     pub(crate) async fn wait_durable(&self) -> Result<(), Errno> {
-        let wanted = self.generation.get();
-        if self.durable.get() >= wanted {
-            return Ok(());
-        }
-        self.changed
-            .until(|| {
-                (self.durable.get() >= wanted || self.failed.get()).then_some(
-                    if self.durable.get() >= wanted {
-                        Ok(())
-                    } else {
-                        Err(EIO)
-                    },
-                )
-            })
-            .await
+        self.publish().await
     }
 
     /// Makes the first write after start (or after a clean mark) wait until the disks say `dirty`.
@@ -130,7 +115,6 @@ impl<E: Env> RaidGroup<E> {
         if !self.dirty.replace(true) {
             self.advance();
         }
-        self.publish().await?;
         self.wait_durable().await
     }
 
@@ -142,8 +126,14 @@ impl<E: Env> RaidGroup<E> {
             // Degraded, the mark buys nothing, and a start would have to trust it.
             return;
         }
-        self.flush_members().await;
-        if self.active_writes.get() == 0 && self.dirty.get() && !self.failed.get() {
+        let requests = self.requests.get();
+        if self.flush_members().await.is_err() {
+            return;
+        }
+        // A write that came and went meanwhile is not flushed.
+        let is_idle = self.active_writes.get() == 0 && self.requests.get() == requests;
+        let whole = self.in_sync.get().count_ones() == u32::from(self.geometry.members());
+        if is_idle && whole && self.dirty.get() && !self.failed.get() {
             self.dirty.set(false);
             self.dirty_durable.set(false);
             self.advance();
@@ -151,8 +141,10 @@ impl<E: Env> RaidGroup<E> {
         }
     }
 
-    /// Flushes every member that counts; one that fails it is failed.
-    pub(crate) async fn flush_members(&self) {
+    /// Flushes every member that counts; one that fails it is failed, durably.
+    ///
+    /// # Errors  EIO if redundancy does not allow that: what was written is not known to be durable
+    pub(crate) async fn flush_members(&self) -> Result<(), Errno> {
         let mut failed = 0;
         for slot in bits(self.writable(0) | self.in_sync.get()) {
             if self
@@ -164,8 +156,9 @@ impl<E: Env> RaidGroup<E> {
                 failed |= 1 << slot;
             }
         }
-        if failed != 0 && self.can_lose(failed) {
-            self.fail_now(failed, "flush failed");
+        match failed {
+            0 => Ok(()),
+            failed => self.fail(failed, "flush failed").await,
         }
     }
 
@@ -181,12 +174,14 @@ impl<E: Env> RaidGroup<E> {
                 .changed
                 .until(|| {
                     if self.durable.get() >= wanted {
-                        Some(false)
+                        Some(Ok(false))
+                    } else if self.failed.get() {
+                        Some(Err(EIO))
                     } else {
-                        (!self.publishing.replace(true)).then_some(true)
+                        (!self.publishing.replace(true)).then_some(Ok(true))
                     }
                 })
-                .await;
+                .await?;
             if !turn {
                 return Ok(());
             }
@@ -200,6 +195,8 @@ impl<E: Env> RaidGroup<E> {
     async fn publish_once(&self) -> Result<(), Errno> {
         let generation = self.generation.get();
         let dirty = self.dirty.get();
+        // From here on the disks may say that it is clean.
+        self.dirty_durable.set(self.dirty_durable.get() && dirty);
         let record = self.record_now();
         let slots = self.in_sync.get() | self.rebuilding().map_or(0, |slot| 1 << slot);
         let mut failed = 0u64;

@@ -208,6 +208,8 @@ pub struct RaidGroup<E: Env> {
     pub(crate) lus: RefCell<Vec<Option<Rc<Lu>>>>,
     pub(crate) stripes: StripeTable,
     pub(crate) log: InflightLog,
+    /// What entries of the log name that stay for a successor.
+    pub(crate) kept: RefCell<Vec<Lease>>,
     pub(crate) requests: Cell<u64>,
     pub(crate) active_writes: Cell<u64>,
     pub(crate) turn: Cell<u32>,

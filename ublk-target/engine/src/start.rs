@@ -105,11 +105,21 @@ impl<E: Env> RaidGroup<E> {
             front: parts.front,
             random,
         };
-        let group = Self::launch(rest, geometry, record, config.clone(), generation, slots).await;
+        let group = Self::launch(
+            rest,
+            geometry,
+            record,
+            config.clone(),
+            generation,
+            slots,
+            false,
+        )
+        .await;
         group.write_config(config).await?;
         if group.in_sync.get().count_ones() < u32::from(n) {
             return Err(failed(what, group.reason()));
         }
+        group.log.begin();
         group.event("NewArray", None, &spec.name);
         Ok(group)
     }
@@ -122,11 +132,20 @@ impl<E: Env> RaidGroup<E> {
     pub async fn start(parts: Parts<E>, spec: StartSpec) -> Result<Rc<Self>, ApiError> {
         let what = "the group could not be started";
         let mut superblocks = Vec::new();
-        for given in &parts.members {
-            let superblock = read_superblock(&given.disk, &parts.pool)
-                .await
-                .map_err(|error| failed(what, format!("{}: {}", given.path, chain(&error))))?;
-            superblocks.push(superblock);
+        let mut readable = Vec::new();
+        let mut unreadable = Vec::new();
+        for given in parts.members {
+            match read_superblock(&given.disk, &parts.pool).await {
+                Ok(superblock) => {
+                    superblocks.push(superblock);
+                    readable.push(given);
+                }
+                // A member that cannot say who it is, is one that is not there: the rules for that decide.
+                Err(error) => unreadable.push(format!("{}: {}", given.path, chain(&error))),
+            }
+        }
+        if readable.is_empty() {
+            return Err(failed(what, unreadable.join("; ")));
         }
         let memory = parts.pool.whole().len() as u64;
         let generation = superblocks
@@ -143,7 +162,7 @@ impl<E: Env> RaidGroup<E> {
         };
         let present: Vec<Present<'_>> = superblocks
             .iter()
-            .zip(&parts.members)
+            .zip(&readable)
             .map(|(superblock, given)| Present {
                 superblock,
                 path: &given.path,
@@ -155,13 +174,22 @@ impl<E: Env> RaidGroup<E> {
         let record = plan
             .next_record(History::from_bytes(random()))
             .ok_or_else(|| failed(what, "its deciding superblock names no group"))?;
-        let is_changed = plan
-            .superblock
-            .member
-            .as_ref()
-            .is_none_or(|member| member.group != record);
+        // A stop in mid-publish leaves the newest state on some members only; whoever is missing at the next
+        // start must not take it with him.
+        let differs = |disk: usize| {
+            let superblock = &superblocks[disk];
+            superblock.generation != plan.superblock.generation
+                || superblock
+                    .member
+                    .as_ref()
+                    .is_none_or(|member| member.group != record)
+        };
+        let is_changed = plan.slots.iter().any(|slot| match slot {
+            SlotPlan::InSync(disk) | SlotPlan::Rebuilding(disk) => differs(*disk),
+            SlotPlan::Stale(_) | SlotPlan::Faulty | SlotPlan::Missing => false,
+        });
         let geometry = record.geometry().map_err(|error| failed(what, error))?;
-        let mut given: Vec<Option<Given<E::Disk>>> = parts.members.into_iter().map(Some).collect();
+        let mut given: Vec<Option<Given<E::Disk>>> = readable.into_iter().map(Some).collect();
         let mut slots: Vec<Slot<E>> = Vec::new();
         for slot in &plan.slots {
             let index = match slot {
@@ -183,11 +211,13 @@ impl<E: Env> RaidGroup<E> {
             }));
         }
         drop(given);
+        // Replay comes first: what is read from here on may take the memory that it writes from.
+        let mut unreplayed = 0;
+        if let Some(left) = &left {
+            unreplayed = left.unreplayed | replay::<E>(&parts.pool, left, &slots).await;
+            inflight::replayed(&parts.pool, unreplayed);
+        }
         let config = read_config::<E>(&parts.pool, &geometry, &record, &slots, &plan.slots).await?;
-        let unreplayed = match &left {
-            Some(left) => replay::<E>(&parts.pool, left, &slots).await,
-            None => 0,
-        };
         let rest = Rest {
             system: parts.system,
             pool: parts.pool,
@@ -196,8 +226,17 @@ impl<E: Env> RaidGroup<E> {
             random,
         };
         let generation = plan.superblock.generation;
-        let group = Self::launch(rest, geometry, record, config, generation, slots).await;
-        for reason in &plan.reasons {
+        let group = Self::launch(
+            rest,
+            geometry,
+            record,
+            config,
+            generation,
+            slots,
+            left.is_some(),
+        )
+        .await;
+        for reason in plan.reasons.iter().chain(&unreadable) {
             group.event("Assembled", None, reason);
         }
         if group.in_sync.get().count_ones() < u32::from(group.geometry.members()) {
@@ -216,7 +255,9 @@ impl<E: Env> RaidGroup<E> {
                 .fail(unreplayed, why)
                 .await
                 .map_err(|_| failed(what, format!("a member {why}")))?;
+            inflight::replayed(&group.pool, 0);
         }
+        group.log.begin();
         if left.is_some() {
             group.event(
                 "Recovered",
@@ -242,6 +283,7 @@ type Slot<E> = Option<(Given<<E as Env>::Disk>, MemberPlace)>;
 
 impl<E: Env> RaidGroup<E> {
     /// Puts a group together in memory. States are those of the record, but who is not there is not believed.
+    /// `died`: a process of the group died here, and its log goes on.
     async fn launch(
         rest: Rest<E>,
         geometry: Geometry,
@@ -249,6 +291,7 @@ impl<E: Env> RaidGroup<E> {
         config: GroupConfig,
         generation: u64,
         slots: Vec<Slot<E>>,
+        died: bool,
     ) -> Rc<Self> {
         let chunk = geometry.chunk();
         let (mut in_sync, mut rebuild) = (0, None);
@@ -288,7 +331,7 @@ impl<E: Env> RaidGroup<E> {
         }
         let synced = record.synced_to / chunk;
         let meta = rest.pool.lease(Quota::Work, members.len() * 4096).await;
-        let log = InflightLog::start(&rest.pool, record.uuid, generation);
+        let log = InflightLog::start(&rest.pool, record.uuid, generation, died);
         let lus = config.lus.clone();
         let group = Rc::new(Self {
             id: record.uuid,
@@ -321,6 +364,7 @@ impl<E: Env> RaidGroup<E> {
             lus: RefCell::default(),
             stripes: StripeTable::new(),
             log,
+            kept: RefCell::default(),
             requests: Cell::new(0),
             active_writes: Cell::new(0),
             turn: Cell::new(0),

@@ -318,9 +318,18 @@ impl<E: Env> RaidGroup<E> {
             ios.push((segment.slot, Some(io)));
         }
         let failed = self.finish(&mut ios, DiskVerb::Write { fua }).await;
-        if failed != 0 {
-            // Without redundancy for it the entry stays: a successor writes these rows once more.
-            self.fail(failed, "write failed").await?;
+        if failed != 0
+            && let Err(errno) = self.fail(failed, "write failed").await
+        {
+            // Without redundancy for it the entry stays, and the memory that it names: a successor writes these
+            // rows once more.
+            let mut kept = self.kept.borrow_mut();
+            kept.extend(work.cloned());
+            kept.extend(batch.iter().filter_map(|item| match &item.task {
+                Task::Write { lease, .. } => Some(lease.clone()),
+                Task::Read { .. } | Task::Sync => None,
+            }));
+            return Err(errno);
         }
         self.log.clear(entry);
         Ok(())
@@ -543,7 +552,8 @@ impl<E: Env> RaidGroup<E> {
             self.event_repaired(slot, at, bytes);
             return Ok(());
         }
-        if self.in_sync.get() & 1 << slot == 0 {
+        let live = self.in_sync.get() | self.rebuilding().map_or(0, |slot| 1 << slot);
+        if live & 1 << slot == 0 {
             return Ok(()); // Failed meanwhile.
         }
         if self.can_lose(1 << slot) {

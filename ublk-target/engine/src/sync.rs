@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::future::{Future, poll_fn};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::task::{Poll, Waker};
 
 use arrayvec::ArrayVec;
@@ -50,6 +50,22 @@ impl Waiters {
         })
         .await
     }
+}
+
+/// Runs two flows side by side, to the end of both.
+pub async fn join(a: impl Future<Output = ()>, b: impl Future<Output = ()>) {
+    let (mut a, mut b) = (pin!(a), pin!(b));
+    let (mut a_ended, mut b_ended) = (false, false);
+    poll_fn(|cx| {
+        a_ended = a_ended || a.as_mut().poll(cx).is_ready();
+        b_ended = b_ended || b.as_mut().poll(cx).is_ready();
+        if a_ended && b_ended {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
+    })
+    .await;
 }
 
 /// Waits for a handful of futures at once; `done(i, output)` is told each as it ends.

@@ -9,9 +9,9 @@ use std::rc::Rc;
 use lunar_api::LuUuid;
 use lunar_api::target::{Consistency, GroupState, Level, LuSize, MemberState};
 use lunar_engine::raid_group::{CreateSpec, RaidGroup, StartSpec};
-use lunar_engine::traits::{HostRequest, HostVerb, RequestId};
+use lunar_engine::traits::{Clock, HostRequest, HostVerb, RequestId, SECOND};
 
-use world::{GROUP, Sim, Store, World, given, memory, parts, run};
+use world::{GROUP, Sim, SimClock, Store, World, given, memory, parts, run, uuid};
 
 const DISK: usize = 80 << 20;
 const LU: LuUuid = LuUuid::from_bytes([3; 16]);
@@ -25,6 +25,8 @@ struct Rig {
     model: Rc<RefCell<Vec<u8>>>,
     /// Bytes whose content is defined: all of a group of zeroed disks, else those written.
     known: RefCell<Vec<bool>>,
+    /// Writes that were answered with an error.
+    refused: Rc<RefCell<Vec<(u64, u64)>>>,
 }
 
 fn spec(level: Level, chunk: u64, assume_clean: bool) -> CreateSpec {
@@ -66,6 +68,7 @@ fn rig(seed: u64, level: Level, n: u8, chunk: u64, assume_clean: bool) -> Rig {
         group,
         model,
         known,
+        refused: Rc::default(),
     };
     // The model starts from what is there: content of a new LU is undefined.
     let now = rig.read_all();
@@ -234,6 +237,7 @@ impl Rig {
                     let done = Rc::new(Cell::new(false));
                     busy.push((tag << 48 | at, len, Rc::clone(&done)));
                     let (group, errors) = (Rc::clone(&self.group), Rc::clone(&errors));
+                    let refused = Rc::clone(&self.refused);
                     let verb = HostVerb::Write {
                         fua: self.world.random(8) == 0,
                     };
@@ -241,6 +245,7 @@ impl Rig {
                     self.world.spawn(async move {
                         if group.serve(0, request).await.is_err() {
                             errors.set(errors.get() + 1);
+                            refused.borrow_mut().push((at, len));
                         }
                         done.set(true);
                     });
@@ -265,6 +270,28 @@ impl Rig {
             let status = group.status();
             status.sync.is_none() && status.state == GroupState::Optimal
         });
+    }
+
+    fn replace(&self, slot: u16, disk: u8, with: &Rc<Store>) {
+        let (group, new) = (Rc::clone(&self.group), given(&self.world, disk, with));
+        let replaced = self
+            .world
+            .block_on(async move { group.member_replace(slot, new).await });
+        assert_eq!(replaced, Ok(()));
+    }
+
+    /// Lets virtual time pass.
+    fn sleep(&self, seconds: u64) {
+        let clock = SimClock(Rc::clone(&self.world));
+        self.world
+            .block_on(async move { clock.sleep(seconds * SECOND).await });
+    }
+
+    /// Waits until the running sync has done so much of a member.
+    fn wait_done(&self, bytes: u64) {
+        let group = Rc::clone(&self.group);
+        self.world
+            .run_until(move || group.status().sync.is_some_and(|sync| sync.done >= bytes));
     }
 
     fn without_each(&self, but: &[u8]) {
@@ -461,4 +488,190 @@ fn clean_stop_starts_without_resync_unclean_with_and_degraded_not_at_all() {
     assert!(refused.contains("not stopped cleanly"), "{refused}");
     rig.restart(&memory(), true).unwrap();
     rig.check();
+}
+
+#[test]
+fn replay_comes_before_anything_is_read_into_the_memory_that_it_replays() {
+    let mut rig = rig(51, Level::Raid5, 3, 65536, true);
+    let group = Rc::clone(&rig.group);
+    rig.world.block_on(async move {
+        // A configuration longer than the superblocks' place, which is the first of the work memory.
+        for i in 0..100u8 {
+            let name = format!("v{i:0>60}");
+            let lu = LuUuid::from_bytes([i + 10; 16]);
+            let made = group.lu_create(lu, &name, LuSize::Bytes(1 << 20), 32).await;
+            assert!(made.is_ok(), "{i} {made:?}");
+        }
+    });
+    rig.storm_with_kills(6);
+}
+
+#[test]
+fn disk_that_replaces_a_rebuilding_one_is_filled_from_the_start() {
+    for (level, n) in [(Level::Raid1, 2), (Level::Raid5, 3)] {
+        let rig = rig(52, level, n, 65536, true);
+        rig.storm(60, || ());
+        rig.stores[1].faults.dead.set(true);
+        rig.storm(20, || ());
+        rig.group.set_rebuild_rate(None, Some(1 << 20));
+        rig.replace(1, 40, &Store::new(DISK, 0x77));
+        rig.wait_done(8 << 20);
+        let group = Rc::clone(&rig.group);
+        let failed = rig
+            .world
+            .block_on(async move { group.member_fail(uuid(40), "by hand").await });
+        assert_eq!(failed, Ok(()));
+        rig.replace(1, 41, &Store::new(DISK, 0x78));
+        rig.group.set_rebuild_rate(None, Some(1 << 40));
+        rig.wait_synced();
+        rig.stores[0].faults.dead.set(true);
+        rig.check();
+    }
+}
+
+#[test]
+fn start_makes_durable_everywhere_what_only_one_member_says() {
+    for crash in 1..10 {
+        for dead in 0..2 {
+            let mut rig = rig(53 + crash, Level::Raid1, 3, 65536, true);
+            rig.storm(20, || ());
+            rig.world.crash_in.set(Some(crash));
+            let group = Rc::clone(&rig.group);
+            let _ = rig
+                .world
+                .try_block_on(async move { group.member_fail(uuid(2), "by hand").await });
+            rig.world.kill();
+            let memory = Rc::clone(&rig.memory);
+            rig.restart(&memory, false).unwrap();
+            assert_eq!(rig.storm(40, || ()), 0);
+            rig.world.kill();
+            rig.stores[dead].faults.dead.set(true);
+            rig.restart(&memory, false).unwrap();
+            for _ in 0..3 {
+                rig.check();
+            }
+        }
+    }
+}
+
+#[test]
+fn failed_flush_in_the_background_does_not_hold_writes() {
+    for rebuild in [true, false] {
+        let rig = rig(54, Level::Raid5, 4, 65536, rebuild);
+        rig.group.set_rebuild_rate(None, Some(1 << 20));
+        let mut store = Rc::clone(&rig.stores[2]);
+        if rebuild {
+            store.faults.dead.set(true);
+            rig.storm(30, || ());
+            store = Store::new(DISK, 0x77);
+            rig.replace(2, 40, &store);
+        }
+        rig.wait_done(2 << 20);
+        store.faults.flush_errors.set(true);
+        rig.sleep(15);
+        assert_eq!(rig.storm(30, || ()), 0);
+        rig.check();
+        assert_eq!(rig.group.status().members[2].state, MemberState::Faulty);
+    }
+}
+
+#[test]
+fn member_that_hangs_is_failed_whoever_waits_for_it() {
+    // The clean mark of an idle group.
+    let rig = rig(55, Level::Raid5, 4, 65536, true);
+    rig.storm(30, || ());
+    rig.stores[1].faults.hang.set(true);
+    rig.sleep(120);
+    assert_eq!(rig.group.status().members[1].state, MemberState::Faulty);
+    assert_eq!(rig.storm(30, || ()), 0);
+    rig.check();
+}
+
+#[test]
+fn second_member_that_hangs_is_failed_while_the_first_is_being_failed() {
+    let rig = rig(56, Level::Raid1, 3, 65536, true);
+    let (world, first, second) = (
+        Rc::clone(&rig.world),
+        Rc::clone(&rig.stores[1]),
+        Rc::clone(&rig.stores[2]),
+    );
+    let errors = rig.storm(60, || {
+        first.faults.hang.set(true);
+        let (clock, second) = (SimClock(Rc::clone(&world)), Rc::clone(&second));
+        world.spawn(async move {
+            clock.sleep(15 * SECOND).await;
+            second.faults.hang.set(true);
+        });
+    });
+    assert_eq!(errors, 0);
+    rig.check();
+}
+
+#[test]
+fn replay_after_redundancy_was_exhausted_writes_what_was_meant() {
+    for seed in 57..67 {
+        let mut rig = rig(seed, Level::Raid5, 4, 65536, true);
+        rig.storm(60, || ());
+        rig.stores[0].faults.dead.set(true);
+        rig.storm(20, || ());
+        let store = Rc::clone(&rig.stores[1]);
+        assert!(rig.storm(40, || store.faults.write_errors.set(true)) > 0);
+        // Reads go on, and use the memory.
+        for at in (0..LU_BYTES).step_by(512 << 10) {
+            let _ = rig.read(at, 512 << 10);
+        }
+        rig.world.kill();
+        store.faults.write_errors.set(false);
+        let memory = Rc::clone(&rig.memory);
+        rig.restart(&memory, false).unwrap();
+        for (at, len) in rig.refused.borrow().iter() {
+            rig.known.borrow_mut()[*at as usize..(at + len) as usize].fill(false);
+        }
+        rig.check();
+    }
+}
+
+#[test]
+fn rebuilding_disk_that_dies_costs_no_write() {
+    let rig = rig(68, Level::Raid5, 4, 65536, true);
+    rig.storm(60, || ());
+    rig.stores[1].faults.dead.set(true);
+    rig.storm(20, || ());
+    rig.group.set_rebuild_rate(None, Some(1 << 20));
+    let fresh = Store::new(DISK, 0x77);
+    rig.replace(1, 40, &fresh);
+    rig.wait_done(8 << 20);
+    fresh.faults.worn.set(true);
+    *fresh.faults.bad.borrow_mut() = (0..(DISK / 512) as u64).collect();
+    assert_eq!(rig.storm(60, || ()), 0);
+    rig.check();
+}
+
+#[test]
+fn process_that_dies_while_it_starts_after_a_power_loss_leaves_the_resync_to_do() {
+    // At the first write of its superblocks; whether one of those happened is drawn.
+    for (seed, crash) in (69..85).map(|seed| (seed, 8)) {
+        let mut rig = rig(seed, Level::Raid5, 3, 65536, true);
+        rig.storm(20, || ());
+        rig.world.kill();
+        let lost_memory = memory();
+        let members = (0..3u8)
+            .map(|i| given(&rig.world, i, &rig.stores[usize::from(i)]))
+            .collect();
+        let parts = parts(&rig.world, members, &lost_memory);
+        let spec = StartSpec {
+            group: GROUP,
+            force: false,
+            witness: None,
+        };
+        rig.world.crash_in.set(Some(crash));
+        let _ = rig.world.try_block_on(RaidGroup::start(parts, spec));
+        rig.world.kill();
+        rig.restart(&lost_memory, false).unwrap();
+        rig.sleep(1);
+        let mut events = Vec::new();
+        rig.group.take_events(&mut events);
+        let resync = events.iter().any(|event| event.name == "ResyncStarted");
+        assert!(resync, "killed at I/O {crash}");
+    }
 }

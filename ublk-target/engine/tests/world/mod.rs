@@ -241,12 +241,14 @@ impl World {
 #[derive(Debug, Default)]
 pub(crate) struct Faults {
     pub dead: Cell<bool>,
+    /// What is submitted now never ends; `abandon` gives it up.
     pub hang: Cell<bool>,
     /// Sectors whose reads fail until they are written.
     pub bad: RefCell<BTreeSet<u64>>,
     /// Reads of them fail even after a write.
     pub worn: Cell<bool>,
     pub write_errors: Cell<bool>,
+    pub flush_errors: Cell<bool>,
 }
 
 pub(crate) struct Store {
@@ -271,6 +273,8 @@ pub(crate) struct MemDisk {
     pub world: Rc<World>,
     pub store: Rc<Store>,
     pub abandoned: Rc<Cell<bool>>,
+    /// I/Os that hang, and since when.
+    stuck: RefCell<Vec<(u64, Rc<RefCell<IoState>>)>>,
 }
 
 impl Disk for MemDisk {
@@ -287,6 +291,12 @@ impl Disk for MemDisk {
             "beyond the disk: {at}+{len}"
         );
         assert!(at.is_multiple_of(512) && len.is_multiple_of(512));
+        if self.store.faults.hang.get() && !self.abandoned.get() {
+            let state = Rc::new(RefCell::new(IoState::default()));
+            let since = self.world.now.get();
+            self.stuck.borrow_mut().push((since, Rc::clone(&state)));
+            return Io(state);
+        }
         let store = Rc::clone(&self.store);
         let world = Rc::clone(&self.world);
         let pieces = pieces.to_vec();
@@ -370,6 +380,9 @@ impl Disk for MemDisk {
                         pos += n;
                     }
                 }
+                DiskVerb::Flush if store.faults.flush_errors.get() => {
+                    return Err(DiskError::Errno(5));
+                }
                 _ => {}
             }
             Ok(())
@@ -384,9 +397,18 @@ impl Disk for MemDisk {
     }
     fn abandon(&self) {
         self.abandoned.set(true);
+        for (_, state) in self.stuck.borrow_mut().drain(..) {
+            let mut state = state.borrow_mut();
+            state.done = Some(Err(DiskError::Abandoned));
+            if let Some(waker) = state.waker.take() {
+                waker.wake();
+            }
+        }
     }
     fn oldest(&self) -> u64 {
-        0
+        let stuck = self.stuck.borrow();
+        let since = stuck.iter().map(|(since, _)| *since).min();
+        since.map_or(0, |since| self.world.now.get() - since)
     }
     fn has_volatile_cache(&self) -> bool {
         false
@@ -487,6 +509,7 @@ pub(crate) fn given(world: &Rc<World>, n: u8, store: &Rc<Store>) -> Given<MemDis
         world: Rc::clone(world),
         store: Rc::clone(store),
         abandoned: Rc::default(),
+        stuck: RefCell::default(),
     };
     Given {
         uuid: uuid(n),
@@ -523,5 +546,4 @@ pub(crate) fn run(world: &Rc<World>, group: &Rc<RaidGroup<Sim>>) {
     }
     world.spawn(Rc::clone(group).background());
     world.spawn(Rc::clone(group).watch());
-    world.spawn(Rc::clone(group).tidy());
 }
