@@ -128,6 +128,7 @@ impl View {
                 disk: disk.map(|d| d.number),
                 path: disk.map_or(m.path.clone(), |d| d.path.clone()),
                 state: member_state(m.state),
+                data_offset: m.data_offset,
                 reason: m.reason.clone(),
                 reads: m.reads,
                 writes: m.writes,

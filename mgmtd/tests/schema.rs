@@ -274,6 +274,7 @@ fn member() -> MemberRow {
         disk: Some(1),
         path: disk_row().path,
         state: DiskState::Rebuilding,
+        data_offset: 8 << 20,
         reason: "replaced".into(),
         reads: 1,
         writes: 2,

@@ -145,6 +145,8 @@ rows! {
         disk: Option<u32>,
         path: String,
         state: DiskState,
+        /// Bytes from the start of the disk to the group's data; 0 where nobody is.
+        data_offset: u64,
         reason: String,
         reads: u64,
         writes: u64,

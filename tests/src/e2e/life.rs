@@ -140,7 +140,7 @@ fn mounted() -> Result<(), Failure> {
         })?;
     }
     sh_in(
-        &format!("diff -r /etc /mnt/l/etc; umount /mnt/l; e2fsck -fn {device}"),
+        &format!("diff -r --no-dereference /etc /mnt/l/etc; umount /mnt/l; e2fsck -fn {device}"),
         60,
     )?;
     rig.lunar(&["lu", "delete", "vol", "--yes"])?;
@@ -195,7 +195,7 @@ fn many_lus() -> Result<(), Failure> {
         120,
     )?;
     let pid = rig.target_pid()?;
-    let owners = sh(&format!("cat /proc/{pid}/task/*/comm | grep -c owner"))?;
+    let owners = sh(&format!("cat /proc/{pid}/task/*/comm | grep -c ^g-"))?;
     ensure(owners == "1", || format!("{owners} owner threads"))
 }
 

@@ -184,8 +184,9 @@ impl Drop for Rig {
             }
             let _ = sh(&format!("kill -KILL {target}"));
         }
-        let _ =
-            sh("members_remove; for d in /dev/ram?; do blkdiscard -z $d; done; rm -rf /run/lunar");
+        let _ = sh(
+            "members_remove; for d in /dev/ram[0-9]*; do blkdiscard -z $d; done; rm -rf /run/lunar",
+        );
     }
 }
 

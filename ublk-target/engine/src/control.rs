@@ -63,8 +63,9 @@ impl<E: Env> RaidGroup<E> {
         } else {
             lus[at] = Some(lu);
         }
+        let depths: usize = lus.iter().flatten().map(|lu| usize::from(lu.depth)).sum();
         drop(lus);
-        self.stripes.grow(64);
+        self.stripes.reserve(512 + depths);
         handle
     }
 

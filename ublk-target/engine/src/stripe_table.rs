@@ -108,8 +108,13 @@ impl StripeTable {
         table
     }
 
-    /// Makes room for `more` stripes and requests at once, so that serving them does not.
-    pub(crate) fn grow(&self, more: usize) {
+    /// Makes room for so many stripes and requests at once in all, so that serving them does not.
+    pub(crate) fn reserve(&self, in_all: usize) {
+        let have = self.inner.borrow().heads.len();
+        self.grow(in_all.saturating_sub(have));
+    }
+
+    fn grow(&self, more: usize) {
         let mut inner = self.inner.borrow_mut();
         let first = inner.heads.len();
         for i in first..first + more {
