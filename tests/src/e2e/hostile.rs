@@ -62,7 +62,7 @@ fn commands() -> Result<(), Failure> {
             &[
                 "lu", "create", "huge", "--group", "data", "--size", "100TiB",
             ],
-            1,
+            2,
             "",
         ),
         (

@@ -184,8 +184,10 @@ impl Drop for Rig {
             }
             let _ = sh(&format!("kill -KILL {target}"));
         }
+        // Whoever held them lets go a moment after its end. Plain discard: it gives the RAM back, and reads as zero.
         let _ = sh(
-            "members_remove; for d in /dev/ram[0-9]*; do blkdiscard -z $d; done; rm -rf /run/lunar",
+            "for i in $(seq 50); do members_remove; dmsetup ls | grep -q ^member || break; sleep 0.2; done
+             for d in /dev/ram[0-9]*; do blkdiscard $d; done; rm -rf /run/lunar",
         );
     }
 }
