@@ -185,10 +185,12 @@ impl Drop for Rig {
             let _ = sh(&format!("kill -KILL {target}"));
         }
         // Whoever held them lets go a moment after its end. Plain discard: it gives the RAM back, and reads as zero.
-        let _ = sh(
-            "for i in $(seq 50); do members_remove; dmsetup ls | grep -q ^member || break; sleep 0.2; done
-             for d in /dev/ram[0-9]*; do blkdiscard $d; done; rm -rf /run/lunar",
-        );
+        let _ = sh("members_remove
+             for i in $(seq 50); do
+                 left=$(dmsetup ls | awk '/^member/ {print $1}'); [ -n \"$left\" ] || break
+                 for d in $left; do dmsetup remove --force $d || true; done; sleep 0.2
+             done
+             for d in /dev/ram[0-9]*; do blkdiscard $d; done; rm -rf /run/lunar");
     }
 }
 
