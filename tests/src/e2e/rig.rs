@@ -188,7 +188,7 @@ impl Drop for Rig {
         let _ = sh("members_remove
              for i in $(seq 50); do
                  left=$(dmsetup ls | awk '/^member/ {print $1}'); [ -n \"$left\" ] || break
-                 for d in $left; do dmsetup remove --force $d || true; done; sleep 0.2
+                 for d in $left; do dmsetup remove --force $d; done; sleep 0.2
              done
              for d in /dev/ram[0-9]*; do blkdiscard $d; done; rm -rf /run/lunar");
     }
