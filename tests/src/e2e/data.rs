@@ -32,7 +32,13 @@ pub(super) fn tests(to: &mut Vec<Test>) {
         );
     }
     for how in ["error", "hang", "vanish"] {
-        for level in ["raid1", "raid5"] {
+        // A disk pulled from device-mapper is not to be had again in this boot: one level pulls it.
+        let levels: &[&'static str] = if how == "vanish" {
+            &["raid5"]
+        } else {
+            &["raid1", "raid5"]
+        };
+        for &level in levels {
             add(
                 to,
                 format!("data_survives_member_{how}_{level}"),
