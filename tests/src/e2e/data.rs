@@ -31,14 +31,8 @@ pub(super) fn tests(to: &mut Vec<Test>) {
             move || verified(kind, level, count),
         );
     }
-    for how in ["error", "hang", "vanish"] {
-        // A disk pulled from device-mapper is not to be had again in this boot: one level pulls it.
-        let levels: &[&'static str] = if how == "vanish" {
-            &["raid5"]
-        } else {
-            &["raid1", "raid5"]
-        };
-        for &level in levels {
+    for how in ["error", "hang"] {
+        for level in ["raid1", "raid5"] {
             add(
                 to,
                 format!("data_survives_member_{how}_{level}"),
@@ -54,6 +48,13 @@ pub(super) fn tests(to: &mut Vec<Test>) {
         );
     }
     add(to, "data_counters_say_what_was_done", counters);
+}
+
+/// Those that go last: a disk that was pulled from device-mapper is not to be had again in this boot.
+pub(super) fn last_tests(to: &mut Vec<Test>) {
+    add(to, "data_survives_member_vanish_raid1", || {
+        member_dies("vanish", "raid1")
+    });
 }
 
 /// Given a fresh group of a kind of members, when fio writes mixed sizes and reads back, then all is as written.

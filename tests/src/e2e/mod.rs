@@ -20,6 +20,7 @@ pub fn tests() -> Vec<Test> {
     layout::tests(&mut all);
     life::tests(&mut all);
     hostile::tests(&mut all);
+    data::last_tests(&mut all);
     all
 }
 
