@@ -6,13 +6,14 @@
 #   tidy               only the house rules out of `unit` (not run twice by default)
 #   lab                the machine harness itself
 #   e2e                real /dev/ublkbN in a real kernel, see fixtures/lab.sh
+#   demo               the README's demo, and that it fails, and where, when bytes are flipped behind Lunar's back
 #
 # Each test's result goes to target/test-results.tsv (name<TAB>passed|failed|skipped). The last line is
 # `N passed, N failed, N skipped`; exit 1 if any failed. No kernel for the lab: its parts are skipped, and say why.
 # A new part: a function part_NAME, and its name in `parts`.
 set -u -o pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
-parts=(fmt clippy docs unit lab e2e)
+parts=(fmt clippy docs unit lab e2e demo)
 
 export CARGO_TERM_COLOR=never
 export RUST_BACKTRACE=${RUST_BACKTRACE:-1}
@@ -50,6 +51,31 @@ part_e2e() {
     data_file data_counters layout_ life_ hostile_; do
     fixtures/lab.sh --timeout "${LUNAR_E2E_TIMEOUT:-900}" --mem 4G --ram-disks-kib 262144 --new-disk 8G \
       --env "KUBLK=${KUBLK:-}" -- "$(realpath "$target")/release/lunar-e2e" "$group" || code=1
+  done
+  return "$code"
+}
+part_demo() {
+  if [ "${LUNAR_TEST_ON_HOST:-}" != 1 ]; then
+    fixtures/kernel/find.sh > /dev/null || return 77
+  fi
+  local log=$target/demo.log want break code=0
+  if fixtures/demo.sh > "$log" 2>&1; then echo 'test demo_passes ... ok'; else
+    cat "$log"
+    echo 'test demo_passes ... FAILED'
+    code=1
+  fi
+  # Given bytes flipped in one place, when the demo runs, then it exits non-zero and names the step that read them.
+  for break in data=3 parity=6 rebuild=5; do
+    want="FAILED in step: ${break#*=}."
+    if DEMO_BREAK=${break%=*} DEMO_TREE=/usr/include/linux fixtures/demo.sh > "$log" 2>&1 \
+      || ! grep -qF "$want" "$log" || ! grep -qF 'files are not what was written' "$log"; then
+      cat "$log"
+      echo "expected: exit other than 0, and \`$want\`"
+      echo "test demo_fails_on_flipped_${break%=*} ... FAILED"
+      code=1
+    else
+      echo "test demo_fails_on_flipped_${break%=*} ... ok"
+    fi
   done
   return "$code"
 }
