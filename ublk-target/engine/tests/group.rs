@@ -426,13 +426,14 @@ fn parity_is_right_on_every_stripe_after_writes_and_sync() {
     let rig = rig(24, Level::Raid5, 5, 16384, false);
     rig.storm(200, || ());
     rig.wait_synced();
-    let stores: Vec<_> = rig.stores.iter().map(|s| s.bytes.borrow()).collect();
-    let data = DISK - (8 << 20);
+    let data = DISK as u64 - (8 << 20);
     let start = 16 << 20;
     for at in (start..data).step_by(512) {
         let mut sum = [0u8; 512];
-        for store in &stores {
-            for (a, b) in sum.iter_mut().zip(&store[at..at + 512]) {
+        for store in &rig.stores {
+            let mut bytes = [0u8; 512];
+            store.read(at, &mut bytes);
+            for (a, b) in sum.iter_mut().zip(&bytes) {
                 *a ^= b;
             }
         }
