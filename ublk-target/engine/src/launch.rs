@@ -14,7 +14,7 @@ use crate::member::Member;
 use crate::pool::{Pool, Quota};
 use crate::raid_group::{Given, MemberPlace, Parts, RaidGroup, Rebuild};
 use crate::stripe_table::StripeTable;
-use crate::superblock::GroupRecord;
+use crate::superblock::{BYTES, GroupRecord};
 use crate::sync::Waiters;
 use crate::traits::Env;
 
@@ -57,7 +57,6 @@ impl<E: Env> RaidGroup<E> {
         let chunk = geometry.chunk();
         let (mut in_sync, mut rebuild) = (0, None);
         let mut members = Vec::new();
-        let mut places = Vec::new();
         for (i, (slot, entry)) in (0u16..).zip(slots.into_iter().zip(&record.members)) {
             let mut state = entry.state;
             match slot {
@@ -74,11 +73,9 @@ impl<E: Env> RaidGroup<E> {
                         }
                         MemberState::Faulty | MemberState::Missing => {}
                     }
-                    let mut member = Member::new(i, given.uuid, given.path, state);
-                    member.data_offset = place.reserve.layout.data_offset;
-                    member.disk = Some(Rc::new(given.disk));
+                    let meta = rest.pool.lease(Quota::Work, BYTES).await;
+                    let member = Member::present(i, state, (given, place), meta);
                     members.push(Rc::new(member));
-                    places.push(Some(place));
                 }
                 None => {
                     if state != MemberState::Faulty {
@@ -86,12 +83,10 @@ impl<E: Env> RaidGroup<E> {
                     }
                     let path = format!("(was disk {})", entry.disk);
                     members.push(Rc::new(Member::new(i, entry.disk, path, state)));
-                    places.push(None);
                 }
             }
         }
         let synced = record.synced_to / chunk;
-        let meta = rest.pool.lease(Quota::Work, members.len() * 4096).await;
         let log = InflightLog::start(&rest.pool, record.uuid, generation, died);
         let lus = config.lus.clone();
         let group = Rc::new(Self {
@@ -103,7 +98,6 @@ impl<E: Env> RaidGroup<E> {
             front: rest.front,
             random: RefCell::new(rest.random),
             members: RefCell::new(members),
-            places: RefCell::new(places),
             in_sync: Cell::new(in_sync),
             rebuild: Cell::new(rebuild),
             synced: Cell::new(synced),
@@ -120,7 +114,6 @@ impl<E: Env> RaidGroup<E> {
             durable: Cell::new(generation),
             publishing: Cell::new(false),
             configuring: Cell::new(false),
-            meta,
             changed: Waiters::default(),
             lus: RefCell::default(),
             stripes: StripeTable::new(),

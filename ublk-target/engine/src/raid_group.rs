@@ -205,7 +205,6 @@ pub struct RaidGroup<E: Env> {
     pub(crate) random: RefCell<Box<dyn FnMut() -> [u8; 16]>>,
 
     pub(crate) members: RefCell<Vec<Rc<Member<E::Disk>>>>,
-    pub(crate) places: RefCell<Vec<Option<MemberPlace>>>,
     /// Slots that hold what they should, as bits.
     pub(crate) in_sync: Cell<u64>,
     pub(crate) rebuild: Cell<Option<Rebuild>>,
@@ -225,8 +224,6 @@ pub struct RaidGroup<E: Env> {
     pub(crate) configuring: Cell<bool>,
     pub(crate) dirty: Cell<bool>,
     pub(crate) dirty_durable: Cell<bool>,
-    /// A place for every slot's superblock, held for ever: publishing never waits for memory.
-    pub(crate) meta: Lease,
     /// `durable`, `publishing`, `configuring`, `background_ended` changed.
     pub(crate) changed: Waiters,
 

@@ -11,7 +11,7 @@ use crate::pool::{Lease, Quota};
 use crate::raid_group::{EIO, EOPNOTSUPP, Errno, Lu, RaidGroup};
 use crate::stripe_table::{Item, JoinId, Task};
 use crate::sync::join_all;
-use crate::traits::{Buf, Disk, DiskVerb, Env, Front, HostRequest, HostVerb, PIECES_MAX, Piece};
+use crate::traits::{Buf, DiskVerb, Env, Front, HostRequest, HostVerb, PIECES_MAX, Piece};
 
 /// Adjacent bytes of one member, scattered in the request.
 struct Run {
@@ -24,7 +24,7 @@ struct Run {
 /// I/Os of one request in flight at once; more go in a second round.
 const IOS_MAX: usize = 2 * MEMBERS_MAX;
 
-type Ios<E> = ArrayVec<(u16, Option<MemberIo<<<E as Env>::Disk as Disk>::Io>>), IOS_MAX>;
+type Ios<E> = ArrayVec<(u16, Option<MemberIo<<E as Env>::Disk>>), IOS_MAX>;
 
 impl<E: Env> RaidGroup<E> {
     /// Serves one host request to its end. `lu` is the handle of `lus`. Allocates nothing.
@@ -123,7 +123,7 @@ impl<E: Env> RaidGroup<E> {
             self.start_run(run, verb, request, lease, &mut ios, &mut failed)
                 .await;
         }
-        self.join(&mut ios, verb, &mut failed).await;
+        self.join(&mut ios, &mut failed).await;
         (failed, lost)
     }
 
@@ -137,7 +137,7 @@ impl<E: Env> RaidGroup<E> {
         failed: &mut u64,
     ) {
         if ios.is_full() {
-            self.join(ios, verb, failed).await;
+            self.join(ios, failed).await;
         }
         let buf = match lease {
             Some(lease) => Buf::Pool(lease),
@@ -149,10 +149,9 @@ impl<E: Env> RaidGroup<E> {
         ios.push((run.slot, Some(io)));
     }
 
-    async fn join(&self, ios: &mut Ios<E>, verb: DiskVerb, failed: &mut u64) {
+    async fn join(&self, ios: &mut Ios<E>, failed: &mut u64) {
         join_all(ios, |slot, result| {
             if result.is_err() {
-                self.member(slot).note_error(verb);
                 *failed |= 1 << slot;
             }
         })
@@ -329,7 +328,7 @@ impl<E: Env> RaidGroup<E> {
                 ),
             ));
         }
-        self.join(&mut ios, DiskVerb::Flush, &mut failed).await;
+        self.join(&mut ios, &mut failed).await;
         if failed != 0 {
             self.fail(failed, "flush failed").await?;
         }

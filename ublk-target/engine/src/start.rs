@@ -16,6 +16,7 @@ use crate::parity;
 use crate::pool::{BLOCK_MAX, Pool, Quota};
 use crate::raid_group::{CreateSpec, Given, MemberPlace, Parts, RaidGroup, StartSpec};
 use crate::reserve::{Reserve, lay_out, region_bytes};
+use crate::serve::bits;
 use crate::superblock::{ConfigVersion, Flags, GroupRecord, MemberEntry, Superblock};
 use crate::traits::{Buf, Disk, DiskVerb, Env, Piece};
 
@@ -141,6 +142,15 @@ impl<E: Env> RaidGroup<E> {
             .iter()
             .map(|superblock| superblock.generation)
             .max();
+        if !spec.force
+            && let Some(generation) = generation
+        {
+            inflight::check_version(&rest.pool, spec.group, generation).map_err(|error| {
+                ApiError::new(ErrorKind::Refused, what)
+                    .because(error.to_string())
+                    .hint("start it with the Lunar that wrote it; or, as after a power loss: lunar group start --force")
+            })?;
+        }
         // A log of another time of the group says nothing about these disks.
         let left = inflight::read(&rest.pool, spec.group, memory)
             .filter(|left| generation.is_some_and(|generation| left.generation >= generation));
@@ -212,6 +222,9 @@ impl<E: Env> RaidGroup<E> {
         }
         if unreplayed != 0 {
             let why = "did not take what a dead process was writing";
+            for slot in bits(unreplayed) {
+                group.member(slot).to_blame.set(true);
+            }
             group
                 .fail(unreplayed, why)
                 .await
@@ -318,9 +331,12 @@ async fn replay<D: Disk>(pool: &Rc<Pool>, left: &Left, slots: &[Slot<D>]) -> u64
     let whole = pool.whole();
     let mut failed = 0;
     for segment in &left.segments {
-        let Some(Some((given, _))) = slots.get(usize::from(segment.slot)) else {
-            continue;
-        };
+        // A disk that has left its slot has missed more than this.
+        let found = slots.iter().enumerate().find_map(|(slot, seated)| {
+            let (given, _) = seated.as_ref()?;
+            (given.uuid == segment.disk).then_some((slot, given))
+        });
+        let Some((slot, given)) = found else { continue };
         let piece = Piece {
             offset: segment.from,
             len: segment.len,
@@ -338,7 +354,7 @@ async fn replay<D: Disk>(pool: &Rc<Pool>, left: &Left, slots: &[Slot<D>]) -> u64
                 .await
                 .is_err()
         {
-            failed |= 1 << segment.slot;
+            failed |= 1 << slot;
         }
     }
     failed

@@ -14,7 +14,7 @@ use crate::pool::Lease;
 use crate::raid_group::RaidGroup;
 use crate::stripe_table::{Batch, Item, Task};
 use crate::sync::join_all;
-use crate::traits::{Disk, DiskVerb, Env, Piece};
+use crate::traits::{Env, Piece};
 
 mod band_buffers;
 mod repair;
@@ -26,7 +26,7 @@ const PASS_BYTES: usize = 1 << 20;
 /// Member I/Os of one pass.
 const PASS_IOS: usize = 192;
 
-type Ios<E> = ArrayVec<(u16, Option<MemberIo<<<E as Env>::Disk as Disk>::Io>>), PASS_IOS>;
+type Ios<E> = ArrayVec<(u16, Option<MemberIo<<E as Env>::Disk>>), PASS_IOS>;
 
 impl<E: Env> RaidGroup<E> {
     /// Works off stripe operations; the rim spawns `WORKERS` of them. Ends when the group has stopped.
@@ -68,11 +68,10 @@ impl<E: Env> RaidGroup<E> {
     }
 
     /// Waits for I/Os and returns the slots that failed, as bits.
-    async fn finish(&self, ios: &mut Ios<E>, verb: DiskVerb) -> u64 {
+    async fn finish(&self, ios: &mut Ios<E>) -> u64 {
         let mut failed = 0;
         join_all(ios, |slot, result| {
             if result.is_err() {
-                self.member(slot).note_error(verb);
                 failed |= 1 << slot;
             }
         })

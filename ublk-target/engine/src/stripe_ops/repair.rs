@@ -72,7 +72,7 @@ impl<E: Env> RaidGroup<E> {
                     .submit(DiskVerb::Read, at, len, Buf::Pool(lease), &[piece]),
             ),
         ));
-        if self.finish(&mut ios, DiskVerb::Read).await == 0 {
+        if self.finish(&mut ios).await == 0 {
             Ok(())
         } else {
             Err(())
@@ -122,7 +122,7 @@ impl<E: Env> RaidGroup<E> {
                     .submit(DiskVerb::Read, from, len as u64, buf, &[piece]);
                 ios.push((other, Some(io)));
             }
-            if self.finish(&mut ios, DiskVerb::Read).await != 0 {
+            if self.finish(&mut ios).await != 0 {
                 return Err(EIO);
             }
             let mut sources: ArrayVec<&[std::cell::Cell<u8>], MEMBERS_MAX> = ArrayVec::new();
@@ -174,16 +174,14 @@ impl<E: Env> RaidGroup<E> {
     ) -> Result<(), Errno> {
         let bytes = u64::from(good.len);
         let len = good.len as usize;
+        let member = self.member(slot);
         let mut ios: Ios<E> = ArrayVec::new();
         let verb = DiskVerb::Write { fua: true };
         ios.push((
             slot,
-            Some(
-                self.member(slot)
-                    .submit(verb, at, bytes, Buf::Pool(lease), &[good]),
-            ),
+            Some(member.submit(verb, at, bytes, Buf::Pool(lease), &[good])),
         ));
-        let mut ok = self.finish(&mut ios, verb).await == 0;
+        let mut ok = self.finish(&mut ios).await == 0;
         if ok {
             let leased;
             let (check, base) = match scratch {
@@ -212,6 +210,7 @@ impl<E: Env> RaidGroup<E> {
             return Ok(()); // Failed meanwhile.
         }
         if self.can_lose(1 << slot) {
+            member.to_blame.set(true);
             return self
                 .fail(1 << slot, "unreadable, and could not be rewritten")
                 .await;

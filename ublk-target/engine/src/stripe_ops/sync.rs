@@ -58,7 +58,7 @@ impl<E: Env> RaidGroup<E> {
             self.member(slot)
                 .submit(verb, at, len as u64, Buf::Pool(&lease), &[piece(0, len)]);
         ios.push((slot, Some(io)));
-        match self.finish(&mut ios, verb).await {
+        match self.finish(&mut ios).await {
             0 => Ok(()),
             failed => {
                 self.fail(failed, "write failed during rebuild").await?;
@@ -91,7 +91,7 @@ impl<E: Env> RaidGroup<E> {
             );
             ios.push((slot, Some(io)));
         }
-        let failed = self.finish(&mut ios, DiskVerb::Read).await;
+        let failed = self.finish(&mut ios).await;
         let cells = |i: usize| work.cells(i * len..(i + 1) * len);
         // What cannot be read is written: parity from the data, a mirror leg from the first that can be read.
         let mut writes: ArrayVec<(u16, usize), MEMBERS_MAX> = ArrayVec::new();
@@ -141,7 +141,7 @@ impl<E: Env> RaidGroup<E> {
             );
             ios.push((slot, Some(io)));
         }
-        match self.finish(&mut ios, verb).await {
+        match self.finish(&mut ios).await {
             0 => Ok(()),
             failed => self.fail(failed, "write failed during resync").await,
         }

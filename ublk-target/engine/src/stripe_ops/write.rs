@@ -7,6 +7,7 @@ use arrayvec::ArrayVec;
 use super::band_buffers::{BandBuffers, WORK};
 use super::{Ios, PASS_BYTES, PASS_IOS, absolute, piece};
 use crate::inflight::{SEGMENTS_MAX, Segment};
+use crate::limits::MEMBERS_MAX;
 use crate::member::add;
 use crate::plan::{BANDS_MAX, Band, GRAIN, Mode, Span, cut, plan_band};
 use crate::pool::{Lease, Quota};
@@ -139,7 +140,7 @@ impl<E: Env> RaidGroup<E> {
             }
             at += band.buffers() * band.bytes();
         }
-        let failed = self.finish(&mut ios, DiskVerb::Read).await;
+        let failed = self.finish(&mut ios).await;
         if failed != 0 {
             let start = bands.iter().map(|band| band.rows.start).min().unwrap_or(0);
             let end = bands.iter().map(|band| band.rows.end).max().unwrap_or(0);
@@ -149,7 +150,7 @@ impl<E: Env> RaidGroup<E> {
             });
         }
         // New content and parity, and the list of writes.
-        let mut segments: ArrayVec<(Segment, u16), SEGMENTS_MAX> = ArrayVec::new();
+        let mut writes = Writes::new();
         let writable = self.writable(stripe);
         let mut at = 0;
         for band in bands {
@@ -163,72 +164,73 @@ impl<E: Env> RaidGroup<E> {
                 let slot = self.geometry.data_slot(stripe, d);
                 if writable & 1 << slot != 0 {
                     let (lease, from, source) = layout.source(batch, d);
-                    let segment = Segment {
+                    let write = Write {
                         slot,
                         at: chunk_at + u64::from(band.rows.start * GRAIN),
                         len: piece(0, band.bytes()).len,
                         from: absolute(lease, from),
+                        source,
                     };
-                    push_segment(&mut segments, segment, source);
+                    push_write(&mut writes, write);
                 }
             }
             if let (Some(slot), Some(offset), Some(work)) = (parity_slot, layout.parity(), &work) {
-                let segment = Segment {
+                let write = Write {
                     slot,
                     at: chunk_at + u64::from(band.rows.start * GRAIN),
                     len: piece(0, band.bytes()).len,
                     from: absolute(work, offset),
+                    source: WORK,
                 };
-                push_segment(&mut segments, segment, WORK);
+                push_write(&mut writes, write);
             }
             at += band.buffers() * band.bytes();
         }
-        self.write_segments(batch, work.as_ref(), &segments, fua)
+        self.write_logged(batch, work.as_ref(), &writes, fua)
             .await?;
         Ok(Pass::Done)
     }
 
     /// Writes a prepared list: log, members, state; in this order.
-    async fn write_segments(
+    async fn write_logged(
         &self,
         batch: &[Item],
         work: Option<&Lease>,
-        segments: &[(Segment, u16)],
+        writes: &[Write],
         fua: bool,
     ) -> Result<(), Errno> {
         let entry = self.log.open().await;
         let mut logged: ArrayVec<Segment, SEGMENTS_MAX> = ArrayVec::new();
-        logged.extend(segments.iter().map(|(segment, _)| {
-            let data_offset = self.member(segment.slot).data_offset;
+        logged.extend(writes.iter().map(|write| {
+            let member = self.member(write.slot);
             Segment {
-                at: data_offset + segment.at,
-                ..*segment
+                disk: member.uuid,
+                at: member.data_offset + write.at,
+                len: write.len,
+                from: write.from,
             }
         }));
         self.log.commit(&entry, &logged);
         let mut ios: Ios<E> = ArrayVec::new();
-        for (segment, source) in segments {
-            let lease = match (*source, work) {
+        for write in writes {
+            let lease = match (write.source, work) {
                 (WORK, Some(work)) => work,
-                (WORK, None) => unreachable!("a segment of work memory without any"),
+                (WORK, None) => unreachable!("a write from work memory without any"),
                 (item, _) => match &batch[usize::from(item)].task {
                     Task::Write { lease, .. } => lease,
                     Task::Read { .. } | Task::Sync => unreachable!("batches of writes hold writes"),
                 },
             };
-            let offset = segment.from - absolute(lease, 0);
             let piece = Piece {
-                offset,
-                len: segment.len,
+                offset: write.from - absolute(lease, 0),
+                len: write.len,
             };
-            let verb = DiskVerb::Write { fua };
-            let len = u64::from(segment.len);
-            let io =
-                self.member(segment.slot)
-                    .submit(verb, segment.at, len, Buf::Pool(lease), &[piece]);
-            ios.push((segment.slot, Some(io)));
+            let (verb, len) = (DiskVerb::Write { fua }, u64::from(write.len));
+            let member = self.member(write.slot);
+            let io = member.submit(verb, write.at, len, Buf::Pool(lease), &[piece]);
+            ios.push((write.slot, Some(io)));
         }
-        let failed = self.finish(&mut ios, DiskVerb::Write { fua }).await;
+        let failed = self.finish(&mut ios).await;
         if failed != 0
             && let Err(errno) = self.fail(failed, "write failed").await
         {
@@ -247,14 +249,18 @@ impl<E: Env> RaidGroup<E> {
     }
 
     /// Writes one stripe of every mirror leg from one private copy.
+    ///
+    /// # Crash  each write is on all legs by one entry of the log, or on none
     pub(super) async fn write_mirrors(&self, stripe: u64, batch: &[Item]) -> Result<(), Errno> {
         if self.failed.get() {
             return Err(EIO);
         }
-        let mut fua = false;
-        let mut segments: ArrayVec<(Segment, u16), SEGMENTS_MAX> = ArrayVec::new();
-        for slot in bits(self.writable(stripe)) {
-            for (i, item) in (0u16..).zip(batch) {
+        let legs = usize::from(self.geometry.members());
+        for part in batch.chunks(SEGMENTS_MAX / legs) {
+            let mut fua = false;
+            let mut writes = Writes::new();
+            let writable = self.writable(stripe);
+            for (source, item) in (0u16..).zip(part) {
                 let Task::Write {
                     span,
                     lease,
@@ -265,35 +271,48 @@ impl<E: Env> RaidGroup<E> {
                     continue;
                 };
                 fua |= item_fua;
-                let segment = Segment {
+                writes.extend(bits(writable).map(|slot| Write {
                     slot,
                     at: self.chunk_at(stripe) + u64::from(span.start),
                     len: span.end - span.start,
                     from: absolute(lease, *from as usize),
-                };
-                if segments.is_full() {
-                    self.write_segments(batch, None, &segments, fua).await?;
-                    segments.clear();
-                }
-                push_segment(&mut segments, segment, i);
+                    source,
+                }));
             }
+            self.write_logged(part, None, &writes, fua).await?;
         }
-        self.write_segments(batch, None, &segments, fua).await?;
         self.wait_durable().await
     }
 }
 
+/// A write to a member that is prepared.
+struct Write {
+    slot: u16,
+    /// Bytes from the start of the group's data on the member.
+    at: u64,
+    len: u32,
+    /// Bytes from the start of the group's memory.
+    from: u32,
+    /// The item of the batch whose memory that is, or [`WORK`].
+    source: u16,
+}
+
+/// Writes of one entry of the log.
+type Writes = ArrayVec<Write, SEGMENTS_MAX>;
+// A write to every leg, and a band on every member, fit one entry.
+const _: () = assert!(MEMBERS_MAX <= SEGMENTS_MAX && SEGMENTS_MAX <= PASS_IOS);
+
 /// Adds a write, joined to one that it follows both on the member and in memory.
-fn push_segment(to: &mut ArrayVec<(Segment, u16), SEGMENTS_MAX>, segment: Segment, source: u16) {
-    let joins = |(s, from): &&mut (Segment, u16)| {
-        s.slot == segment.slot
-            && *from == source
-            && s.at + u64::from(s.len) == segment.at
-            && s.from + s.len == segment.from
+fn push_write(to: &mut Writes, write: Write) {
+    let joins = |w: &&mut Write| {
+        w.slot == write.slot
+            && w.source == write.source
+            && w.at + u64::from(w.len) == write.at
+            && w.from + w.len == write.from
     };
     match to.iter_mut().find(joins) {
-        Some((s, _)) => s.len += segment.len,
-        None => to.push((segment, source)),
+        Some(w) => w.len += write.len,
+        None => to.push(write),
     }
 }
 

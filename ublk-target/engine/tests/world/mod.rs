@@ -241,8 +241,10 @@ impl World {
 #[derive(Debug, Default)]
 pub(crate) struct Faults {
     pub dead: Cell<bool>,
-    /// What is submitted now never ends; `abandon` gives it up.
+    /// What is submitted now never ends; `abandon` gives it up. Its memory stays taken until `land`.
     pub hang: Cell<bool>,
+    /// What is submitted now waits for `release`.
+    pub slow: Cell<bool>,
     /// Sectors whose reads fail until they are written.
     pub bad: RefCell<BTreeSet<u64>>,
     /// Reads of them fail even after a write.
@@ -259,6 +261,9 @@ pub(crate) struct Store {
     pub faults: Faults,
     pub reads: Cell<u64>,
     pub writes: Cell<u64>,
+    /// What hangs, and what is slow.
+    hung: RefCell<Vec<Action>>,
+    held: RefCell<Vec<(Rc<RefCell<IoState>>, Action)>>,
 }
 
 const PAGE: u64 = 64 << 10;
@@ -272,7 +277,29 @@ impl Store {
             faults: Faults::default(),
             reads: Cell::new(0),
             writes: Cell::new(0),
+            hung: RefCell::default(),
+            held: RefCell::default(),
         })
+    }
+
+    /// Lets what hangs happen after all; nobody waits for it any more.
+    pub(crate) fn land(&self) {
+        for action in self.hung.take() {
+            let _ = action();
+        }
+    }
+
+    pub(crate) fn held(&self) -> usize {
+        self.held.borrow().len()
+    }
+
+    /// Lets what was slow go on.
+    pub(crate) fn release(&self, world: &World) {
+        let held = self.held.take();
+        let held = held
+            .into_iter()
+            .map(|(state, action)| (state, Some(action)));
+        world.pending.borrow_mut().extend(held);
     }
 
     /// Calls `each` with the parts of a range that lie in one page: the page, where in it, and which of the bytes.
@@ -324,12 +351,6 @@ impl Disk for MemDisk {
         }
         assert!(at + len <= self.store.len, "beyond the disk: {at}+{len}");
         assert!(at.is_multiple_of(512) && len.is_multiple_of(512));
-        if self.store.faults.hang.get() && !self.abandoned.get() {
-            let state = Rc::new(RefCell::new(IoState::default()));
-            let since = self.world.now.get();
-            self.stuck.borrow_mut().push((since, Rc::clone(&state)));
-            return Io(state);
-        }
         let store = Rc::clone(&self.store);
         let world = Rc::clone(&self.world);
         let pieces = pieces.to_vec();
@@ -344,10 +365,7 @@ impl Disk for MemDisk {
             Buf::Request(id) => Held::Pages(usize::from(id.tag)),
             Buf::Pool(lease) => Held::Lease(lease.clone()),
         };
-        self.world.start(Box::new(move || {
-            if abandoned.get() {
-                return Err(DiskError::Abandoned);
-            }
+        let action: Action = Box::new(move || {
             if store.faults.dead.get() {
                 return Err(DiskError::Errno(5));
             }
@@ -417,6 +435,25 @@ impl Disk for MemDisk {
                 _ => {}
             }
             Ok(())
+        });
+        let state = Rc::new(RefCell::new(IoState::default()));
+        let since = self.world.now.get();
+        if self.store.faults.hang.get() && !self.abandoned.get() {
+            self.stuck.borrow_mut().push((since, Rc::clone(&state)));
+            self.store.hung.borrow_mut().push(action);
+            return Io(state);
+        }
+        if self.store.faults.slow.get() && !self.abandoned.get() {
+            self.stuck.borrow_mut().push((since, Rc::clone(&state)));
+            let held = (Rc::clone(&state), action);
+            self.store.held.borrow_mut().push(held);
+            return Io(state);
+        }
+        self.world.start(Box::new(move || {
+            if abandoned.get() {
+                return Err(DiskError::Abandoned);
+            }
+            action()
         }))
     }
 
@@ -437,7 +474,8 @@ impl Disk for MemDisk {
         }
     }
     fn oldest(&self) -> u64 {
-        let stuck = self.stuck.borrow();
+        let mut stuck = self.stuck.borrow_mut();
+        stuck.retain(|(_, state)| state.borrow().done.is_none());
         let since = stuck.iter().map(|(since, _)| *since).min();
         since.map_or(0, |since| self.world.now.get() - since)
     }
