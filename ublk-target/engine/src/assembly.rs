@@ -303,6 +303,14 @@ impl Plan {
 }
 
 impl SlotPlan {
+    /// Returns the number of the disk that the running group works with: a stale one waits for its rebuild.
+    pub fn used(self) -> Option<usize> {
+        match self {
+            Self::InSync(disk) | Self::Rebuilding(disk) => Some(disk),
+            Self::Stale(_) | Self::Faulty | Self::Missing => None,
+        }
+    }
+
     /// Returns the number of the disk that is in the slot.
     pub fn disk(self) -> Option<usize> {
         match self {

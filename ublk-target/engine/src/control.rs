@@ -13,6 +13,7 @@ use crate::pool::{BLOCK_MAX, Quota};
 use crate::raid_group::{Counters, Given, Lu, MemberPlace, RaidGroup, Rebuild};
 use crate::reserve::lay_out;
 use crate::serve::bits;
+use crate::superblock::BYTES;
 use crate::traits::{Buf, Clock, Disk, DiskVerb, Env, MILLISECOND, Piece};
 
 fn failed(what: &str, why: impl ToString) -> ApiError {
@@ -135,8 +136,9 @@ impl<E: Env> RaidGroup<E> {
             .encode(&self.geometry, 1 - current, self.generation.get() + 1)
             .map_err(|why| failed(what, why))?;
         let slots = self.in_sync.get() | self.rebuilding().map_or(0, |slot| 1 << slot);
+        let members: Vec<_> = bits(slots).map(|slot| self.member(slot)).collect();
         let bad = self
-            .put_config(&json, version.current, slots)
+            .put_config(&json, version.current, &members)
             .await
             .map_err(|why| failed(what, why))?;
         if bad != 0 {
@@ -153,7 +155,12 @@ impl<E: Env> RaidGroup<E> {
     }
 
     /// Writes JSON to configuration slot `which` of some members; returns those that did not take it.
-    async fn put_config(&self, json: &[u8], which: u8, slots: u64) -> Result<u64, String> {
+    async fn put_config(
+        &self,
+        json: &[u8],
+        which: u8,
+        members: &[Rc<Member<E::Disk>>],
+    ) -> Result<u64, String> {
         let len = json.len().next_multiple_of(4096);
         if len > BLOCK_MAX {
             return Err(format!(
@@ -166,32 +173,26 @@ impl<E: Env> RaidGroup<E> {
         parity::copy_in(lease.cells(0..json.len()), json);
         // All that can be refused comes before the first I/O: one that was started is waited for.
         let mut areas = Vec::new();
-        for slot in bits(slots) {
-            let area = match self.places.borrow().get(usize::from(slot)) {
-                Some(Some(place)) => place.reserve.layout.config[usize::from(which)],
-                Some(None) | None => continue,
-            };
+        for member in members {
+            let Some(place) = &member.place else { continue };
+            let area = place.reserve.layout.config[usize::from(which)];
             if area.len < len as u64 {
                 return Err(format!(
-                    "a configuration of {len} bytes does not fit the {} of slot {slot}",
-                    area.len
+                    "a configuration of {len} bytes does not fit the {} of slot {}",
+                    area.len, member.slot
                 ));
             }
-            areas.push((slot, area.offset));
+            areas.push((member, area.offset));
         }
         let piece = Piece {
             offset: 0,
             len: u32::try_from(len).expect("at most 4 MiB"),
         };
         let mut ios = Vec::new();
-        for (slot, at) in areas {
-            if let Some(disk) = &self.member(slot).disk {
-                let verb = DiskVerb::Write { fua: true };
-                ios.push((
-                    slot,
-                    disk.submit(verb, at, len as u64, Buf::Pool(&lease), &[piece]),
-                ));
-            }
+        for (member, at) in areas {
+            let verb = DiskVerb::Write { fua: true };
+            let io = member.submit_meta(verb, at, len as u64, Buf::Pool(&lease), &[piece]);
+            ios.push((member.slot, io));
         }
         let mut bad = 0;
         for (slot, io) in ios {
@@ -241,6 +242,7 @@ impl<E: Env> RaidGroup<E> {
     /// Puts a disk into a slot that is faulty or missing; the rebuild starts by itself.
     ///
     /// # Crash  the configuration is on the new member before any superblock names it
+    /// # Errors  a disk or a slot that will not do; then nothing of the group has changed
     pub async fn member_replace(&self, slot: u16, with: Given<E::Disk>) -> Result<(), ApiError> {
         let what = "the disk was not put into the group";
         let refuse = |why: String| ApiError::new(ErrorKind::Usage, what).because(why);
@@ -262,9 +264,19 @@ impl<E: Env> RaidGroup<E> {
             ))
             .hint("lunar job list"));
         }
-        if self.failed.get() {
-            return Err(ApiError::new(ErrorKind::NoService, what).because(self.reason()));
+        if let Some(twin) = self
+            .members
+            .borrow()
+            .iter()
+            .find(|m| m.slot != slot && m.uuid == with.uuid)
+        {
+            return Err(refuse(format!("it is in slot {} already", twin.slot)));
         }
+        let serves = || match self.failed.get() || self.stopping.get() {
+            true => Err(ApiError::new(ErrorKind::NoService, what).because(self.reason())),
+            false => Ok(()),
+        };
+        serves()?;
         let size = with.disk.capacity();
         let reserve = lay_out(size).map_err(|error| refuse(error.to_string()))?;
         if reserve.data_bytes < self.geometry.member_bytes() {
@@ -281,16 +293,6 @@ impl<E: Env> RaidGroup<E> {
                 with.disk.logical_block()
             )));
         }
-        let old = self.member(slot);
-        let old_place = self.places.borrow()[usize::from(slot)].clone();
-        let mut member = Member::new(slot, with.uuid, with.path, MemberState::Rebuilding);
-        member.data_offset = reserve.layout.data_offset;
-        member.disk = Some(Rc::new(with.disk));
-        self.places.borrow_mut()[usize::from(slot)] = Some(MemberPlace {
-            device_size: size,
-            reserve,
-        });
-        self.members.borrow_mut()[usize::from(slot)] = Rc::new(member);
         let version = self.record.borrow().config;
         // The same bytes as on the others.
         let encoded =
@@ -304,12 +306,23 @@ impl<E: Env> RaidGroup<E> {
                 "the configuration in memory is not the one on the disks",
             ));
         }
-        let bad = self.put_config(&json, version.current, 1 << slot).await;
-        if bad != Ok(0) {
-            self.members.borrow_mut()[usize::from(slot)] = old;
-            self.places.borrow_mut()[usize::from(slot)] = old_place;
-            return Err(failed(what, "it does not take writes"));
+        let place = MemberPlace {
+            device_size: size,
+            reserve,
+        };
+        let meta = self.pool.lease(Quota::Work, BYTES).await;
+        let state = MemberState::Rebuilding;
+        let member = Rc::new(Member::present(slot, state, (with, place), meta));
+        let bad = self
+            .put_config(&json, version.current, &[Rc::clone(&member)])
+            .await;
+        match bad {
+            Ok(0) => {}
+            Ok(_) => return Err(failed(what, "it does not take writes")),
+            Err(why) => return Err(failed(what, why)),
         }
+        serves()?;
+        self.members.borrow_mut()[usize::from(slot)] = member;
         self.durable_rebuild.set(0);
         // A sync that still runs is about another disk: from here on it counts nothing as done.
         self.sync_wanted.set(self.sync_wanted.get() + 1);

@@ -1,19 +1,24 @@
 //! The in-flight log: what a dead process was writing, for the one that comes after it.
 //!
 //! It lies in the first bytes of the group's memory, a file on tmpfs that outlives the process. Private copies and
-//! parity are in the same memory, so an entry only says which bytes of it go where: nothing is copied. The
-//! successor waits until the dead process's I/O is over (exclusive open) and writes every live entry again,
+//! parity are in the same memory, so an entry only says which bytes of it go where: nothing is copied. It names
+//! disks, not slots: another disk may be in a slot before an entry of the former is cleared. The successor waits until the dead process's I/O is over (exclusive open) and writes every live entry again,
 //! data and parity, before it reads or serves anything.
 //!
 //! # Crash
 //! SIGKILL at any instant: an entry becomes live by one store after all of it is there, and is cleared when
 //! its writes are complete and, if a member failed, its failure is durable. Entries of one stripe never live
 //! together. A power loss takes the tmpfs with it: then there is no log, and the group is resynced.
+//!
+//! # Layout
+//! Little endian. At 0 a header: magic (8; 0: nothing to say), group (16), generation (8), slots that did not take
+//! a replay (8). From 4096 on entries of 4096 bytes: live (1), 7 unused, count (8), then segments: address on the
+//! disk (8), length (4), place in the memory (4), disk (16).
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use lunar_api::GroupUuid;
+use lunar_api::{DiskUuid, GroupUuid};
 
 use crate::pool::{PREFIX, Pool};
 use crate::sync::Waiters;
@@ -24,8 +29,10 @@ const ENTRY: usize = 4096;
 const UNREPLAYED: usize = 32;
 /// Entries.
 pub(crate) const ENTRIES: usize = (PREFIX - HEADER) / ENTRY;
-const MAGIC: u64 = u64::from_le_bytes(*b"LUNARIF1");
-const SEGMENT: usize = 24;
+const MAGIC: u64 = u64::from_le_bytes(*b"LUNARIF2");
+/// What the magic of every version begins with.
+const MAGIC_START: [u8; 7] = *b"LUNARIF";
+const SEGMENT: usize = 32;
 const ENTRY_HEAD: usize = 16;
 /// Segments of one entry.
 pub(crate) const SEGMENTS_MAX: usize = (ENTRY - ENTRY_HEAD) / SEGMENT;
@@ -33,8 +40,8 @@ pub(crate) const SEGMENTS_MAX: usize = (ENTRY - ENTRY_HEAD) / SEGMENT;
 /// One write to one member.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Segment {
-    pub slot: u16,
-    /// Bytes from the start of the member.
+    pub disk: DiskUuid,
+    /// Bytes from the start of the disk.
     pub at: u64,
     pub len: u32,
     /// Bytes from the start of the group's memory.
@@ -135,7 +142,7 @@ impl InflightLog {
             put(cells, at, &segment.at.to_le_bytes());
             put(cells, at + 8, &segment.len.to_le_bytes());
             put(cells, at + 12, &segment.from.to_le_bytes());
-            put(cells, at + 16, &segment.slot.to_le_bytes());
+            put(cells, at + 16, &segment.disk.to_bytes());
         }
         put(
             cells,
@@ -186,6 +193,33 @@ pub(crate) fn replayed(pool: &Pool, unreplayed: u64) {
     barrier();
 }
 
+/// Why what a dead process left cannot be used.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "what a dead process was writing is in an in-flight log of version `{}`, which this Lunar does not read",
+    char::from(*version)
+)]
+pub(crate) struct OtherVersion {
+    version: u8,
+}
+
+/// Says whether another version of Lunar left a log of the group that is as new as its disks.
+pub(crate) fn check_version(
+    pool: &Pool,
+    group: GroupUuid,
+    generation: u64,
+) -> Result<(), OtherVersion> {
+    // This much of the header has been the same in all versions.
+    let cells = pool.cells(0..HEADER);
+    let magic = get::<8>(cells, 0);
+    let is_other = magic.starts_with(&MAGIC_START) && u64::from_le_bytes(magic) != MAGIC;
+    let is_ours = get::<16>(cells, 8) == group.to_bytes() && get_u64(cells, 24) >= generation;
+    match is_other && is_ours {
+        true => Err(OtherVersion { version: magic[7] }),
+        false => Ok(()),
+    }
+}
+
 /// Reads what is in the memory; none if no process of this group died with it.
 pub(crate) fn read(pool: &Pool, group: GroupUuid, memory_len: u64) -> Option<Left> {
     let cells = pool.cells(0..PREFIX);
@@ -207,7 +241,7 @@ pub(crate) fn read(pool: &Pool, group: GroupUuid, memory_len: u64) -> Option<Lef
                 at: get_u64(cells, at),
                 len: u32::from_le_bytes(get(cells, at + 8)),
                 from: u32::from_le_bytes(get(cells, at + 12)),
-                slot: u16::from_le_bytes(get(cells, at + 16)),
+                disk: DiskUuid::from_bytes(get(cells, at + 16)),
             };
             if u64::from(segment.from) + u64::from(segment.len) > memory_len {
                 return None;
@@ -220,4 +254,71 @@ pub(crate) fn read(pool: &Pool, group: GroupUuid, memory_len: u64) -> Option<Lef
         segments,
         unreplayed: get_u64(cells, UNREPLAYED),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::Range;
+
+    use super::*;
+    use crate::pool::BLOCK_MAX;
+    use crate::traits::Memory;
+
+    struct Bytes(Vec<Cell<u8>>);
+
+    impl Memory for Bytes {
+        fn bytes(&self) -> usize {
+            self.0.len()
+        }
+        fn cells(&self, range: Range<usize>) -> &[Cell<u8>] {
+            &self.0[range]
+        }
+    }
+
+    const GROUP: GroupUuid = GroupUuid::from_bytes([9; 16]);
+
+    fn pool() -> Rc<Pool> {
+        let bytes = vec![Cell::new(0); PREFIX + 3 * BLOCK_MAX];
+        Pool::new(Box::new(Bytes(bytes)))
+    }
+
+    fn version(pool: &Pool, generation: u64) -> Result<(), u8> {
+        check_version(pool, GROUP, generation).map_err(|other| other.version)
+    }
+
+    #[test]
+    fn live_entries_are_read_back_with_their_disk() {
+        let pool = pool();
+        let log = InflightLog::start(&pool, GROUP, 7, false);
+        log.begin();
+        let segment = |n: u8| Segment {
+            disk: DiskUuid::from_bytes([n; 16]),
+            at: 1 << 40 | u64::from(n),
+            len: 4096,
+            from: 8192,
+        };
+        log.commit(&Entry(3), &[segment(1), segment(2)]);
+        log.commit(&Entry(5), &[segment(4)]);
+        log.clear(Entry(5));
+        let left = read(&pool, GROUP, 1 << 20).unwrap();
+        assert_eq!(left.segments, [segment(1), segment(2)]);
+        assert_eq!(left.generation, 7);
+        assert!(read(&pool, GroupUuid::from_bytes([8; 16]), 1 << 20).is_none());
+        assert!(read(&pool, GROUP, 10_000).is_none());
+    }
+
+    #[test]
+    fn log_of_another_version_is_refused_while_it_is_about_these_disks() {
+        let pool = pool();
+        assert_eq!(version(&pool, 7), Ok(()));
+        InflightLog::start(&pool, GROUP, 7, false).begin();
+        assert_eq!(version(&pool, 7), Ok(()));
+        put(pool.cells(0..HEADER), 0, b"LUNARIF1");
+        assert!(read(&pool, GROUP, 1 << 20).is_none());
+        assert_eq!(version(&pool, 7), Err(b'1'));
+        // The disks went on since.
+        assert_eq!(version(&pool, 8), Ok(()));
+        put(pool.cells(0..HEADER), 8, &[8; 16]);
+        assert_eq!(version(&pool, 7), Ok(()));
+    }
 }

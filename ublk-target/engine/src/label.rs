@@ -7,6 +7,7 @@ use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid, History, SystemUuid};
 
 use crate::parity;
 use crate::pool::{Lease, Pool, Quota};
+use crate::raid_group::EIO;
 use crate::reserve::{end_copy_at, lay_out};
 use crate::superblock::{At, BYTES, Copy, Superblock, SuperblockError, choose, decode};
 use crate::traits::{Buf, Disk, DiskError, DiskVerb, Piece};
@@ -40,7 +41,7 @@ async fn read_at<D: Disk>(disk: &D, at: u64, lease: &Lease) -> Result<[u8; BYTES
 
 /// Reads both copies of a disk's superblock and takes the newer.
 ///
-/// # Errors  `None` where nothing of Lunar is, else why neither copy is believed
+/// # Errors  `None` where nothing of Lunar is, `Read` where that cannot be said, else why neither copy is believed
 pub async fn read_superblock<D: Disk>(disk: &D, pool: &Rc<Pool>) -> Result<Superblock, LabelError> {
     let size = disk.capacity();
     if size < 2 * BYTES as u64 {
@@ -57,7 +58,7 @@ pub async fn read_superblock<D: Disk>(disk: &D, pool: &Rc<Pool>) -> Result<Super
                 device_size: size,
             },
         ),
-        Err(_) => Err(SuperblockError::NotLunar),
+        Err(error) => Err(unreadable(*error)),
     };
     let end_at = match &start {
         Ok(superblock) => superblock.end_copy,
@@ -74,15 +75,24 @@ pub async fn read_superblock<D: Disk>(disk: &D, pool: &Rc<Pool>) -> Result<Super
                 device_size: size,
             },
         ),
-        Err(_) => Err(SuperblockError::NotLunar),
+        Err(error) => Err(unreadable(error)),
     };
     match choose([start, end]) {
         Ok(superblock) => Ok(superblock),
-        Err(SuperblockError::NotLunar) => match first {
-            Err(error) => Err(LabelError::Read(error)),
-            Ok(_) => Err(LabelError::None),
-        },
+        Err(SuperblockError::NotLunar) => Err(LabelError::None),
+        Err(SuperblockError::Unreadable { errno }) => {
+            Err(LabelError::Read(DiskError::Errno(errno)))
+        }
         Err(error) => Err(LabelError::Invalid(error)),
+    }
+}
+
+fn unreadable(error: DiskError) -> SuperblockError {
+    SuperblockError::Unreadable {
+        errno: match error {
+            DiskError::Errno(errno) => errno,
+            DiskError::Short(_) | DiskError::Abandoned => EIO.0,
+        },
     }
 }
 

@@ -13,6 +13,7 @@ pub mod extents;
 pub mod geometry;
 mod inflight;
 pub mod label;
+mod launch;
 pub mod limits;
 mod member;
 pub mod parity;

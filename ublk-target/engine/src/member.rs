@@ -9,16 +9,25 @@ use std::task::{Context, Poll};
 use lunar_api::DiskUuid;
 use lunar_api::target::{MemberState, MemberStatus};
 
+use crate::pool::Lease;
+use crate::raid_group::{Given, MemberPlace};
 use crate::traits::{Buf, Disk, DiskError, DiskVerb, Piece};
 
-/// One slot.
+/// A disk in a slot, or the lack of one. Another disk in the slot is another `Member`.
 pub(crate) struct Member<D> {
     pub slot: u16,
     pub uuid: DiskUuid,
     pub path: String,
     pub disk: Option<Rc<D>>,
+    /// Where its metadata lies; none if the disk is not there.
+    pub place: Option<MemberPlace>,
+    /// A place for its superblock, held for as long as it or a write of it: publishing never waits for memory.
+    pub meta: Option<Lease>,
     /// Bytes from the start of the disk to the group's data.
     pub data_offset: u64,
+    /// A write or flush of it failed. Whoever waited for that comes to `RaidGroup::fail` later: perhaps when
+    /// another disk is in the slot, which is not to blame.
+    pub to_blame: Cell<bool>,
     pub state: Cell<MemberState>,
     pub reason: RefCell<String>,
     pub reads: Cell<u64>,
@@ -41,7 +50,10 @@ impl<D: Disk> Member<D> {
             uuid,
             path,
             disk: None,
+            place: None,
+            meta: None,
             data_offset: 0,
+            to_blame: Cell::new(false),
             state: Cell::new(state),
             reason: RefCell::default(),
             reads: Cell::new(0),
@@ -53,15 +65,31 @@ impl<D: Disk> Member<D> {
         }
     }
 
+    /// A member that is there. `meta` has room for a superblock.
+    pub(crate) fn present(
+        slot: u16,
+        state: MemberState,
+        (given, place): (Given<D>, MemberPlace),
+        meta: Lease,
+    ) -> Self {
+        Self {
+            data_offset: place.reserve.layout.data_offset,
+            disk: Some(Rc::new(given.disk)),
+            place: Some(place),
+            meta: Some(meta),
+            ..Self::new(slot, given.uuid, given.path, state)
+        }
+    }
+
     /// Starts an I/O at byte `at` of the group's data on this member.
     pub(crate) fn submit(
-        &self,
+        self: &Rc<Self>,
         verb: DiskVerb,
         at: u64,
         len: u64,
         buf: Buf<'_>,
         pieces: &[Piece],
-    ) -> MemberIo<D::Io> {
+    ) -> MemberIo<D> {
         match verb {
             DiskVerb::Read => {
                 add(&self.reads, 1);
@@ -73,25 +101,36 @@ impl<D: Disk> Member<D> {
             }
             DiskVerb::Flush | DiskVerb::Discard | DiskVerb::WriteZeroes => {}
         }
-        match &self.disk {
-            Some(disk) => MemberIo(Some(disk.submit(
-                verb,
-                self.data_offset + at,
-                len,
-                buf,
-                pieces,
-            ))),
-            None => MemberIo(None),
+        self.submit_meta(verb, self.data_offset + at, len, buf, pieces)
+    }
+
+    /// Starts an I/O at byte `at` of the disk.
+    pub(crate) fn submit_meta(
+        self: &Rc<Self>,
+        verb: DiskVerb,
+        at: u64,
+        len: u64,
+        buf: Buf<'_>,
+        pieces: &[Piece],
+    ) -> MemberIo<D> {
+        let io = self
+            .disk
+            .as_ref()
+            .map(|disk| disk.submit(verb, at, len, buf, pieces));
+        MemberIo {
+            member: Rc::clone(self),
+            verb,
+            io,
         }
     }
 
-    pub(crate) fn note_error(&self, verb: DiskVerb) {
-        let counter = if verb == DiskVerb::Read {
-            &self.read_errors
+    fn note_error(&self, verb: DiskVerb) {
+        if verb == DiskVerb::Read {
+            add(&self.read_errors, 1);
         } else {
-            &self.write_errors
-        };
-        add(counter, 1);
+            add(&self.write_errors, 1);
+            self.to_blame.set(true);
+        }
     }
 
     pub(crate) fn status(&self) -> MemberStatus {
@@ -112,17 +151,24 @@ impl<D: Disk> Member<D> {
     }
 }
 
-/// An I/O of a member that may not be there.
-#[derive(Debug)]
-pub(crate) struct MemberIo<F>(Option<F>);
+/// An I/O of a member that may not be there. An error is noted at the member that it was given to.
+pub(crate) struct MemberIo<D: Disk> {
+    member: Rc<Member<D>>,
+    verb: DiskVerb,
+    io: Option<D::Io>,
+}
 
-impl<F: Future<Output = Result<(), DiskError>> + Unpin> Future for MemberIo<F> {
+impl<D: Disk> Future for MemberIo<D> {
     type Output = Result<(), DiskError>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        match &mut self.0 {
+        let result = match &mut self.io {
             Some(io) => Pin::new(io).poll(cx),
             None => Poll::Ready(Err(DiskError::Abandoned)),
+        };
+        if let Poll::Ready(Err(_)) = result {
+            self.member.note_error(self.verb);
         }
+        result
     }
 }

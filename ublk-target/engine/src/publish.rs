@@ -10,8 +10,9 @@ use lunar_api::History;
 use lunar_api::target::{GroupState, MemberState};
 
 use crate::limits::PARENTS_MAX;
+use crate::member::Member;
 use crate::parity;
-use crate::raid_group::{EIO, Errno, RaidGroup};
+use crate::raid_group::{EIO, Errno, MemberPlace, RaidGroup};
 use crate::serve::bits;
 use crate::superblock::{
     BYTES, Copy, Flags, GroupRecord, Member as MemberBlock, MemberEntry, Superblock,
@@ -82,7 +83,7 @@ impl<E: Env> RaidGroup<E> {
     /// nothing is written to the superblocks, so that they still say what was true last
     pub(crate) async fn fail(&self, slots: u64, why: &str) -> Result<(), Errno> {
         let rebuilding = self.rebuilding().map_or(0, |slot| 1u64 << slot);
-        let live = slots & (self.in_sync.get() | rebuilding);
+        let live = self.blamed(slots) & (self.in_sync.get() | rebuilding);
         if live & self.in_sync.get() != 0 && !self.can_lose(live) {
             if self.geometry.redundancy() > 0 && !self.failed.replace(true) {
                 let text = format!(
@@ -97,6 +98,13 @@ impl<E: Env> RaidGroup<E> {
             self.fail_now(live, why);
         }
         self.wait_durable().await
+    }
+
+    /// Those of the slots whose failure was that of the disk which is there now.
+    fn blamed(&self, slots: u64) -> u64 {
+        bits(slots)
+            .filter(|slot| self.member(*slot).to_blame.get())
+            .fold(0, |set, slot| set | 1 << slot)
     }
 
     /// Waits until the superblocks say what memory says now; writes them if nobody else does.
@@ -199,47 +207,47 @@ impl<E: Env> RaidGroup<E> {
         self.dirty_durable.set(self.dirty_durable.get() && dirty);
         let record = self.record_now();
         let slots = self.in_sync.get() | self.rebuilding().map_or(0, |slot| 1 << slot);
+        // Whoever comes into a slot meanwhile is of the next generation.
+        let members: Vec<_> = bits(slots).map(|slot| self.member(slot)).collect();
         let mut failed = 0u64;
         for copy in Copy::BOTH {
             let mut ios = Vec::new();
-            for slot in bits(slots & !failed) {
-                let member = self.member(slot);
-                let block = self.superblock(slot, generation, &record);
-                let Some(block) = block else { continue };
+            for member in &members {
+                let (Some(place), Some(meta)) = (&member.place, &member.meta) else {
+                    continue;
+                };
+                if failed & 1 << member.slot != 0 {
+                    continue;
+                }
+                let block = self.superblock(member, place, generation, &record);
                 let mut bytes = [0; BYTES];
                 if block.encode(copy, &mut bytes).is_err() {
                     self.event(
                         "BadSuperblock",
-                        Some(slot),
+                        Some(member.slot),
                         "refused to write a superblock that no reader would take",
                     );
-                    failed |= 1 << slot;
+                    member.to_blame.set(true);
+                    failed |= 1 << member.slot;
                     continue;
                 }
-                let at = usize::from(slot) * BYTES;
-                parity::copy_in(self.meta.cells(at..at + BYTES), &bytes);
+                parity::copy_in(meta.cells(0..BYTES), &bytes);
                 let piece = Piece {
-                    offset: u32::from(slot) * 4096,
+                    offset: 0,
                     len: 4096,
                 };
-                let Some(disk) = &member.disk else { continue };
                 let verb = DiskVerb::Write { fua: true };
-                let io = disk.submit(
-                    verb,
-                    block.copy_at(copy),
-                    4096,
-                    Buf::Pool(&self.meta),
-                    &[piece],
-                );
-                ios.push((slot, io));
+                let at = block.copy_at(copy);
+                let io = member.submit_meta(verb, at, 4096, Buf::Pool(meta), &[piece]);
+                ios.push((member.slot, io));
             }
             for (slot, io) in ios {
                 if io.await.is_err() {
-                    self.member(slot).note_error(DiskVerb::Write { fua: true });
                     failed |= 1 << slot;
                 }
             }
         }
+        let failed = self.blamed(failed);
         if failed & self.in_sync.get() != 0 && !self.can_lose(failed) {
             if self.geometry.redundancy() > 0 {
                 self.failed.set(true);
@@ -282,21 +290,25 @@ impl<E: Env> RaidGroup<E> {
         }
     }
 
-    fn superblock(&self, slot: u16, generation: u64, record: &GroupRecord) -> Option<Superblock> {
-        let places = self.places.borrow();
-        let place = places.get(usize::from(slot))?.as_ref()?;
-        Some(Superblock {
+    fn superblock(
+        &self,
+        member: &Member<E::Disk>,
+        place: &MemberPlace,
+        generation: u64,
+        record: &GroupRecord,
+    ) -> Superblock {
+        Superblock {
             system: self.system,
-            disk: self.member(slot).uuid,
+            disk: member.uuid,
             device_size: place.device_size,
             end_copy: place.reserve.end_copy,
             generation,
             member: Some(MemberBlock {
-                slot,
+                slot: member.slot,
                 layout: place.reserve.layout,
                 group: record.clone(),
             }),
-        })
+        }
     }
 
     /// Why it is not optimal, for people.
@@ -344,7 +356,7 @@ impl<E: Env> RaidGroup<E> {
     }
 
     /// The member in a slot.
-    pub(crate) fn member(&self, slot: u16) -> Rc<crate::member::Member<E::Disk>> {
+    pub(crate) fn member(&self, slot: u16) -> Rc<Member<E::Disk>> {
         Rc::clone(&self.members.borrow()[usize::from(slot)])
     }
 }

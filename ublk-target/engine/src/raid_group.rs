@@ -15,7 +15,7 @@ use lunar_api::{DiskUuid, GroupUuid, LuUuid, SystemUuid};
 
 use crate::config::GroupConfig;
 use crate::extents::ExtentMap;
-use crate::geometry::Geometry;
+use crate::geometry::{Geometry, Piece};
 use crate::inflight::InflightLog;
 use crate::member::Member;
 use crate::pool::{Lease, Pool};
@@ -155,10 +155,35 @@ impl Lu {
     /// Where byte `at` of the LU is in the group, and how many bytes follow there.
     ///
     /// # Panics  if `at` is beyond the LU: requests are checked when they arrive
-    pub(crate) fn resolve(&self, at: u64) -> (u64, u64) {
+    fn resolve(&self, at: u64) -> (u64, u64) {
         self.extents
             .resolve(at)
             .expect("requests lie within the LU")
+    }
+
+    /// Cuts a range of the LU into the parts that lie in one chunk each, in order; their offsets are from the
+    /// start of the range.
+    ///
+    /// # Panics  if the range leaves the LU
+    pub(crate) fn pieces(
+        &self,
+        geometry: Geometry,
+        at: u64,
+        len: u64,
+    ) -> impl Iterator<Item = Piece> {
+        let mut done = 0;
+        std::iter::from_fn(move || {
+            let left = len.checked_sub(done).filter(|left| *left > 0)?;
+            let (from, room) = self.resolve(at + done);
+            let start = done;
+            let part = room.min(left);
+            done += part;
+            Some(geometry.pieces(from, part).map(move |piece| Piece {
+                offset_in_request: start + piece.offset_in_request,
+                ..piece
+            }))
+        })
+        .flatten()
     }
 }
 
@@ -180,7 +205,6 @@ pub struct RaidGroup<E: Env> {
     pub(crate) random: RefCell<Box<dyn FnMut() -> [u8; 16]>>,
 
     pub(crate) members: RefCell<Vec<Rc<Member<E::Disk>>>>,
-    pub(crate) places: RefCell<Vec<Option<MemberPlace>>>,
     /// Slots that hold what they should, as bits.
     pub(crate) in_sync: Cell<u64>,
     pub(crate) rebuild: Cell<Option<Rebuild>>,
@@ -200,8 +224,6 @@ pub struct RaidGroup<E: Env> {
     pub(crate) configuring: Cell<bool>,
     pub(crate) dirty: Cell<bool>,
     pub(crate) dirty_durable: Cell<bool>,
-    /// A place for every slot's superblock, held for ever: publishing never waits for memory.
-    pub(crate) meta: Lease,
     /// `durable`, `publishing`, `configuring`, `background_ended` changed.
     pub(crate) changed: Waiters,
 

@@ -9,9 +9,9 @@ use crate::member::{MemberIo, add};
 use crate::plan::Span;
 use crate::pool::{Lease, Quota};
 use crate::raid_group::{EIO, EOPNOTSUPP, Errno, Lu, RaidGroup};
-use crate::stripe_table::{Item, Task};
+use crate::stripe_table::{Item, JoinId, Task};
 use crate::sync::join_all;
-use crate::traits::{Buf, Disk, DiskVerb, Env, Front, HostRequest, HostVerb, PIECES_MAX, Piece};
+use crate::traits::{Buf, DiskVerb, Env, Front, HostRequest, HostVerb, PIECES_MAX, Piece};
 
 /// Adjacent bytes of one member, scattered in the request.
 struct Run {
@@ -24,7 +24,7 @@ struct Run {
 /// I/Os of one request in flight at once; more go in a second round.
 const IOS_MAX: usize = 2 * MEMBERS_MAX;
 
-type Ios<E> = ArrayVec<(u16, Option<MemberIo<<<E as Env>::Disk as Disk>::Io>>), IOS_MAX>;
+type Ios<E> = ArrayVec<(u16, Option<MemberIo<<E as Env>::Disk>>), IOS_MAX>;
 
 impl<E: Env> RaidGroup<E> {
     /// Serves one host request to its end. `lu` is the handle of `lus`. Allocates nothing.
@@ -88,49 +88,42 @@ impl<E: Env> RaidGroup<E> {
         let mut ios: Ios<E> = ArrayVec::new();
         let (mut failed, mut lost) = (0u64, false);
         let leg = self.choose_leg();
-        let mut offset = 0u64;
-        while offset < request.len {
-            let (at, room) = lu.resolve(request.at + offset);
-            let len = room.min(request.len - offset);
-            for piece in self.geometry.pieces(at, len) {
-                let slot = match self.geometry.level() {
-                    Level::Raid1 => self.leg_for(leg, piece.stripe),
-                    Level::Raid0 | Level::Raid5 => piece.slot,
-                };
-                if verb == DiskVerb::Read && self.readable(piece.stripe) & 1 << slot == 0 {
-                    lost = true;
+        for piece in lu.pieces(self.geometry, request.at, request.len) {
+            let slot = match self.geometry.level() {
+                Level::Raid1 => self.leg_for(leg, piece.stripe),
+                Level::Raid0 | Level::Raid5 => piece.slot,
+            };
+            if verb == DiskVerb::Read && self.readable(piece.stripe) & 1 << slot == 0 {
+                lost = true;
+                continue;
+            }
+            let part = Piece {
+                offset: to_u32(piece.offset_in_request),
+                len: piece.len,
+            };
+            let open = runs.iter().position(|r| r.slot == slot);
+            if let Some(i) = open {
+                if extend(&mut runs[i], piece.member_at, part) {
                     continue;
                 }
-                let start = u32::try_from(offset + piece.offset_in_request).expect("MAX_IO");
-                let part = Piece {
-                    offset: start,
-                    len: piece.len,
-                };
-                let open = runs.iter().position(|r| r.slot == slot);
-                if let Some(i) = open {
-                    if extend(&mut runs[i], piece.member_at, part) {
-                        continue;
-                    }
-                    let run = runs.swap_remove(i);
-                    self.start_run(&run, verb, request, lease, &mut ios, &mut failed)
-                        .await;
-                }
-                let mut pieces = ArrayVec::new();
-                pieces.push(part);
-                runs.push(Run {
-                    slot,
-                    at: piece.member_at,
-                    len: u64::from(piece.len),
-                    pieces,
-                });
+                let run = runs.swap_remove(i);
+                self.start_run(&run, verb, request, lease, &mut ios, &mut failed)
+                    .await;
             }
-            offset += len;
+            let mut pieces = ArrayVec::new();
+            pieces.push(part);
+            runs.push(Run {
+                slot,
+                at: piece.member_at,
+                len: u64::from(piece.len),
+                pieces,
+            });
         }
         for run in &runs {
             self.start_run(run, verb, request, lease, &mut ios, &mut failed)
                 .await;
         }
-        self.join(&mut ios, verb, &mut failed).await;
+        self.join(&mut ios, &mut failed).await;
         (failed, lost)
     }
 
@@ -144,7 +137,7 @@ impl<E: Env> RaidGroup<E> {
         failed: &mut u64,
     ) {
         if ios.is_full() {
-            self.join(ios, verb, failed).await;
+            self.join(ios, failed).await;
         }
         let buf = match lease {
             Some(lease) => Buf::Pool(lease),
@@ -156,10 +149,9 @@ impl<E: Env> RaidGroup<E> {
         ios.push((run.slot, Some(io)));
     }
 
-    async fn join(&self, ios: &mut Ios<E>, verb: DiskVerb, failed: &mut u64) {
+    async fn join(&self, ios: &mut Ios<E>, failed: &mut u64) {
         join_all(ios, |slot, result| {
             if result.is_err() {
-                self.member(slot).note_error(verb);
                 *failed |= 1 << slot;
             }
         })
@@ -200,18 +192,11 @@ impl<E: Env> RaidGroup<E> {
             return self.fill(&request, 0, request.len, &lease).await;
         }
         // Pieces that came straight from a member are in the request already.
-        let mut offset = 0u64;
-        while offset < request.len {
-            let (at, room) = lu.resolve(request.at + offset);
-            let len = room.min(request.len - offset);
-            for piece in self.geometry.pieces(at, len) {
-                if self.is_lost(&piece, failed) || lost {
-                    let start = offset + piece.offset_in_request;
-                    self.fill(&request, start, u64::from(piece.len), &lease)
-                        .await?;
-                }
+        for piece in lu.pieces(self.geometry, request.at, request.len) {
+            if self.is_lost(&piece, failed) || lost {
+                let (start, len) = (piece.offset_in_request, u64::from(piece.len));
+                self.fill(&request, start, len, &lease).await?;
             }
-            offset += len;
         }
         Ok(())
     }
@@ -235,43 +220,32 @@ impl<E: Env> RaidGroup<E> {
         lease: &Lease,
     ) -> Result<(), Errno> {
         let join = self.stripes.open();
-        let mut offset = 0u64;
-        while offset < request.len {
-            let (at, room) = lu.resolve(request.at + offset);
-            let len = room.min(request.len - offset);
-            for piece in self.geometry.pieces(at, len) {
-                let start = piece.in_chunk;
-                let span = Span {
-                    data: piece.data,
-                    start,
-                    end: start + piece.len,
-                };
-                let to = u32::try_from(offset + piece.offset_in_request).expect("MAX_IO");
-                let avoid = if self.is_lost(&piece, failed) {
+        for piece in lu.pieces(self.geometry, request.at, request.len) {
+            let task = Task::Read {
+                span: span_of(&piece),
+                lease: lease.clone(),
+                to: to_u32(piece.offset_in_request),
+                avoid: if self.is_lost(&piece, failed) {
                     failed
                 } else {
                     0
-                };
-                let task = Task::Read {
-                    span,
-                    lease: lease.clone(),
-                    to,
-                    avoid,
-                };
-                if self.stripes.push(
-                    piece.stripe,
-                    Item {
-                        task,
-                        join,
-                        lu: Some(lu.handle),
-                    },
-                ) {
-                    add(&lu.counters.range_lock_waits, 1);
-                }
-            }
-            offset += len;
+                },
+            };
+            self.push(lu, piece.stripe, task, join);
         }
         self.stripes.wait(join).await.map_err(Errno)
+    }
+
+    /// Queues a task of a request at its stripe.
+    fn push(&self, lu: &Lu, stripe: u64, task: Task, join: JoinId) {
+        let item = Item {
+            task,
+            join,
+            lu: Some(lu.handle),
+        };
+        if self.stripes.push(stripe, item) {
+            add(&lu.counters.range_lock_waits, 1);
+        }
     }
 
     async fn fill(
@@ -323,37 +297,16 @@ impl<E: Env> RaidGroup<E> {
             .map_err(|_| EIO)?;
         let join = self.stripes.open();
         let mut partial = false;
-        let mut offset = 0u64;
-        while offset < request.len {
-            let (at, room) = lu.resolve(request.at + offset);
-            let len = room.min(request.len - offset);
-            for piece in self.geometry.pieces(at, len) {
-                let start = piece.in_chunk;
-                let span = Span {
-                    data: piece.data,
-                    start,
-                    end: start + piece.len,
-                };
-                partial |= span.is_partial_in(&span.grains());
-                let from = pad + to_u32(offset + piece.offset_in_request);
-                let task = Task::Write {
-                    span,
-                    lease: lease.clone(),
-                    from,
-                    fua,
-                };
-                if self.stripes.push(
-                    piece.stripe,
-                    Item {
-                        task,
-                        join,
-                        lu: Some(lu.handle),
-                    },
-                ) {
-                    add(&lu.counters.range_lock_waits, 1);
-                }
-            }
-            offset += len;
+        for piece in lu.pieces(self.geometry, request.at, request.len) {
+            let span = span_of(&piece);
+            partial |= span.is_partial_in(&span.grains());
+            let task = Task::Write {
+                span,
+                lease: lease.clone(),
+                from: pad + to_u32(piece.offset_in_request),
+                fua,
+            };
+            self.push(lu, piece.stripe, task, join);
         }
         if partial && self.geometry.level() == Level::Raid5 {
             add(&lu.counters.bounced, 1);
@@ -375,7 +328,7 @@ impl<E: Env> RaidGroup<E> {
                 ),
             ));
         }
-        self.join(&mut ios, DiskVerb::Flush, &mut failed).await;
+        self.join(&mut ios, &mut failed).await;
         if failed != 0 {
             self.fail(failed, "flush failed").await?;
         }
@@ -428,6 +381,14 @@ pub(crate) fn bits(mut set: u64) -> impl Iterator<Item = u16> {
         set &= set.wrapping_sub(1);
         u16::try_from(slot).ok().filter(|slot| *slot < 64)
     })
+}
+
+fn span_of(piece: &crate::geometry::Piece) -> Span {
+    Span {
+        data: piece.data,
+        start: piece.in_chunk,
+        end: piece.in_chunk + piece.len,
+    }
 }
 
 fn to_u32(n: u64) -> u32 {

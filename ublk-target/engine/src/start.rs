@@ -1,26 +1,23 @@
 //! How a group comes to run: made new, or assembled from what its members say.
 
-use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use lunar_api::target::MemberState;
 use lunar_api::{ApiError, ErrorKind, History};
 
 use crate::assembly::{self, Conditions, Present, SlotPlan};
-use crate::background::RATE_MIN;
 use crate::config::GroupConfig;
 use crate::geometry::Geometry;
-use crate::inflight::{self, InflightLog, Left};
+use crate::inflight::{self, Left};
 use crate::label::read_superblock;
+use crate::launch::{Slot, split};
 use crate::limits::MEMBERS_MAX;
-use crate::member::Member;
 use crate::parity;
 use crate::pool::{BLOCK_MAX, Pool, Quota};
-use crate::raid_group::{CreateSpec, Given, MemberPlace, Parts, RaidGroup, Rebuild, StartSpec};
+use crate::raid_group::{CreateSpec, Given, MemberPlace, Parts, RaidGroup, StartSpec};
 use crate::reserve::{Reserve, lay_out, region_bytes};
-use crate::stripe_table::StripeTable;
-use crate::superblock::{ConfigVersion, Flags, GroupRecord, MemberEntry};
-use crate::sync::Waiters;
+use crate::serve::bits;
+use crate::superblock::{ConfigVersion, Flags, GroupRecord, MemberEntry, Superblock};
 use crate::traits::{Buf, Disk, DiskVerb, Env, Piece};
 
 fn failed(what: &str, why: impl ToString) -> ApiError {
@@ -36,35 +33,35 @@ impl<E: Env> RaidGroup<E> {
     pub async fn create(parts: Parts<E>, spec: CreateSpec) -> Result<Rc<Self>, ApiError> {
         let what = "the group could not be made";
         let refuse = |why: String| ApiError::new(ErrorKind::Usage, what).because(why);
-        if parts.members.len() > MEMBERS_MAX {
+        let (members, mut rest) = split(parts);
+        if members.len() > MEMBERS_MAX {
             return Err(refuse(format!(
                 "{} disks: a group has at most {MEMBERS_MAX}",
-                parts.members.len()
+                members.len()
             )));
         }
         let mut reserves: Vec<Reserve> = Vec::new();
         let (mut generation, mut logical_block) = (1, 512);
-        for given in &parts.members {
+        for given in &members {
             let size = given.disk.capacity();
             let reserve =
                 lay_out(size).map_err(|error| refuse(format!("{}: {error}", given.path)))?;
             reserves.push(reserve);
             logical_block = logical_block.max(given.disk.logical_block());
             // A new group starts above whatever its disks said before.
-            if let Ok(old) = read_superblock(&given.disk, &parts.pool).await {
+            if let Ok(old) = read_superblock(&given.disk, &rest.pool).await {
                 generation = generation.max(old.generation + 1);
             }
         }
-        let n = u16::try_from(parts.members.len()).expect("MEMBERS_MAX is below 2^16");
+        let n = u16::try_from(members.len()).expect("MEMBERS_MAX is below 2^16");
         let bytes = crate::reserve::member_bytes(&reserves);
         let geometry = Geometry::new(spec.level, usize::from(n), spec.chunk, bytes)
             .map_err(|error| refuse(error.to_string()))?;
         let config = GroupConfig::new(&spec.name).map_err(|error| refuse(error.to_string()))?;
-        let mut random = parts.random;
         let clean = spec.assume_clean || geometry.redundancy() == 0;
         let record = GroupRecord {
             uuid: spec.group,
-            history: History::from_bytes(random()),
+            history: History::from_bytes((rest.random)()),
             parents: Vec::new(),
             flags: Flags {
                 assume_clean: spec.assume_clean,
@@ -80,8 +77,7 @@ impl<E: Env> RaidGroup<E> {
             synced_to: if clean { geometry.member_bytes() } else { 0 },
             log_lanes: 1,
             config: ConfigVersion::default(),
-            members: parts
-                .members
+            members: members
                 .iter()
                 .map(|m| MemberEntry {
                     disk: m.uuid,
@@ -91,20 +87,13 @@ impl<E: Env> RaidGroup<E> {
                 .collect(),
         };
         let mut slots = Vec::new();
-        for (given, reserve) in parts.members.into_iter().zip(reserves) {
+        for (given, reserve) in members.into_iter().zip(reserves) {
             let place = MemberPlace {
                 device_size: given.disk.capacity(),
                 reserve,
             };
             slots.push(Some((given, place)));
         }
-        let rest = Rest {
-            system: parts.system,
-            pool: parts.pool,
-            clock: parts.clock,
-            front: parts.front,
-            random,
-        };
         let group = Self::launch(
             rest,
             geometry,
@@ -131,11 +120,12 @@ impl<E: Env> RaidGroup<E> {
     /// # Errors  what `assembly` refuses, by name; an unreadable configuration
     pub async fn start(parts: Parts<E>, spec: StartSpec) -> Result<Rc<Self>, ApiError> {
         let what = "the group could not be started";
+        let (members, mut rest) = split(parts);
         let mut superblocks = Vec::new();
         let mut readable = Vec::new();
         let mut unreadable = Vec::new();
-        for given in parts.members {
-            match read_superblock(&given.disk, &parts.pool).await {
+        for given in members {
+            match read_superblock(&given.disk, &rest.pool).await {
                 Ok(superblock) => {
                     superblocks.push(superblock);
                     readable.push(given);
@@ -147,13 +137,22 @@ impl<E: Env> RaidGroup<E> {
         if readable.is_empty() {
             return Err(failed(what, unreadable.join("; ")));
         }
-        let memory = parts.pool.whole().len() as u64;
+        let memory = rest.pool.whole().len() as u64;
         let generation = superblocks
             .iter()
             .map(|superblock| superblock.generation)
             .max();
+        if !spec.force
+            && let Some(generation) = generation
+        {
+            inflight::check_version(&rest.pool, spec.group, generation).map_err(|error| {
+                ApiError::new(ErrorKind::Refused, what)
+                    .because(error.to_string())
+                    .hint("start it with the Lunar that wrote it; or, as after a power loss: lunar group start --force")
+            })?;
+        }
         // A log of another time of the group says nothing about these disks.
-        let left = inflight::read(&parts.pool, spec.group, memory)
+        let left = inflight::read(&rest.pool, spec.group, memory)
             .filter(|left| generation.is_some_and(|generation| left.generation >= generation));
         let conditions = Conditions {
             witness: spec.witness,
@@ -170,9 +169,8 @@ impl<E: Env> RaidGroup<E> {
             .collect();
         let plan = assembly::assemble(spec.group, &present, conditions)
             .map_err(|error| error.to_api(&spec.group.to_string()))?;
-        let mut random = parts.random;
         let record = plan
-            .next_record(History::from_bytes(random()))
+            .next_record(History::from_bytes((rest.random)()))
             .ok_or_else(|| failed(what, "its deciding superblock names no group"))?;
         // A stop in mid-publish leaves the newest state on some members only; whoever is missing at the next
         // start must not take it with him.
@@ -184,47 +182,20 @@ impl<E: Env> RaidGroup<E> {
                     .as_ref()
                     .is_none_or(|member| member.group != record)
         };
-        let is_changed = plan.slots.iter().any(|slot| match slot {
-            SlotPlan::InSync(disk) | SlotPlan::Rebuilding(disk) => differs(*disk),
-            SlotPlan::Stale(_) | SlotPlan::Faulty | SlotPlan::Missing => false,
-        });
+        let is_changed = plan
+            .slots
+            .iter()
+            .filter_map(|slot| slot.used())
+            .any(differs);
         let geometry = record.geometry().map_err(|error| failed(what, error))?;
-        let mut given: Vec<Option<Given<E::Disk>>> = readable.into_iter().map(Some).collect();
-        let mut slots: Vec<Slot<E>> = Vec::new();
-        for slot in &plan.slots {
-            let index = match slot {
-                SlotPlan::InSync(i) | SlotPlan::Rebuilding(i) => Some(*i),
-                SlotPlan::Stale(_) | SlotPlan::Faulty | SlotPlan::Missing => None,
-            };
-            slots.push(index.and_then(|i| {
-                let superblock = &superblocks[i];
-                let reserve = Reserve {
-                    layout: superblock.member.as_ref()?.layout,
-                    data_bytes: record.member_bytes,
-                    end_copy: superblock.end_copy,
-                };
-                let place = MemberPlace {
-                    device_size: superblock.device_size,
-                    reserve,
-                };
-                given[i].take().map(|given| (given, place))
-            }));
-        }
-        drop(given);
+        let slots = seat(&plan.slots, readable, &superblocks, record.member_bytes);
         // Replay comes first: what is read from here on may take the memory that it writes from.
         let mut unreplayed = 0;
         if let Some(left) = &left {
-            unreplayed = left.unreplayed | replay::<E>(&parts.pool, left, &slots).await;
-            inflight::replayed(&parts.pool, unreplayed);
+            unreplayed = left.unreplayed | replay(&rest.pool, left, &slots).await;
+            inflight::replayed(&rest.pool, unreplayed);
         }
-        let config = read_config::<E>(&parts.pool, &geometry, &record, &slots, &plan.slots).await?;
-        let rest = Rest {
-            system: parts.system,
-            pool: parts.pool,
-            clock: parts.clock,
-            front: parts.front,
-            random,
-        };
+        let config = read_config(&rest.pool, &geometry, &record, &slots, &plan.slots).await?;
         let generation = plan.superblock.generation;
         let group = Self::launch(
             rest,
@@ -251,6 +222,9 @@ impl<E: Env> RaidGroup<E> {
         }
         if unreplayed != 0 {
             let why = "did not take what a dead process was writing";
+            for slot in bits(unreplayed) {
+                group.member(slot).to_blame.set(true);
+            }
             group
                 .fail(unreplayed, why)
                 .await
@@ -269,116 +243,31 @@ impl<E: Env> RaidGroup<E> {
     }
 }
 
-/// What is left of the parts when the members are taken out.
-struct Rest<E: Env> {
-    system: lunar_api::SystemUuid,
-    pool: Rc<Pool>,
-    clock: E::Clock,
-    front: E::Front,
-    random: Box<dyn FnMut() -> [u8; 16]>,
-}
-
-/// A member that is there, and where its metadata lies.
-type Slot<E> = Option<(Given<<E as Env>::Disk>, MemberPlace)>;
-
-impl<E: Env> RaidGroup<E> {
-    /// Puts a group together in memory. States are those of the record, but who is not there is not believed.
-    /// `died`: a process of the group died here, and its log goes on.
-    async fn launch(
-        rest: Rest<E>,
-        geometry: Geometry,
-        record: GroupRecord,
-        config: GroupConfig,
-        generation: u64,
-        slots: Vec<Slot<E>>,
-        died: bool,
-    ) -> Rc<Self> {
-        let chunk = geometry.chunk();
-        let (mut in_sync, mut rebuild) = (0, None);
-        let mut members = Vec::new();
-        let mut places = Vec::new();
-        for (i, (slot, entry)) in (0u16..).zip(slots.into_iter().zip(&record.members)) {
-            let mut state = entry.state;
-            match slot {
-                Some((given, place)) => {
-                    match state {
-                        MemberState::InSync => in_sync |= 1 << i,
-                        MemberState::Rebuilding => {
-                            let done = entry.rebuilt_to / chunk;
-                            rebuild = Some(Rebuild {
-                                slot: i,
-                                done,
-                                window: done,
-                            });
-                        }
-                        MemberState::Faulty | MemberState::Missing => {}
-                    }
-                    let mut member = Member::new(i, given.uuid, given.path, state);
-                    member.data_offset = place.reserve.layout.data_offset;
-                    member.disk = Some(Rc::new(given.disk));
-                    members.push(Rc::new(member));
-                    places.push(Some(place));
-                }
-                None => {
-                    if state != MemberState::Faulty {
-                        state = MemberState::Missing;
-                    }
-                    let path = format!("(was disk {})", entry.disk);
-                    members.push(Rc::new(Member::new(i, entry.disk, path, state)));
-                    places.push(None);
-                }
-            }
-        }
-        let synced = record.synced_to / chunk;
-        let meta = rest.pool.lease(Quota::Work, members.len() * 4096).await;
-        let log = InflightLog::start(&rest.pool, record.uuid, generation, died);
-        let lus = config.lus.clone();
-        let group = Rc::new(Self {
-            id: record.uuid,
-            system: rest.system,
-            geometry,
-            pool: rest.pool,
-            clock: rest.clock,
-            front: rest.front,
-            random: RefCell::new(rest.random),
-            members: RefCell::new(members),
-            places: RefCell::new(places),
-            in_sync: Cell::new(in_sync),
-            rebuild: Cell::new(rebuild),
-            synced: Cell::new(synced),
-            durable_synced: Cell::new(synced),
-            durable_rebuild: Cell::new(rebuild.map_or(0, |rebuild| rebuild.done)),
-            failed: Cell::new(false),
-            dirty: Cell::new(record.flags.dirty),
-            dirty_durable: Cell::new(record.flags.dirty),
-            record: RefCell::new(record),
-            rate_min: Cell::new(config.options.rebuild_min_bytes.unwrap_or(RATE_MIN)),
-            rate_max: Cell::new(config.options.rebuild_max_bytes),
-            config: RefCell::new(config),
-            generation: Cell::new(generation),
-            durable: Cell::new(generation),
-            publishing: Cell::new(false),
-            configuring: Cell::new(false),
-            meta,
-            changed: Waiters::default(),
-            lus: RefCell::default(),
-            stripes: StripeTable::new(),
-            log,
-            kept: RefCell::default(),
-            requests: Cell::new(0),
-            active_writes: Cell::new(0),
-            turn: Cell::new(0),
-            stopping: Cell::new(false),
-            background_ended: Cell::new(false),
-            sync_wanted: Cell::new(0),
-            sync_status: RefCell::default(),
-            events: RefCell::default(),
-        });
-        for lu in &lus {
-            group.add_lu(lu);
-        }
-        group
-    }
+/// Brings every member that is used to its slot; the others are let go of.
+fn seat<D>(
+    plans: &[SlotPlan],
+    given: Vec<Given<D>>,
+    superblocks: &[Superblock],
+    data_bytes: u64,
+) -> Vec<Slot<D>> {
+    let mut given: Vec<Option<Given<D>>> = given.into_iter().map(Some).collect();
+    let mut seat = |i: usize| {
+        let superblock = &superblocks[i];
+        let reserve = Reserve {
+            layout: superblock.member.as_ref()?.layout,
+            data_bytes,
+            end_copy: superblock.end_copy,
+        };
+        let place = MemberPlace {
+            device_size: superblock.device_size,
+            reserve,
+        };
+        given[i].take().map(|given| (given, place))
+    };
+    plans
+        .iter()
+        .map(|plan| plan.used().and_then(&mut seat))
+        .collect()
 }
 
 fn chain(error: &dyn std::error::Error) -> String {
@@ -392,11 +281,11 @@ fn chain(error: &dyn std::error::Error) -> String {
 }
 
 /// Reads the configuration from the first member that gives it whole.
-async fn read_config<E: Env>(
+async fn read_config<D: Disk>(
     pool: &Rc<Pool>,
     geometry: &Geometry,
     record: &GroupRecord,
-    slots: &[Slot<E>],
+    slots: &[Slot<D>],
     plans: &[SlotPlan],
 ) -> Result<GroupConfig, ApiError> {
     let mut why = String::from("no member is there");
@@ -438,13 +327,16 @@ async fn read_config<E: Env>(
 }
 
 /// Writes again what a dead predecessor was writing; returns the slots that did not take it, as bits.
-async fn replay<E: Env>(pool: &Rc<Pool>, left: &Left, slots: &[Slot<E>]) -> u64 {
+async fn replay<D: Disk>(pool: &Rc<Pool>, left: &Left, slots: &[Slot<D>]) -> u64 {
     let whole = pool.whole();
     let mut failed = 0;
     for segment in &left.segments {
-        let Some(Some((given, _))) = slots.get(usize::from(segment.slot)) else {
-            continue;
-        };
+        // A disk that has left its slot has missed more than this.
+        let found = slots.iter().enumerate().find_map(|(slot, seated)| {
+            let (given, _) = seated.as_ref()?;
+            (given.uuid == segment.disk).then_some((slot, given))
+        });
+        let Some((slot, given)) = found else { continue };
         let piece = Piece {
             offset: segment.from,
             len: segment.len,
@@ -462,7 +354,7 @@ async fn replay<E: Env>(pool: &Rc<Pool>, left: &Left, slots: &[Slot<E>]) -> u64 
                 .await
                 .is_err()
         {
-            failed |= 1 << segment.slot;
+            failed |= 1 << slot;
         }
     }
     failed

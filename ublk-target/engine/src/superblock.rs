@@ -198,6 +198,8 @@ pub enum SuperblockError {
     Reserved { at: usize },
     #[error("both copies have generation {generation}, but they differ")]
     CopiesDiffer { generation: u64 },
+    #[error("generation {newer} of one copy does not go on from generation {older} of the other")]
+    CopiesApart { newer: u64, older: u64 },
 }
 
 impl SuperblockError {
@@ -218,7 +220,8 @@ pub fn crc32c(bytes: &[u8]) -> u32 {
 /// Takes the newer of the two copies of one disk.
 ///
 /// # Errors  the reason of the better copy if neither can be believed; a copy of a newer Lunar; two copies of
-/// one generation that differ (in more than their copy index)
+/// one generation that differ (in more than their copy index); two of one group of which neither goes on from the
+/// other
 /// # Crash   an update leaves copy 0 newer than copy 1, or one of them damaged: both are served
 pub fn choose(
     copies: [Result<Superblock, SuperblockError>; 2],
@@ -229,7 +232,20 @@ pub fn choose(
                 generation: a.generation,
             })
         }
-        [Ok(a), Ok(b)] => Ok(if b.generation > a.generation { b } else { a }),
+        [Ok(a), Ok(b)] => {
+            let (newer, older) = if b.generation > a.generation {
+                (b, a)
+            } else {
+                (a, b)
+            };
+            if !newer.goes_on_from(&older) {
+                return Err(SuperblockError::CopiesApart {
+                    newer: newer.generation,
+                    older: older.generation,
+                });
+            }
+            Ok(newer)
+        }
         [Err(e), _] | [_, Err(e)] if e.is_from_the_future() => Err(e),
         [Ok(one), Err(_)] | [Err(_), Ok(one)] => Ok(one),
         [Err(SuperblockError::NotLunar), Err(e)] | [Err(e), Err(_)] => Err(e),
@@ -252,6 +268,18 @@ impl Superblock {
             Copy::Start => COPY_0_AT,
             Copy::End => self.end_copy,
         }
+    }
+
+    /// Says whether it, of a higher generation, may have been written after `older`. Between groups, or between a
+    /// group and none, the generation alone says so: a disk's own never falls.
+    fn goes_on_from(&self, older: &Self) -> bool {
+        let (Some(newer), Some(older)) = (&self.member, &older.member) else {
+            return true;
+        };
+        let (newer, older) = (&newer.group, &older.group);
+        newer.uuid != older.uuid
+            || newer.history == older.history
+            || newer.parents.contains(&older.history)
     }
 
     /// Says whether it names a disk that is in no group.

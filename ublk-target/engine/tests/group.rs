@@ -20,6 +20,8 @@ const LU_BYTES: u64 = 4 << 20;
 struct Rig {
     world: Rc<World>,
     stores: Vec<Rc<Store>>,
+    /// Which disk each store is.
+    disks: Vec<u8>,
     group: Rc<RaidGroup<Sim>>,
     memory: Rc<Vec<Cell<u8>>>,
     model: Rc<RefCell<Vec<u8>>>,
@@ -64,6 +66,7 @@ fn rig(seed: u64, level: Level, n: u8, chunk: u64, assume_clean: bool) -> Rig {
     let rig = Rig {
         memory,
         world,
+        disks: (0..n).collect(),
         stores,
         group,
         model,
@@ -123,7 +126,7 @@ impl Rig {
         let members = (0..n)
             .map(|i| (i + first) % n)
             .filter(|i| !self.stores[*i].faults.dead.get())
-            .map(|i| given(&self.world, i as u8, &self.stores[i]))
+            .map(|i| given(&self.world, self.disks[i], &self.stores[i]))
             .collect();
         let parts = parts(&self.world, members, memory);
         let spec = StartSpec {
@@ -426,13 +429,14 @@ fn parity_is_right_on_every_stripe_after_writes_and_sync() {
     let rig = rig(24, Level::Raid5, 5, 16384, false);
     rig.storm(200, || ());
     rig.wait_synced();
-    let stores: Vec<_> = rig.stores.iter().map(|s| s.bytes.borrow()).collect();
-    let data = DISK - (8 << 20);
+    let data = DISK as u64 - (8 << 20);
     let start = 16 << 20;
     for at in (start..data).step_by(512) {
         let mut sum = [0u8; 512];
-        for store in &stores {
-            for (a, b) in sum.iter_mut().zip(&store[at..at + 512]) {
+        for store in &rig.stores {
+            let mut bytes = [0u8; 512];
+            store.read(at, &mut bytes);
+            for (a, b) in sum.iter_mut().zip(&bytes) {
                 *a ^= b;
             }
         }
@@ -673,5 +677,168 @@ fn process_that_dies_while_it_starts_after_a_power_loss_leaves_the_resync_to_do(
         rig.group.take_events(&mut events);
         let resync = events.iter().any(|event| event.name == "ResyncStarted");
         assert!(resync, "killed at I/O {crash}");
+    }
+}
+
+/// A leg answers a write with an error, another one is slow: the write's end comes after the first is replaced.
+fn write_that_ends_after_a_replacement(seed: u64, fresh: &Rc<Store>) -> Rig {
+    let rig = rig(seed, Level::Raid1, 3, 65536, true);
+    rig.storm(20, || ());
+    rig.stores[1].faults.write_errors.set(true);
+    rig.stores[2].faults.slow.set(true);
+    let errors = rig.stores[1].writes.get();
+    rig.world.pages.borrow_mut()[5] = vec![7; 8192];
+    rig.model.borrow_mut()[..8192].fill(7);
+    let group = Rc::clone(&rig.group);
+    let request = Rig::request(5, HostVerb::Write { fua: false }, 0, 8192);
+    rig.world.spawn(async move {
+        assert_eq!(group.serve(0, request).await, Ok(()));
+    });
+    let (slow, failing) = (Rc::clone(&rig.stores[2]), Rc::clone(&rig.stores[1]));
+    rig.world
+        .run_until(|| slow.held() > 0 && failing.writes.get() > errors);
+    slow.faults.slow.set(false);
+    let group = Rc::clone(&rig.group);
+    let failed = rig
+        .world
+        .block_on(async move { group.member_fail(uuid(1), "by hand").await });
+    assert_eq!(failed, Ok(()));
+    rig.group.set_rebuild_rate(None, Some(1 << 20));
+    rig.replace(1, 40, fresh);
+    rig
+}
+
+#[test]
+fn late_failure_of_a_replaced_disk_does_not_fail_the_new_one() {
+    let rig = write_that_ends_after_a_replacement(90, &Store::new(DISK, 0x77));
+    rig.stores[2].release(&rig.world);
+    rig.sleep(1);
+    let status = rig.group.status();
+    assert_eq!(
+        status.members[1].state,
+        MemberState::Rebuilding,
+        "{}",
+        status.reason
+    );
+    assert_eq!(status.members[1].write_errors, 0);
+    rig.group.set_rebuild_rate(None, Some(1 << 40));
+    rig.wait_synced();
+    rig.check();
+}
+
+#[test]
+fn replay_does_not_write_to_the_disk_that_came_into_a_slot() {
+    // It is larger: where the data of the old one was, it has its metadata.
+    let fresh = Store::new(1 << 30, 0x77);
+    let mut rig = write_that_ends_after_a_replacement(91, &fresh);
+    let members = rig.group.status().members;
+    let at = members[0].data_offset;
+    assert!(at + 8192 <= members[1].data_offset, "{members:?}");
+    let part = |store: &Store| {
+        let mut bytes = vec![0; 8192];
+        store.read(at, &mut bytes);
+        bytes
+    };
+    let before = part(&fresh);
+    rig.world.kill();
+    rig.stores[1] = Rc::clone(&fresh);
+    rig.disks[1] = 40;
+    let memory = Rc::clone(&rig.memory);
+    rig.restart(&memory, false).unwrap();
+    assert!(part(&fresh) == before, "written over what it holds there");
+    assert_eq!(part(&rig.stores[2]), vec![7; 8192]);
+    rig.check();
+    rig.wait_synced();
+    rig.check();
+}
+
+#[test]
+fn superblock_write_that_hangs_lands_as_it_was_meant() {
+    let rig = rig(92, Level::Raid1, 3, 65536, true);
+    rig.storm(20, || ());
+    rig.stores[1].faults.hang.set(true);
+    let group = Rc::clone(&rig.group);
+    let failed = rig
+        .world
+        .block_on(async move { group.member_fail(uuid(2), "by hand").await });
+    assert_eq!(failed, Ok(()));
+    assert_eq!(rig.group.status().members[1].state, MemberState::Faulty);
+    rig.replace(1, 40, &Store::new(DISK, 0x77));
+    rig.stores[1].faults.hang.set(false);
+    rig.stores[1].land();
+    let mut copy = vec![0; 4096];
+    rig.stores[1].read(4096, &mut copy);
+    let at = lunar_engine::superblock::At {
+        offset: 4096,
+        device_size: DISK as u64,
+    };
+    let superblock = lunar_engine::superblock::decode(&copy, at).unwrap();
+    assert_eq!(superblock.disk, uuid(1));
+}
+
+#[test]
+fn disk_that_will_not_do_changes_nothing() {
+    let rig = rig(93, Level::Raid5, 4, 65536, true);
+    rig.storm(20, || ());
+    let group = Rc::clone(&rig.group);
+    let failed = rig
+        .world
+        .block_on(async move { group.member_fail(uuid(1), "by hand").await });
+    assert_eq!(failed, Ok(()));
+    let before = rig.group.status().members;
+    let broken = Store::new(DISK, 0x77);
+    broken.faults.write_errors.set(true);
+    let cases = [
+        ("in slot 0 already", 0, Store::new(DISK, 0x77)),
+        ("does not take writes", 40, broken),
+        ("room for", 40, Store::new(66 << 20, 0x77)),
+    ];
+    for (why, disk, store) in cases {
+        let (group, new) = (Rc::clone(&rig.group), given(&rig.world, disk, &store));
+        let refused = rig
+            .world
+            .block_on(async move { group.member_replace(1, new).await })
+            .unwrap_err();
+        assert!(refused.causes.concat().contains(why), "{refused:?}");
+        let status = rig.group.status();
+        assert_eq!(status.members, before, "{why}");
+        assert_eq!(status.state, GroupState::Degraded);
+    }
+    assert_eq!(rig.storm(20, || ()), 0);
+    rig.replace(1, 40, &Store::new(DISK, 0x77));
+    rig.wait_synced();
+    rig.check();
+}
+
+#[test]
+fn killed_in_merged_writes_of_many_legs_leaves_them_equal() {
+    for crash in (20..300).step_by(7) {
+        let mut rig = rig(94 + crash, Level::Raid1, 12, 65536, true);
+        rig.world.crash_in.set(Some(crash));
+        for i in 0..16u16 {
+            rig.world.pages.borrow_mut()[usize::from(i)] = vec![i as u8 + 1; 4096];
+            let group = Rc::clone(&rig.group);
+            let at = u64::from(i) * 4096;
+            let request = Rig::request(i, HostVerb::Write { fua: false }, at, 4096);
+            rig.world.spawn(async move {
+                let _ = group.serve(0, request).await;
+            });
+        }
+        let clock = SimClock(Rc::clone(&rig.world));
+        let _ = rig
+            .world
+            .try_block_on(async move { clock.sleep(SECOND).await });
+        rig.world.kill();
+        let memory = Rc::clone(&rig.memory);
+        rig.restart(&memory, false).unwrap();
+        let at = rig.group.status().members[0].data_offset;
+        let leg = |i: usize| {
+            let mut bytes = vec![0; 65536];
+            rig.stores[i].read(at, &mut bytes);
+            bytes
+        };
+        for i in 1..12 {
+            assert!(leg(i) == leg(0), "leg {i}, killed at I/O {crash}");
+        }
     }
 }

@@ -426,6 +426,28 @@ fn choose_takes_the_newer_and_refuses_twins() {
         disk: DiskUuid::from_bytes(uuid(13)),
         ..free()
     };
+    let with = |change: fn(&mut GroupRecord)| {
+        let mut block = new.clone();
+        change(&mut block.member.as_mut().unwrap().group);
+        block
+    };
+    let renewed = with(|group| {
+        group.parents.insert(0, group.history);
+        group.parents.truncate(PARENTS_MAX);
+        group.history = History::from_bytes(uuid(77));
+    });
+    let foreign = with(|group| {
+        group.history = History::from_bytes(uuid(77));
+        group.parents = vec![History::from_bytes(uuid(78))];
+    });
+    let other_group = with(|group| {
+        group.uuid = GroupUuid::from_bytes(uuid(79));
+        group.history = History::from_bytes(uuid(77));
+    });
+    let apart = Err(SuperblockError::CopiesApart {
+        newer: 42,
+        older: 41,
+    });
     let damaged = || Err(SuperblockError::Checksum { said: 1, found: 2 });
     let future = || Err(SuperblockError::FutureVersion { found: 2 });
     let nothing = || Err(SuperblockError::NotLunar);
@@ -434,6 +456,9 @@ fn choose_takes_the_newer_and_refuses_twins() {
         ([Ok(old.clone()), Ok(old.clone())], Ok(old.clone())),
         ([Ok(new.clone()), Ok(old.clone())], Ok(new.clone())),
         ([Ok(old.clone()), Ok(new.clone())], Ok(new.clone())),
+        ([Ok(old.clone()), Ok(renewed.clone())], Ok(renewed)),
+        ([Ok(old.clone()), Ok(foreign)], apart),
+        ([Ok(other_group.clone()), Ok(old.clone())], Ok(other_group)),
         ([damaged(), Ok(old.clone())], Ok(old.clone())),
         ([Ok(old.clone()), damaged()], Ok(old.clone())),
         ([nothing(), Ok(old.clone())], Ok(old.clone())),

@@ -8,7 +8,7 @@
 )]
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::ops::Range;
 use std::pin::Pin;
@@ -241,8 +241,10 @@ impl World {
 #[derive(Debug, Default)]
 pub(crate) struct Faults {
     pub dead: Cell<bool>,
-    /// What is submitted now never ends; `abandon` gives it up.
+    /// What is submitted now never ends; `abandon` gives it up. Its memory stays taken until `land`.
     pub hang: Cell<bool>,
+    /// What is submitted now waits for `release`.
+    pub slow: Cell<bool>,
     /// Sectors whose reads fail until they are written.
     pub bad: RefCell<BTreeSet<u64>>,
     /// Reads of them fail even after a write.
@@ -251,21 +253,82 @@ pub(crate) struct Faults {
     pub flush_errors: Cell<bool>,
 }
 
+/// Content of a disk: pages that were written, and `fill` everywhere else.
 pub(crate) struct Store {
-    pub bytes: RefCell<Vec<u8>>,
+    len: u64,
+    fill: u8,
+    pages: RefCell<BTreeMap<u64, Box<[u8]>>>,
     pub faults: Faults,
     pub reads: Cell<u64>,
     pub writes: Cell<u64>,
+    /// What hangs, and what is slow.
+    hung: RefCell<Vec<Action>>,
+    held: RefCell<Vec<(Rc<RefCell<IoState>>, Action)>>,
 }
+
+const PAGE: u64 = 64 << 10;
 
 impl Store {
     pub(crate) fn new(len: usize, fill: u8) -> Rc<Self> {
         Rc::new(Self {
-            bytes: RefCell::new(vec![fill; len]),
+            len: len as u64,
+            fill,
+            pages: RefCell::default(),
             faults: Faults::default(),
             reads: Cell::new(0),
             writes: Cell::new(0),
+            hung: RefCell::default(),
+            held: RefCell::default(),
         })
+    }
+
+    /// Lets what hangs happen after all; nobody waits for it any more.
+    pub(crate) fn land(&self) {
+        for action in self.hung.take() {
+            let _ = action();
+        }
+    }
+
+    pub(crate) fn held(&self) -> usize {
+        self.held.borrow().len()
+    }
+
+    /// Lets what was slow go on.
+    pub(crate) fn release(&self, world: &World) {
+        let held = self.held.take();
+        let held = held
+            .into_iter()
+            .map(|(state, action)| (state, Some(action)));
+        world.pending.borrow_mut().extend(held);
+    }
+
+    /// Calls `each` with the parts of a range that lie in one page: the page, where in it, and which of the bytes.
+    fn cut(at: u64, len: usize, mut each: impl FnMut(u64, Range<usize>, Range<usize>)) {
+        let mut done = 0;
+        while done < len {
+            let from = ((at + done as u64) % PAGE) as usize;
+            let n = (len - done).min(PAGE as usize - from);
+            each((at + done as u64) / PAGE, from..from + n, done..done + n);
+            done += n;
+        }
+    }
+
+    pub(crate) fn read(&self, at: u64, to: &mut [u8]) {
+        let pages = self.pages.borrow();
+        Self::cut(at, to.len(), |page, place, part| match pages.get(&page) {
+            Some(page) => to[part].copy_from_slice(&page[place]),
+            None => to[part].fill(self.fill),
+        });
+    }
+
+    pub(crate) fn write(&self, at: u64, bytes: &[u8]) {
+        let mut pages = self.pages.borrow_mut();
+        Self::cut(at, bytes.len(), |page, place, part| {
+            let page = pages
+                .entry(page)
+                .or_insert_with(|| vec![self.fill; PAGE as usize].into());
+            page[place].copy_from_slice(&bytes[part]);
+        });
     }
 }
 
@@ -286,17 +349,8 @@ impl Disk for MemDisk {
             DiskVerb::Read | DiskVerb::Write { .. } => assert_eq!(sum, len),
             _ => {}
         }
-        assert!(
-            at + len <= self.store.bytes.borrow().len() as u64,
-            "beyond the disk: {at}+{len}"
-        );
+        assert!(at + len <= self.store.len, "beyond the disk: {at}+{len}");
         assert!(at.is_multiple_of(512) && len.is_multiple_of(512));
-        if self.store.faults.hang.get() && !self.abandoned.get() {
-            let state = Rc::new(RefCell::new(IoState::default()));
-            let since = self.world.now.get();
-            self.stuck.borrow_mut().push((since, Rc::clone(&state)));
-            return Io(state);
-        }
         let store = Rc::clone(&self.store);
         let world = Rc::clone(&self.world);
         let pieces = pieces.to_vec();
@@ -311,15 +365,11 @@ impl Disk for MemDisk {
             Buf::Request(id) => Held::Pages(usize::from(id.tag)),
             Buf::Pool(lease) => Held::Lease(lease.clone()),
         };
-        self.world.start(Box::new(move || {
-            if abandoned.get() {
-                return Err(DiskError::Abandoned);
-            }
+        let action: Action = Box::new(move || {
             if store.faults.dead.get() {
                 return Err(DiskError::Errno(5));
             }
-            let mut bytes = store.bytes.borrow_mut();
-            let mut pos = at as usize;
+            let mut pos = at;
             match verb {
                 DiskVerb::Read => {
                     store.reads.set(store.reads.get() + 1);
@@ -336,18 +386,19 @@ impl Disk for MemDisk {
                         match &held {
                             Held::Pages(tag) => {
                                 let mut pages = world.pages.borrow_mut();
-                                pages[*tag][p.offset as usize..][..n]
-                                    .copy_from_slice(&bytes[pos..pos + n]);
+                                store.read(pos, &mut pages[*tag][p.offset as usize..][..n]);
                             }
                             Held::Lease(lease) => {
+                                let mut bytes = vec![0; n];
+                                store.read(pos, &mut bytes);
                                 let cells = lease.cells(p.offset as usize..p.offset as usize + n);
-                                for (c, b) in cells.iter().zip(&bytes[pos..pos + n]) {
+                                for (c, b) in cells.iter().zip(&bytes) {
                                     c.set(*b);
                                 }
                             }
                             Held::None => {}
                         }
-                        pos += n;
+                        pos += n as u64;
                     }
                 }
                 DiskVerb::Write { .. } => {
@@ -366,18 +417,16 @@ impl Disk for MemDisk {
                         match &held {
                             Held::Pages(tag) => {
                                 let pages = world.pages.borrow();
-                                bytes[pos..pos + n]
-                                    .copy_from_slice(&pages[*tag][p.offset as usize..][..n]);
+                                store.write(pos, &pages[*tag][p.offset as usize..][..n]);
                             }
                             Held::Lease(lease) => {
                                 let cells = lease.cells(p.offset as usize..p.offset as usize + n);
-                                for (c, b) in cells.iter().zip(&mut bytes[pos..pos + n]) {
-                                    *b = c.get();
-                                }
+                                let bytes: Vec<u8> = cells.iter().map(Cell::get).collect();
+                                store.write(pos, &bytes);
                             }
                             Held::None => {}
                         }
-                        pos += n;
+                        pos += n as u64;
                     }
                 }
                 DiskVerb::Flush if store.faults.flush_errors.get() => {
@@ -386,11 +435,30 @@ impl Disk for MemDisk {
                 _ => {}
             }
             Ok(())
+        });
+        let state = Rc::new(RefCell::new(IoState::default()));
+        let since = self.world.now.get();
+        if self.store.faults.hang.get() && !self.abandoned.get() {
+            self.stuck.borrow_mut().push((since, Rc::clone(&state)));
+            self.store.hung.borrow_mut().push(action);
+            return Io(state);
+        }
+        if self.store.faults.slow.get() && !self.abandoned.get() {
+            self.stuck.borrow_mut().push((since, Rc::clone(&state)));
+            let held = (Rc::clone(&state), action);
+            self.store.held.borrow_mut().push(held);
+            return Io(state);
+        }
+        self.world.start(Box::new(move || {
+            if abandoned.get() {
+                return Err(DiskError::Abandoned);
+            }
+            action()
         }))
     }
 
     fn capacity(&self) -> u64 {
-        self.store.bytes.borrow().len() as u64
+        self.store.len
     }
     fn logical_block(&self) -> u32 {
         512
@@ -406,7 +474,8 @@ impl Disk for MemDisk {
         }
     }
     fn oldest(&self) -> u64 {
-        let stuck = self.stuck.borrow();
+        let mut stuck = self.stuck.borrow_mut();
+        stuck.retain(|(_, state)| state.borrow().done.is_none());
         let since = stuck.iter().map(|(since, _)| *since).min();
         since.map_or(0, |since| self.world.now.get() - since)
     }

@@ -1,0 +1,149 @@
+//! Rules 2 and 3: which history decides, and what mgmtd saw last.
+
+use super::*;
+
+#[test]
+fn two_sides_are_refused_and_named() {
+    let base = World::new(Level::Raid1, 2);
+    let world = base.update(&[0], fails(1, 2)).update(&[1], |group| {
+        group.parents = vec![history(1)];
+        group.history = history(3);
+        group.members[0].state = MemberState::Faulty;
+        group.members[1].state = MemberState::InSync;
+    });
+    let refused = world.assemble(&[0, 1], FORCE).unwrap_err();
+    let AssemblyError::Split { a, b } = &refused else {
+        panic!("{refused}")
+    };
+    assert_eq!(
+        (a.history, a.generation, &a.paths[..]),
+        (history(3), 12, &["/dev/d1".into()][..])
+    );
+    assert_eq!(
+        (b.history, b.generation, &b.paths[..]),
+        (history(2), 11, &["/dev/d0".into()][..])
+    );
+    let error = refused.to_api("data");
+    assert_eq!(error.kind, ErrorKind::Refused);
+    assert_eq!(error.message, "group data does not start");
+    assert!(error.causes[0].contains("/dev/d0") && error.causes[0].contains("/dev/d1"));
+    assert_eq!(
+        error.hint.as_deref(),
+        Some("lunar group resolve data --keep DISK")
+    );
+    // Each side alone starts.
+    assert_eq!(
+        world.assemble(&[0], CALM).unwrap().slots,
+        [InSync(0), Faulty]
+    );
+    assert_eq!(
+        world.assemble(&[1], CALM).unwrap().slots,
+        [Faulty, InSync(0)]
+    );
+}
+
+#[test]
+fn two_sides_are_named_although_their_ancestor_is_there() {
+    let world = World::new(Level::Raid1, 4)
+        .update(&[0], next_history(2))
+        .update(&[1], |group| {
+            group.parents = vec![history(1)];
+            group.history = history(3);
+        });
+    let refused = world.assemble(&[0, 1, 2, 3], FORCE).unwrap_err();
+    let AssemblyError::Split { a, b } = refused else {
+        panic!("{refused}")
+    };
+    assert_eq!((a.history, b.history), (history(3), history(2)));
+}
+
+#[test]
+fn unrelated_histories_are_refused() {
+    let world = World::new(Level::Raid5, 3).update(&[1], |group| group.history = history(9));
+    let refused = world.assemble(&[0, 1, 2], CALM).unwrap_err();
+    assert!(matches!(refused, AssemblyError::Split { .. }), "{refused}");
+}
+
+#[test]
+fn an_ancestor_that_went_on_by_itself_is_another_side() {
+    let world = World::new(Level::Raid1, 2)
+        .update(&[0], fails(1, 2))
+        .update(&[1], |group| {
+            group.history = history(1);
+            group.parents.clear();
+        });
+    let refused = world.assemble(&[0, 1], FORCE).unwrap_err();
+    assert!(matches!(refused, AssemblyError::Split { .. }), "{refused}");
+}
+
+#[test]
+fn grandparents_are_ancestors() {
+    let mut world = World::new(Level::Raid1, 2);
+    for n in 2..=9 {
+        world = world.update(&[0], next_history(n));
+    }
+    world = world.update(&[0], |group| group.members[1].state = MemberState::Faulty);
+    assert_eq!(
+        world.assemble(&[0, 1], CALM).unwrap().slots,
+        [InSync(0), Stale(1)]
+    );
+}
+
+#[test]
+fn one_generation_with_two_contents_is_refused() {
+    let mut world = World::new(Level::Raid5, 3);
+    world.superblocks[2]
+        .member
+        .as_mut()
+        .unwrap()
+        .group
+        .synced_to = MIB;
+    let refused = world.assemble(&[0, 1, 2], FORCE).unwrap_err();
+    let (a, b) = ("/dev/d0".to_owned(), "/dev/d2".to_owned());
+    assert_eq!(
+        refused,
+        AssemblyError::Differ {
+            a,
+            b,
+            generation: 10
+        }
+    );
+    // Not so where a newer one decides.
+    let world = world.update(&[1], |_| {});
+    assert!(world.assemble(&[0, 1, 2], CALM).is_ok());
+}
+
+#[test]
+fn what_is_older_than_the_witness_needs_force() {
+    let world = World::new(Level::Raid5, 3).update(&[0, 1, 2], next_history(2));
+    for (conditions, starts) in [
+        (seen(2, 11), true),
+        (seen(2, 10), true),
+        (seen(1, 10), true),
+        (seen(2, 12), false),
+        (seen(1, 12), false),
+        (seen(3, 1), false),
+    ] {
+        let plan = world.assemble(&[0, 1, 2], conditions);
+        assert_eq!(plan.is_ok(), starts, "{conditions:?}");
+        if starts {
+            assert!(!plan.unwrap().renew_history);
+            continue;
+        }
+        let refused = plan.unwrap_err();
+        assert!(
+            matches!(refused, AssemblyError::OlderThanWitness { .. }),
+            "{refused}"
+        );
+        assert!(refused.hint("g").unwrap().contains("--force"));
+        let forced = Conditions {
+            force: true,
+            ..conditions
+        };
+        let plan = world.assemble(&[0, 1, 2], forced).unwrap();
+        assert!(
+            plan.renew_history && plan.reasons[0].starts_with("forced"),
+            "{conditions:?}"
+        );
+    }
+}

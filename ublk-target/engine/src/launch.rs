@@ -1,0 +1,136 @@
+//! A group put together in memory, from what was made or found.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use lunar_api::SystemUuid;
+use lunar_api::target::MemberState;
+
+use crate::background::RATE_MIN;
+use crate::config::GroupConfig;
+use crate::geometry::Geometry;
+use crate::inflight::InflightLog;
+use crate::member::Member;
+use crate::pool::{Pool, Quota};
+use crate::raid_group::{Given, MemberPlace, Parts, RaidGroup, Rebuild};
+use crate::stripe_table::StripeTable;
+use crate::superblock::{BYTES, GroupRecord};
+use crate::sync::Waiters;
+use crate::traits::Env;
+
+/// What is left of the parts when the members are taken out.
+pub(crate) struct Rest<E: Env> {
+    system: SystemUuid,
+    pub pool: Rc<Pool>,
+    clock: E::Clock,
+    front: E::Front,
+    pub random: Box<dyn FnMut() -> [u8; 16]>,
+}
+
+/// Takes the members out of the parts.
+pub(crate) fn split<E: Env>(parts: Parts<E>) -> (Vec<Given<E::Disk>>, Rest<E>) {
+    let rest = Rest {
+        system: parts.system,
+        pool: parts.pool,
+        clock: parts.clock,
+        front: parts.front,
+        random: parts.random,
+    };
+    (parts.members, rest)
+}
+
+/// A member that is there, and where its metadata lies.
+pub(crate) type Slot<D> = Option<(Given<D>, MemberPlace)>;
+
+impl<E: Env> RaidGroup<E> {
+    /// Puts a group together in memory. States are those of the record, but who is not there is not believed.
+    /// `died`: a process of the group died here, and its log goes on.
+    pub(crate) async fn launch(
+        rest: Rest<E>,
+        geometry: Geometry,
+        record: GroupRecord,
+        config: GroupConfig,
+        generation: u64,
+        slots: Vec<Slot<E::Disk>>,
+        died: bool,
+    ) -> Rc<Self> {
+        let chunk = geometry.chunk();
+        let (mut in_sync, mut rebuild) = (0, None);
+        let mut members = Vec::new();
+        for (i, (slot, entry)) in (0u16..).zip(slots.into_iter().zip(&record.members)) {
+            let mut state = entry.state;
+            match slot {
+                Some((given, place)) => {
+                    match state {
+                        MemberState::InSync => in_sync |= 1 << i,
+                        MemberState::Rebuilding => {
+                            let done = entry.rebuilt_to / chunk;
+                            rebuild = Some(Rebuild {
+                                slot: i,
+                                done,
+                                window: done,
+                            });
+                        }
+                        MemberState::Faulty | MemberState::Missing => {}
+                    }
+                    let meta = rest.pool.lease(Quota::Work, BYTES).await;
+                    let member = Member::present(i, state, (given, place), meta);
+                    members.push(Rc::new(member));
+                }
+                None => {
+                    if state != MemberState::Faulty {
+                        state = MemberState::Missing;
+                    }
+                    let path = format!("(was disk {})", entry.disk);
+                    members.push(Rc::new(Member::new(i, entry.disk, path, state)));
+                }
+            }
+        }
+        let synced = record.synced_to / chunk;
+        let log = InflightLog::start(&rest.pool, record.uuid, generation, died);
+        let lus = config.lus.clone();
+        let group = Rc::new(Self {
+            id: record.uuid,
+            system: rest.system,
+            geometry,
+            pool: rest.pool,
+            clock: rest.clock,
+            front: rest.front,
+            random: RefCell::new(rest.random),
+            members: RefCell::new(members),
+            in_sync: Cell::new(in_sync),
+            rebuild: Cell::new(rebuild),
+            synced: Cell::new(synced),
+            durable_synced: Cell::new(synced),
+            durable_rebuild: Cell::new(rebuild.map_or(0, |rebuild| rebuild.done)),
+            failed: Cell::new(false),
+            dirty: Cell::new(record.flags.dirty),
+            dirty_durable: Cell::new(record.flags.dirty),
+            record: RefCell::new(record),
+            rate_min: Cell::new(config.options.rebuild_min_bytes.unwrap_or(RATE_MIN)),
+            rate_max: Cell::new(config.options.rebuild_max_bytes),
+            config: RefCell::new(config),
+            generation: Cell::new(generation),
+            durable: Cell::new(generation),
+            publishing: Cell::new(false),
+            configuring: Cell::new(false),
+            changed: Waiters::default(),
+            lus: RefCell::default(),
+            stripes: StripeTable::new(),
+            log,
+            kept: RefCell::default(),
+            requests: Cell::new(0),
+            active_writes: Cell::new(0),
+            turn: Cell::new(0),
+            stopping: Cell::new(false),
+            background_ended: Cell::new(false),
+            sync_wanted: Cell::new(0),
+            sync_status: RefCell::default(),
+            events: RefCell::default(),
+        });
+        for lu in &lus {
+            group.add_lu(lu);
+        }
+        group
+    }
+}

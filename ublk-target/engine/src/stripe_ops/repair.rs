@@ -1,0 +1,221 @@
+//! Reads by way of redundancy, and what could not be read written anew.
+
+use std::ops::Range;
+
+use arrayvec::ArrayVec;
+use lunar_api::target::Level;
+
+use super::{Ios, PASS_BYTES, piece, rows_of};
+use crate::limits::MEMBERS_MAX;
+use crate::parity;
+use crate::plan::{GRAIN, Span};
+use crate::pool::{Lease, Quota};
+use crate::raid_group::{EIO, Errno, RaidGroup};
+use crate::serve::bits;
+use crate::traits::{Buf, DiskVerb, Env, Piece};
+
+impl<E: Env> RaidGroup<E> {
+    /// Reads a span whose own member cannot be used or just failed, and repairs that member where it can.
+    pub(super) async fn read_around(
+        &self,
+        stripe: u64,
+        span: Span,
+        lease: &Lease,
+        to: u32,
+        avoid: u64,
+    ) -> Result<(), Errno> {
+        let own = self.geometry.data_slot(stripe, span.data);
+        let at = self.chunk_at(stripe) + u64::from(span.start);
+        let whole = piece(to as usize, (span.end - span.start) as usize);
+        let readable = self.readable(stripe);
+        if self.geometry.level() == Level::Raid1 {
+            for slot in bits(readable & !avoid).chain(bits(readable & avoid)) {
+                if self.read_one(slot, at, lease, whole).await.is_ok() {
+                    for bad in bits(readable & avoid & !(1 << slot)) {
+                        self.rewrite(bad, at, lease, whole, None).await?;
+                    }
+                    return Ok(());
+                }
+            }
+            return Err(EIO);
+        }
+        if readable & !avoid & 1 << own != 0 && self.read_one(own, at, lease, whole).await.is_ok() {
+            return Ok(());
+        }
+        self.reconstruct(
+            stripe,
+            own,
+            span.start..span.end,
+            (lease, to as usize),
+            None,
+        )
+        .await?;
+        if readable & 1 << own != 0 {
+            self.rewrite(own, at, lease, whole, None).await?;
+        }
+        Ok(())
+    }
+
+    pub(super) async fn read_one(
+        &self,
+        slot: u16,
+        at: u64,
+        lease: &Lease,
+        piece: Piece,
+    ) -> Result<(), ()> {
+        let mut ios: Ios<E> = ArrayVec::new();
+        let len = u64::from(piece.len);
+        ios.push((
+            slot,
+            Some(
+                self.member(slot)
+                    .submit(DiskVerb::Read, at, len, Buf::Pool(lease), &[piece]),
+            ),
+        ));
+        if self.finish(&mut ios).await == 0 {
+            Ok(())
+        } else {
+            Err(())
+        }
+    }
+
+    /// Computes bytes `rows` of a slot's chunk from all others, into the lease at `to`. Work memory is `scratch` (a
+    /// lease with room for every other member's rows from that offset on), or is leased.
+    pub(super) async fn reconstruct(
+        &self,
+        stripe: u64,
+        slot: u16,
+        rows: Range<u32>,
+        (lease, to): (&Lease, usize),
+        scratch: Option<(&Lease, usize)>,
+    ) -> Result<(), Errno> {
+        let all = u64::MAX >> (64 - u32::from(self.geometry.members()));
+        let others = all & !(1 << slot);
+        if self.failed.get() || self.readable(stripe) & others != others {
+            return Err(EIO);
+        }
+        let n = others.count_ones() as usize;
+        let total = (rows.end - rows.start) as usize;
+        let step = if scratch.is_some() {
+            total
+        } else {
+            rows_of(PASS_BYTES / n)
+        };
+        let mut done = 0;
+        while done < total {
+            let len = step.min(total - done);
+            let leased;
+            let (work, base) = match scratch {
+                Some((work, base)) => (work, base),
+                None => {
+                    leased = self.pool.lease(Quota::Work, n * len).await;
+                    (&leased, 0)
+                }
+            };
+            let mut ios: Ios<E> = ArrayVec::new();
+            let from = self.chunk_at(stripe) + u64::from(rows.start) + done as u64;
+            for (i, other) in bits(others).enumerate() {
+                let piece = piece(base + i * len, len);
+                let buf = Buf::Pool(work);
+                let io = self
+                    .member(other)
+                    .submit(DiskVerb::Read, from, len as u64, buf, &[piece]);
+                ios.push((other, Some(io)));
+            }
+            if self.finish(&mut ios).await != 0 {
+                return Err(EIO);
+            }
+            let mut sources: ArrayVec<&[std::cell::Cell<u8>], MEMBERS_MAX> = ArrayVec::new();
+            sources.extend((0..n).map(|i| work.cells(base + i * len..base + (i + 1) * len)));
+            parity::xor_to(lease.cells(to + done..to + done + len), &sources);
+            done += len;
+        }
+        Ok(())
+    }
+
+    /// A read of `slot` failed under a write: computes its rows, writes them back.
+    pub(super) async fn repair(
+        &self,
+        stripe: u64,
+        slot: u16,
+        rows: &Range<u32>,
+    ) -> Result<(), Errno> {
+        let members = usize::from(self.geometry.members());
+        let step = u32::try_from(rows_of(PASS_BYTES / members)).expect("at most 1 MiB");
+        let end = rows.end * GRAIN;
+        let mut start = rows.start * GRAIN;
+        while start < end {
+            if self.readable(stripe) & 1 << slot == 0 {
+                return Ok(()); // Failed by somebody else meanwhile: planned anew without it.
+            }
+            let part = start..end.min(start + step);
+            let len = (part.end - part.start) as usize;
+            // One lease for all: who holds work memory must not wait for more.
+            let lease = self.pool.lease(Quota::Work, members * len).await;
+            self.reconstruct(stripe, slot, part, (&lease, 0), Some((&lease, len)))
+                .await?;
+            let at = self.chunk_at(stripe) + u64::from(start);
+            self.rewrite(slot, at, &lease, piece(0, len), Some((&lease, len)))
+                .await?;
+            start += step;
+        }
+        Ok(())
+    }
+
+    /// Writes right content over what could not be read, and reads it again; a member that fails either is
+    /// failed, if redundancy allows. The bytes read go to `scratch`, or to a lease.
+    async fn rewrite(
+        &self,
+        slot: u16,
+        at: u64,
+        lease: &Lease,
+        good: Piece,
+        scratch: Option<(&Lease, usize)>,
+    ) -> Result<(), Errno> {
+        let bytes = u64::from(good.len);
+        let len = good.len as usize;
+        let member = self.member(slot);
+        let mut ios: Ios<E> = ArrayVec::new();
+        let verb = DiskVerb::Write { fua: true };
+        ios.push((
+            slot,
+            Some(member.submit(verb, at, bytes, Buf::Pool(lease), &[good])),
+        ));
+        let mut ok = self.finish(&mut ios).await == 0;
+        if ok {
+            let leased;
+            let (check, base) = match scratch {
+                Some((check, base)) => (check, base),
+                None => {
+                    leased = self.pool.lease(Quota::Work, len).await;
+                    (&leased, 0)
+                }
+            };
+            let start = good.offset as usize;
+            ok = self
+                .read_one(slot, at, check, piece(base, len))
+                .await
+                .is_ok()
+                && parity::is_equal(
+                    check.cells(base..base + len),
+                    lease.cells(start..start + len),
+                );
+        }
+        if ok {
+            self.event_repaired(slot, at, bytes);
+            return Ok(());
+        }
+        let live = self.in_sync.get() | self.rebuilding().map_or(0, |slot| 1 << slot);
+        if live & 1 << slot == 0 {
+            return Ok(()); // Failed meanwhile.
+        }
+        if self.can_lose(1 << slot) {
+            member.to_blame.set(true);
+            return self
+                .fail(1 << slot, "unreadable, and could not be rewritten")
+                .await;
+        }
+        // Never fail the last redundancy for a sector: the caller has the right bytes.
+        Ok(())
+    }
+}

@@ -1,0 +1,331 @@
+//! Writes of a stripe: what is read and computed first, then the log, the members, the state.
+
+use std::ops::Range;
+
+use arrayvec::ArrayVec;
+
+use super::band_buffers::{BandBuffers, WORK};
+use super::{Ios, PASS_BYTES, PASS_IOS, absolute, piece};
+use crate::inflight::{SEGMENTS_MAX, Segment};
+use crate::limits::MEMBERS_MAX;
+use crate::member::add;
+use crate::plan::{BANDS_MAX, Band, GRAIN, Mode, Span, cut, plan_band};
+use crate::pool::{Lease, Quota};
+use crate::raid_group::{EIO, Errno, RaidGroup};
+use crate::serve::bits;
+use crate::stripe_table::{Item, Task};
+use crate::traits::{Buf, DiskVerb, Env, Piece};
+
+/// Bands of one operation: its writes' borders, and long bands cut to what a pass holds.
+const BANDS: usize = BANDS_MAX + 128;
+/// Times an operation is planned anew because a member failed under it; each costs a member or repairs one.
+const ATTEMPTS: usize = 8;
+
+type Bands = ArrayVec<Band, BANDS>;
+
+/// How a pass ended that did not fail for good.
+enum Pass {
+    Done,
+    /// These slots could not be read at these rows.
+    Unreadable {
+        slots: u64,
+        rows: Range<u32>,
+    },
+}
+
+impl<E: Env> RaidGroup<E> {
+    /// Writes data and parity of one stripe.
+    ///
+    /// # Crash  process: the in-flight log has every write of a pass before the first of them is issued. Power:
+    /// data and parity may be torn; policy `none` resyncs the group (write hole open)
+    pub(super) async fn write_parity(&self, stripe: u64, batch: &[Item]) -> Result<(), Errno> {
+        let mut spans: ArrayVec<Span, { crate::plan::WRITES_MAX }> = ArrayVec::new();
+        let mut fua = false;
+        for item in batch {
+            if let Task::Write {
+                span,
+                fua: item_fua,
+                ..
+            } = &item.task
+            {
+                spans.push(*span);
+                fua |= item_fua;
+            }
+        }
+        let mut attempts = 0;
+        'again: loop {
+            attempts += 1;
+            if attempts > ATTEMPTS || self.failed.get() {
+                return Err(EIO);
+            }
+            let state = self.stripe_state(stripe);
+            let grains = PASS_BYTES / crate::plan::GRAIN as usize;
+            let rows_max = (grains / (usize::from(state.data) + 2)).max(1);
+            let mut bands = Bands::new();
+            let mut exhausted = false;
+            let rows_max = u32::try_from(rows_max).expect("at most 256");
+            cut(&spans, rows_max, |rows, modified, partial| match plan_band(
+                &state, rows, modified, partial,
+            ) {
+                Ok(band) => bands.push(band),
+                Err(_) => exhausted = true,
+            });
+            if exhausted {
+                return Err(EIO);
+            }
+            if attempts == 1 {
+                self.count(batch, |lu| match bands.first().map(|band| band.mode) {
+                    Some(Mode::Full) => add(&lu.full_stripe_writes, 1),
+                    Some(Mode::ReadModify) => add(&lu.read_modify_writes, 1),
+                    Some(Mode::Reconstruct | Mode::Rebuild) => add(&lu.reconstruct_writes, 1),
+                    Some(Mode::DataOnly) | None => {}
+                });
+            }
+            let mut next = 0;
+            while next < bands.len() {
+                let end = pass_end(&bands, next);
+                match self
+                    .write_pass(stripe, batch, &bands[next..end], fua)
+                    .await?
+                {
+                    Pass::Done => next = end,
+                    Pass::Unreadable { slots, rows } => {
+                        for slot in bits(slots) {
+                            self.repair(stripe, slot, &rows).await?;
+                        }
+                        continue 'again;
+                    }
+                }
+            }
+            return self.wait_durable().await;
+        }
+    }
+
+    async fn write_pass(
+        &self,
+        stripe: u64,
+        batch: &[Item],
+        bands: &[Band],
+        fua: bool,
+    ) -> Result<Pass, Errno> {
+        let bytes: usize = bands.iter().map(|band| band.buffers() * band.bytes()).sum();
+        let work = match bytes {
+            0 => None,
+            bytes => Some(self.pool.lease(Quota::Work, bytes).await),
+        };
+        let parity_slot = self.geometry.parity_slot(stripe);
+        let chunk_at = self.chunk_at(stripe);
+        let mut ios: Ios<E> = ArrayVec::new();
+        // Old content.
+        let mut at = 0;
+        for band in bands {
+            if let Some(work) = &work {
+                let mut buffer = at;
+                let parity = parity_slot.filter(|_| band.read_parity);
+                let data = bits(band.reads).map(|d| self.geometry.data_slot(stripe, d));
+                for slot in data.chain(parity) {
+                    let piece = piece(buffer, band.bytes());
+                    let from = chunk_at + u64::from(band.rows.start * GRAIN);
+                    let len = u64::from(piece.len);
+                    let io = self.member(slot).submit(
+                        DiskVerb::Read,
+                        from,
+                        len,
+                        Buf::Pool(work),
+                        &[piece],
+                    );
+                    ios.push((slot, Some(io)));
+                    buffer += band.bytes();
+                }
+            }
+            at += band.buffers() * band.bytes();
+        }
+        let failed = self.finish(&mut ios).await;
+        if failed != 0 {
+            let start = bands.iter().map(|band| band.rows.start).min().unwrap_or(0);
+            let end = bands.iter().map(|band| band.rows.end).max().unwrap_or(0);
+            return Ok(Pass::Unreadable {
+                slots: failed,
+                rows: start..end,
+            });
+        }
+        // New content and parity, and the list of writes.
+        let mut writes = Writes::new();
+        let writable = self.writable(stripe);
+        let mut at = 0;
+        for band in bands {
+            let layout = BandBuffers {
+                band,
+                work: work.as_ref(),
+                base: at,
+            };
+            layout.compute(batch, self.geometry.data_slots());
+            for d in bits(band.modified) {
+                let slot = self.geometry.data_slot(stripe, d);
+                if writable & 1 << slot != 0 {
+                    let (lease, from, source) = layout.source(batch, d);
+                    let write = Write {
+                        slot,
+                        at: chunk_at + u64::from(band.rows.start * GRAIN),
+                        len: piece(0, band.bytes()).len,
+                        from: absolute(lease, from),
+                        source,
+                    };
+                    push_write(&mut writes, write);
+                }
+            }
+            if let (Some(slot), Some(offset), Some(work)) = (parity_slot, layout.parity(), &work) {
+                let write = Write {
+                    slot,
+                    at: chunk_at + u64::from(band.rows.start * GRAIN),
+                    len: piece(0, band.bytes()).len,
+                    from: absolute(work, offset),
+                    source: WORK,
+                };
+                push_write(&mut writes, write);
+            }
+            at += band.buffers() * band.bytes();
+        }
+        self.write_logged(batch, work.as_ref(), &writes, fua)
+            .await?;
+        Ok(Pass::Done)
+    }
+
+    /// Writes a prepared list: log, members, state; in this order.
+    async fn write_logged(
+        &self,
+        batch: &[Item],
+        work: Option<&Lease>,
+        writes: &[Write],
+        fua: bool,
+    ) -> Result<(), Errno> {
+        let entry = self.log.open().await;
+        let mut logged: ArrayVec<Segment, SEGMENTS_MAX> = ArrayVec::new();
+        logged.extend(writes.iter().map(|write| {
+            let member = self.member(write.slot);
+            Segment {
+                disk: member.uuid,
+                at: member.data_offset + write.at,
+                len: write.len,
+                from: write.from,
+            }
+        }));
+        self.log.commit(&entry, &logged);
+        let mut ios: Ios<E> = ArrayVec::new();
+        for write in writes {
+            let lease = match (write.source, work) {
+                (WORK, Some(work)) => work,
+                (WORK, None) => unreachable!("a write from work memory without any"),
+                (item, _) => match &batch[usize::from(item)].task {
+                    Task::Write { lease, .. } => lease,
+                    Task::Read { .. } | Task::Sync => unreachable!("batches of writes hold writes"),
+                },
+            };
+            let piece = Piece {
+                offset: write.from - absolute(lease, 0),
+                len: write.len,
+            };
+            let (verb, len) = (DiskVerb::Write { fua }, u64::from(write.len));
+            let member = self.member(write.slot);
+            let io = member.submit(verb, write.at, len, Buf::Pool(lease), &[piece]);
+            ios.push((write.slot, Some(io)));
+        }
+        let failed = self.finish(&mut ios).await;
+        if failed != 0
+            && let Err(errno) = self.fail(failed, "write failed").await
+        {
+            // Without redundancy for it the entry stays, and the memory that it names: a successor writes these
+            // rows once more.
+            let mut kept = self.kept.borrow_mut();
+            kept.extend(work.cloned());
+            kept.extend(batch.iter().filter_map(|item| match &item.task {
+                Task::Write { lease, .. } => Some(lease.clone()),
+                Task::Read { .. } | Task::Sync => None,
+            }));
+            return Err(errno);
+        }
+        self.log.clear(entry);
+        Ok(())
+    }
+
+    /// Writes one stripe of every mirror leg from one private copy.
+    ///
+    /// # Crash  each write is on all legs by one entry of the log, or on none
+    pub(super) async fn write_mirrors(&self, stripe: u64, batch: &[Item]) -> Result<(), Errno> {
+        if self.failed.get() {
+            return Err(EIO);
+        }
+        let legs = usize::from(self.geometry.members());
+        for part in batch.chunks(SEGMENTS_MAX / legs) {
+            let mut fua = false;
+            let mut writes = Writes::new();
+            let writable = self.writable(stripe);
+            for (source, item) in (0u16..).zip(part) {
+                let Task::Write {
+                    span,
+                    lease,
+                    from,
+                    fua: item_fua,
+                } = &item.task
+                else {
+                    continue;
+                };
+                fua |= item_fua;
+                writes.extend(bits(writable).map(|slot| Write {
+                    slot,
+                    at: self.chunk_at(stripe) + u64::from(span.start),
+                    len: span.end - span.start,
+                    from: absolute(lease, *from as usize),
+                    source,
+                }));
+            }
+            self.write_logged(part, None, &writes, fua).await?;
+        }
+        self.wait_durable().await
+    }
+}
+
+/// A write to a member that is prepared.
+struct Write {
+    slot: u16,
+    /// Bytes from the start of the group's data on the member.
+    at: u64,
+    len: u32,
+    /// Bytes from the start of the group's memory.
+    from: u32,
+    /// The item of the batch whose memory that is, or [`WORK`].
+    source: u16,
+}
+
+/// Writes of one entry of the log.
+type Writes = ArrayVec<Write, SEGMENTS_MAX>;
+// A write to every leg, and a band on every member, fit one entry.
+const _: () = assert!(MEMBERS_MAX <= SEGMENTS_MAX && SEGMENTS_MAX <= PASS_IOS);
+
+/// Adds a write, joined to one that it follows both on the member and in memory.
+fn push_write(to: &mut Writes, write: Write) {
+    let joins = |w: &&mut Write| {
+        w.slot == write.slot
+            && w.source == write.source
+            && w.at + u64::from(w.len) == write.at
+            && w.from + w.len == write.from
+    };
+    match to.iter_mut().find(joins) {
+        Some(w) => w.len += write.len,
+        None => to.push(write),
+    }
+}
+
+/// How many bands one pass takes: by memory, by I/Os, by room in the log.
+fn pass_end(bands: &[Band], start: usize) -> usize {
+    let (mut bytes, mut reads, mut writes) = (0, 0, 0);
+    for (i, band) in bands.iter().enumerate().skip(start) {
+        bytes += band.buffers() * band.bytes();
+        reads += band.buffers();
+        writes += band.modified.count_ones() as usize + 1;
+        if i > start && (bytes > PASS_BYTES || reads > PASS_IOS || writes > SEGMENTS_MAX) {
+            return i;
+        }
+    }
+    bands.len()
+}
