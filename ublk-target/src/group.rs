@@ -97,12 +97,13 @@ impl Group {
                 members,
                 ublk_devices,
                 witness,
-                without: _,
+                without,
             } => {
                 let spec = StartSpec {
                     group,
                     force,
                     witness,
+                    without,
                 };
                 (group, Spec::Start(spec), members, ublk_devices)
             }

@@ -7,9 +7,10 @@ use lunar_api::target::{LuSize, MemberState};
 use lunar_api::{ApiError, DiskUuid, ErrorKind, LuUuid};
 
 use crate::config::{GroupConfig, LuConfig};
+use crate::limits::CONFIG_PIECE;
 use crate::member::Member;
 use crate::parity;
-use crate::pool::{BLOCK_MAX, Quota};
+use crate::pool::Quota;
 use crate::raid_group::{Counters, Given, Lu, MemberPlace, RaidGroup, Rebuild};
 use crate::reserve::lay_out;
 use crate::serve::bits;
@@ -161,22 +162,13 @@ impl<E: Env> RaidGroup<E> {
         which: u8,
         members: &[Rc<Member<E::Disk>>],
     ) -> Result<u64, String> {
-        let len = json.len().next_multiple_of(4096);
-        if len > BLOCK_MAX {
-            return Err(format!(
-                "a configuration of {len} bytes is beyond {BLOCK_MAX}"
-            ));
-        }
-        // Leased before anything is held that a stripe worker could wait for.
-        let lease = self.pool.lease(Quota::Work, len).await;
-        parity::zero(lease.cells(0..len));
-        parity::copy_in(lease.cells(0..json.len()), json);
-        // All that can be refused comes before the first I/O: one that was started is waited for.
+        // All that can be refused comes before the first I/O.
+        let len = json.len().next_multiple_of(4096) as u64;
         let mut areas = Vec::new();
         for member in members {
             let Some(place) = &member.place else { continue };
             let area = place.reserve.layout.config[usize::from(which)];
-            if area.len < len as u64 {
+            if area.len < len {
                 return Err(format!(
                     "a configuration of {len} bytes does not fit the {} of slot {}",
                     area.len, member.slot
@@ -184,20 +176,35 @@ impl<E: Env> RaidGroup<E> {
             }
             areas.push((member, area.offset));
         }
-        let piece = Piece {
-            offset: 0,
-            len: u32::try_from(len).expect("at most 4 MiB"),
-        };
-        let mut ios = Vec::new();
-        for (member, at) in areas {
+        // Leased before anything is held that a stripe worker could wait for.
+        let mut lease = self.pool.lease(Quota::Work, CONFIG_PIECE).await;
+        let mut bad = 0u64;
+        for (part, start) in json.chunks(CONFIG_PIECE).zip((0..).step_by(CONFIG_PIECE)) {
+            let len = part.len().next_multiple_of(4096);
+            parity::zero(lease.cells(0..len));
+            parity::copy_in(lease.cells(0..part.len()), part);
+            let piece = Piece {
+                offset: 0,
+                len: u32::try_from(len).expect("at most CONFIG_PIECE"),
+            };
             let verb = DiskVerb::Write { fua: true };
-            let io = member.submit_meta(verb, at, len as u64, Buf::Pool(&lease), &[piece]);
-            ios.push((member.slot, io));
-        }
-        let mut bad = 0;
-        for (slot, io) in ios {
-            if io.await.is_err() {
-                bad |= 1 << slot;
+            let ios: Vec<_> = areas
+                .iter()
+                .filter(|(member, _)| bad & 1 << member.slot == 0)
+                .map(|(member, at)| {
+                    let buf = Buf::Pool(&lease);
+                    let io = member.submit_meta(verb, at + start, len as u64, buf, &[piece]);
+                    (member.slot, io)
+                })
+                .collect();
+            for (slot, io) in ios {
+                if io.await.is_err() {
+                    bad |= 1 << slot;
+                }
+            }
+            if bad != 0 {
+                // The memory of what was given up is not ours to fill again.
+                lease = self.pool.lease(Quota::Work, CONFIG_PIECE).await;
             }
         }
         Ok(bad)

@@ -38,6 +38,10 @@ pub const CONFIG_SLOT_MIN: u64 = MIB;
 /// [`EXTENTS_MAX`] extents with up to 52 bytes each (addresses of 16 digits) are 3.4 MB; and it is a power of two.
 pub const CONFIG_MAX: u64 = 8 * MIB;
 
+/// A configuration is written and read by so many bytes at once: it must not need more memory in one piece than
+/// stripe work does, and at 8 MiB takes 128 turns.
+pub const CONFIG_PIECE: usize = 64 * 1024;
+
 /// Most LUs of a group; ublk has 2^20 devices, a person has patience for fewer.
 pub const LU_MAX: usize = 4096;
 /// Most extents of all LUs of a group, deleted ones too.

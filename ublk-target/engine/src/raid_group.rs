@@ -71,6 +71,9 @@ pub struct StartSpec {
     pub group: GroupUuid,
     pub force: bool,
     pub witness: Option<Witness>,
+    /// Members to leave out, because they are still busy or do not answer: the group starts as if they were
+    /// missing, and says so durably before it serves anything.
+    pub without: Vec<DiskUuid>,
 }
 
 /// Answer to a host request that failed: a positive errno (EIO, ENOSPC, EINVAL, EOPNOTSUPP; never EAGAIN).

@@ -3,7 +3,7 @@
 use std::rc::Rc;
 
 use lunar_api::target::MemberState;
-use lunar_api::{ApiError, ErrorKind, History};
+use lunar_api::{ApiError, DiskUuid, ErrorKind, History};
 
 use crate::assembly::{self, Conditions, Present, SlotPlan};
 use crate::config::GroupConfig;
@@ -11,14 +11,14 @@ use crate::geometry::Geometry;
 use crate::inflight::{self, Left};
 use crate::label::read_superblock;
 use crate::launch::{Slot, split};
-use crate::limits::MEMBERS_MAX;
+use crate::limits::{CONFIG_PIECE, MEMBERS_MAX};
 use crate::parity;
-use crate::pool::{BLOCK_MAX, Pool, Quota};
+use crate::pool::{Pool, Quota};
 use crate::raid_group::{CreateSpec, Given, MemberPlace, Parts, RaidGroup, StartSpec};
 use crate::reserve::{Reserve, lay_out, region_bytes};
 use crate::serve::bits;
 use crate::superblock::{ConfigVersion, Flags, GroupRecord, MemberEntry, Superblock};
-use crate::traits::{Buf, Disk, DiskVerb, Env, Piece};
+use crate::traits::{Buf, Disk, DiskError, DiskVerb, Env, Piece};
 
 fn failed(what: &str, why: impl ToString) -> ApiError {
     ApiError::new(ErrorKind::Failed, what).because(why.to_string())
@@ -113,7 +113,8 @@ impl<E: Env> RaidGroup<E> {
         Ok(group)
     }
 
-    /// Assembles, replays what a dead predecessor had in flight, and runs the group.
+    /// Assembles, replays what a dead predecessor had in flight, and runs the group. Members of
+    /// `StartSpec::without` are not there, whatever they say: a dead predecessor may still write to them.
     ///
     /// # Crash  replay writes what was being written, again: it may be repeated. The superblocks change only after
     /// it, and before anything is served
@@ -125,7 +126,11 @@ impl<E: Env> RaidGroup<E> {
         let mut readable = Vec::new();
         let mut unreadable = Vec::new();
         for given in members {
+            if spec.without.contains(&given.uuid) {
+                continue;
+            }
             match read_superblock(&given.disk, &rest.pool).await {
+                Ok(superblock) if spec.without.contains(&superblock.disk) => {}
                 Ok(superblock) => {
                     superblocks.push(superblock);
                     readable.push(given);
@@ -135,6 +140,7 @@ impl<E: Env> RaidGroup<E> {
             }
         }
         if readable.is_empty() {
+            unreadable.extend(spec.without.iter().map(left_out));
             return Err(failed(what, unreadable.join("; ")));
         }
         let memory = rest.pool.whole().len() as u64;
@@ -188,6 +194,12 @@ impl<E: Env> RaidGroup<E> {
             .filter_map(|slot| slot.used())
             .any(differs);
         let geometry = record.geometry().map_err(|error| failed(what, error))?;
+        let without: Vec<_> = spec
+            .without
+            .iter()
+            .filter(|disk| record.slot_of(**disk).is_some())
+            .map(left_out)
+            .collect();
         let slots = seat(&plan.slots, readable, &superblocks, record.member_bytes);
         // Replay comes first: what is read from here on may take the memory that it writes from.
         let mut unreplayed = 0;
@@ -207,7 +219,7 @@ impl<E: Env> RaidGroup<E> {
             left.is_some(),
         )
         .await;
-        for reason in plan.reasons.iter().chain(&unreadable) {
+        for reason in plan.reasons.iter().chain(&unreadable).chain(&without) {
             group.event("Assembled", None, reason);
         }
         if group.in_sync.get().count_ones() < u32::from(group.geometry.members()) {
@@ -270,6 +282,10 @@ fn seat<D>(
         .collect()
 }
 
+fn left_out(disk: &DiskUuid) -> String {
+    format!("disk {disk} was left out, as asked: it is stale from now on")
+}
+
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -290,40 +306,49 @@ async fn read_config<D: Disk>(
 ) -> Result<GroupConfig, ApiError> {
     let mut why = String::from("no member is there");
     let version = record.config;
-    let bytes = usize::try_from(version.len).unwrap_or(usize::MAX);
-    let len = bytes.next_multiple_of(4096);
-    if len > BLOCK_MAX {
-        return Err(failed(
-            "the configuration could not be read",
-            format!("it has {len} bytes"),
-        ));
-    }
-    let lease = pool.lease(Quota::Work, len.max(1)).await;
+    let bytes = usize::try_from(version.len).expect("checked: at most CONFIG_MAX");
     for (slot, plan) in slots.iter().zip(plans) {
         let (Some((given, place)), SlotPlan::InSync(_)) = (slot, plan) else {
             continue;
         };
         let at = place.reserve.layout.config[usize::from(version.current)].offset;
-        let piece = Piece {
-            offset: 0,
-            len: u32::try_from(len).expect("at most 4 MiB"),
+        let json = match read_pieces(pool, &given.disk, at, bytes).await {
+            Ok(json) => json,
+            Err(error) => {
+                why = format!("{}: {error}", given.path);
+                continue;
+            }
         };
-        let read = given
-            .disk
-            .submit(DiskVerb::Read, at, len as u64, Buf::Pool(&lease), &[piece])
-            .await;
-        if let Err(error) = read {
-            why = format!("{}: {error}", given.path);
-            continue;
-        }
-        let mut json = vec![0; bytes];
-        parity::copy_out(&mut json, lease.cells(0..bytes));
         match GroupConfig::decode(&json, &version, geometry) {
             Ok(config) => return Ok(config),
             Err(error) => why = format!("{}: {error}", given.path),
         }
     }
     Err(failed("the configuration could not be read", why))
+}
+
+async fn read_pieces<D: Disk>(
+    pool: &Rc<Pool>,
+    disk: &D,
+    at: u64,
+    bytes: usize,
+) -> Result<Vec<u8>, DiskError> {
+    let mut json = vec![0; bytes];
+    let lease = pool.lease(Quota::Work, CONFIG_PIECE).await;
+    for (part, start) in json
+        .chunks_mut(CONFIG_PIECE)
+        .zip((0..).step_by(CONFIG_PIECE))
+    {
+        let piece = Piece {
+            offset: 0,
+            len: u32::try_from(part.len().next_multiple_of(4096)).expect("at most CONFIG_PIECE"),
+        };
+        let (buf, len) = (Buf::Pool(&lease), u64::from(piece.len));
+        disk.submit(DiskVerb::Read, at + start, len, buf, &[piece])
+            .await?;
+        parity::copy_out(part, lease.cells(0..part.len()));
+    }
+    Ok(json)
 }
 
 /// Writes again what a dead predecessor was writing; returns the slots that did not take it, as bits.

@@ -8,7 +8,9 @@ use std::rc::Rc;
 
 use lunar_api::LuUuid;
 use lunar_api::target::{Consistency, GroupState, Level, LuSize, MemberState};
+use lunar_engine::limits::CONFIG_PIECE;
 use lunar_engine::raid_group::{CreateSpec, RaidGroup, StartSpec};
+use lunar_engine::superblock::{At, decode};
 use lunar_engine::traits::{Clock, HostRequest, HostVerb, RequestId, SECOND};
 
 use world::{GROUP, Sim, SimClock, Store, World, given, memory, parts, run, uuid};
@@ -121,6 +123,15 @@ impl Rig {
 
     /// A successor of the process: the same disks in another order, the same tmpfs file.
     fn restart(&mut self, memory: &Rc<Vec<Cell<u8>>>, force: bool) -> Result<(), String> {
+        self.restart_without(memory, force, &[])
+    }
+
+    fn restart_without(
+        &mut self,
+        memory: &Rc<Vec<Cell<u8>>>,
+        force: bool,
+        without: &[u8],
+    ) -> Result<(), String> {
         let n = self.stores.len();
         let first = self.world.random(n as u64) as usize;
         let members = (0..n)
@@ -133,6 +144,7 @@ impl Rig {
             group: GROUP,
             force,
             witness: None,
+            without: without.iter().map(|disk| uuid(*disk)).collect(),
         };
         let group = self
             .world
@@ -667,6 +679,7 @@ fn process_that_dies_while_it_starts_after_a_power_loss_leaves_the_resync_to_do(
             group: GROUP,
             force: false,
             witness: None,
+            without: Vec::new(),
         };
         rig.world.crash_in.set(Some(crash));
         let _ = rig.world.try_block_on(RaidGroup::start(parts, spec));
@@ -768,11 +781,11 @@ fn superblock_write_that_hangs_lands_as_it_was_meant() {
     rig.stores[1].land();
     let mut copy = vec![0; 4096];
     rig.stores[1].read(4096, &mut copy);
-    let at = lunar_engine::superblock::At {
+    let at = At {
         offset: 4096,
         device_size: DISK as u64,
     };
-    let superblock = lunar_engine::superblock::decode(&copy, at).unwrap();
+    let superblock = decode(&copy, at).unwrap();
     assert_eq!(superblock.disk, uuid(1));
 }
 
@@ -841,4 +854,97 @@ fn killed_in_merged_writes_of_many_legs_leaves_them_equal() {
             assert!(leg(i) == leg(0), "leg {i}, killed at I/O {crash}");
         }
     }
+}
+
+#[test]
+fn member_that_is_left_out_at_start_is_stale_from_then_on() {
+    for (level, n, seed) in [(Level::Raid1, 3, 400), (Level::Raid5, 4, 401)] {
+        let mut rig = rig(seed, level, n, 65536, true);
+        rig.storm(30, || ());
+        rig.world.kill();
+        let memory = Rc::clone(&rig.memory);
+        rig.restart_without(&memory, false, &[1]).unwrap();
+        let status = rig.group.status();
+        assert_eq!(status.state, GroupState::Degraded);
+        assert_eq!(status.members[1].state, MemberState::Missing);
+        let mut events = Vec::new();
+        rig.group.take_events(&mut events);
+        let named = events.iter().any(|event| event.text.contains("left out"));
+        assert!(named, "{events:?}");
+        assert_eq!(rig.storm(30, || ()), 0);
+        rig.world.kill();
+        rig.restart(&memory, false).unwrap();
+        let status = rig.group.status();
+        assert_ne!(status.members[1].state, MemberState::InSync);
+        rig.check();
+    }
+    let mut rig = rig(402, Level::Raid5, 4, 65536, true);
+    rig.world.kill();
+    let memory = Rc::clone(&rig.memory);
+    let refused = rig.restart_without(&memory, false, &[0, 1]).unwrap_err();
+    assert!(refused.contains("not there"), "{refused}");
+    let refused = rig
+        .restart_without(&memory, true, &[0, 1, 2, 3])
+        .unwrap_err();
+    assert!(refused.contains("left out"), "{refused}");
+}
+
+#[test]
+fn configuration_of_many_pieces_is_written_and_read() {
+    let world = World::new(403);
+    let stores: Vec<_> = (0..2).map(|_| Store::new(640 << 20, 0)).collect();
+    let members = |disks: std::ops::Range<u8>| {
+        let given = disks.map(|i| given(&world, i, &stores[usize::from(i)]));
+        given.collect()
+    };
+    let memory = memory();
+    let made = parts(&world, members(0..2), &memory);
+    let group = world
+        .block_on(RaidGroup::create(made, spec(Level::Raid1, 65536, true)))
+        .unwrap();
+    run(&world, &group);
+    let lus = 500u16;
+    let g = Rc::clone(&group);
+    world.block_on(async move {
+        for i in 0..lus {
+            let mut id = [5; 16];
+            id[..2].copy_from_slice(&i.to_le_bytes());
+            let (lu, name) = (LuUuid::from_bytes(id), format!("v{i:0>60}"));
+            let made = g.lu_create(lu, &name, LuSize::Bytes(1 << 20), 1).await;
+            assert_eq!(made, Ok(i));
+        }
+        // A disk that comes gets all of it.
+        g.member_fail(uuid(1), "by hand").await.unwrap();
+    });
+    let fresh = Store::new(640 << 20, 0);
+    let (g, new) = (Rc::clone(&group), given(&world, 2, &fresh));
+    world
+        .block_on(async move { g.member_replace(1, new).await })
+        .unwrap();
+    world.kill();
+    let configuration = |store: &Store| {
+        let mut copy = vec![0; 4096];
+        store.read(4096, &mut copy);
+        let at = At {
+            offset: 4096,
+            device_size: 640 << 20,
+        };
+        let member = decode(&copy, at).unwrap().member.unwrap();
+        let version = member.group.config;
+        let mut json = vec![0; version.len as usize];
+        let place = member.layout.config[usize::from(version.current)];
+        store.read(place.offset, &mut json);
+        json
+    };
+    let json = configuration(&stores[0]);
+    assert!(json.len() > CONFIG_PIECE && json == configuration(&fresh));
+    let parts = parts(&world, members(0..1), &memory);
+    let spec = StartSpec {
+        group: GROUP,
+        force: false,
+        witness: None,
+        without: Vec::new(),
+    };
+    let group = world.block_on(RaidGroup::start(parts, spec)).unwrap();
+    assert_eq!(group.lus().len(), usize::from(lus));
 }
