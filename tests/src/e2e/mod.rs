@@ -4,6 +4,7 @@ pub mod rig;
 pub mod shell;
 
 mod blocks;
+mod concurrent;
 mod data;
 mod disks;
 mod failing;
@@ -21,6 +22,7 @@ pub fn tests() -> Vec<Test> {
     let mut all = Vec::new();
     data::tests(&mut all);
     failing::tests(&mut all);
+    concurrent::tests(&mut all);
     layout::tests(&mut all);
     life::tests(&mut all);
     hostile::tests(&mut all);
