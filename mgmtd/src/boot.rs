@@ -427,6 +427,13 @@ struct OpenedMembers {
     busy: usize,
 }
 
+impl OpenedMembers {
+    fn add(&mut self, spec: MemberSpec, fd: OwnedFd) {
+        self.specs.push(spec);
+        self.fds.push(fd);
+    }
+}
+
 /// Opens members side by side; those that do not open in time are named and left out.
 async fn open_members(
     daemon: &Daemon,
@@ -443,30 +450,36 @@ async fn open_members(
         })
         .collect();
     let mut out = OpenedMembers::default();
+    let mut late = Vec::new();
     for task in tasks {
-        let Ok((spec, opened)) = task.await else {
-            continue;
-        };
-        match opened {
-            Ok(fd) => {
-                out.specs.push(spec);
-                out.fds.push(fd);
-            }
-            Err(error) => {
-                let about = About {
-                    group: Some(group),
-                    disk: Some(spec.disk),
-                    lu: None,
-                };
-                let text = format!(
-                    "{} cannot be opened: {error}; the group goes on without it",
-                    spec.path
-                );
-                daemon.event("DiskBusy", about, text);
-                out.without.push(spec.disk);
-                out.busy += usize::from(error.kind() == std::io::ErrorKind::ResourceBusy);
-            }
+        match task.await {
+            Ok((spec, Ok(fd))) => out.add(spec, fd),
+            Ok((spec, Err(error))) => late.push((spec, error)),
+            Err(_) => {}
         }
+    }
+    for (spec, error) in late {
+        let is_busy = error.kind() == std::io::ErrorKind::ResourceBusy;
+        // A dead process's disks come free all at once: if one has, a look a moment earlier was too early for another.
+        if is_busy
+            && !out.specs.is_empty()
+            && let Ok(fd) = open_patiently(Path::new(&spec.path), HELD_PAUSE).await
+        {
+            out.add(spec, fd);
+            continue;
+        }
+        let about = About {
+            group: Some(group),
+            disk: Some(spec.disk),
+            lu: None,
+        };
+        let text = format!(
+            "{} cannot be opened: {error}; the group goes on without it",
+            spec.path
+        );
+        daemon.event("DiskBusy", about, text);
+        out.without.push(spec.disk);
+        out.busy += usize::from(is_busy);
     }
     out
 }
