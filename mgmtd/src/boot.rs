@@ -4,19 +4,21 @@
 //! 1. Probe the known paths; if an identity is missing, probe every other candidate.
 //! 2. Correct paths in the tables from what the disks carry; save.
 //! 3. Open the members of each group exclusively (a dead process's I/O may hold them for up to 30 s).
+//!    A group whose members are all held starts when they are let go of.
 //! 4. GroupStart. A crash anywhere here changes nothing on the disks; the next start does it again.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use lunar_api::target::{GroupStatus, MemberSpec, Probe, TargetAnswer, TargetRequest};
 use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid};
 
 use crate::daemon::{About, Daemon};
-use crate::limits::REOPEN_LIMIT;
+use crate::limits::{HELD_PAUSE, REOPEN_LIMIT};
 use crate::link::unexpected;
-use crate::opener::{open_inflight, open_patiently, open_plain};
+use crate::opener::{open_exclusive, open_inflight, open_patiently, open_plain};
 use crate::probe::{boot_id, candidates, identify, stable_path, ublk_devices};
 use crate::tables::DiskSave;
 
@@ -217,24 +219,75 @@ pub fn members_of(daemon: &Daemon, group: GroupUuid) -> Vec<MemberSpec> {
         .collect()
 }
 
-/// Starts every group that should be up.
-pub async fn start_groups(daemon: &Daemon) {
+/// A group whose disks a dead process's I/O holds, and its members.
+#[derive(Debug)]
+pub struct Held {
+    group: GroupUuid,
+    members: Vec<MemberSpec>,
+}
+
+/// Starts every group that should be up, but for those `held`; adds those whose disks are all held.
+pub async fn start_groups(daemon: &Daemon, held: &mut Vec<Held>) {
     for group in groups_to_start(daemon) {
-        let members = members_of(daemon, group);
-        if let Err(error) = start_group(daemon, group, members, false).await {
-            not_started(daemon, group, &error);
+        if held.iter().all(|one| one.group != group) {
+            let members = members_of(daemon, group);
+            start_or_say(daemon, group, members, held).await;
         }
     }
+}
+
+async fn start_or_say(
+    daemon: &Daemon,
+    group: GroupUuid,
+    members: Vec<MemberSpec>,
+    held: &mut Vec<Held>,
+) {
+    if let Err(error) = start_group(daemon, group, members.clone(), false).await {
+        not_started(daemon, group, &error);
+        if error.kind == ErrorKind::Busy {
+            held.push(Held { group, members });
+        }
+    }
+}
+
+/// Starts groups once their disks are let go of, for as long as this ublk-target lives. A dead process's disks come free
+/// all at once, when its last I/O returns: one disk that hangs holds the others too.
+pub async fn start_held(daemon: Arc<Daemon>, mut held: Vec<Held>) {
+    let target = daemon.live().target_pid;
+    while !held.is_empty() && daemon.live().target_pid == target && !daemon.is_stopping() {
+        tokio::time::sleep(HELD_PAUSE).await;
+        for one in std::mem::take(&mut held) {
+            if !is_free(&one.members).await {
+                held.push(one);
+                continue;
+            }
+            let _turn = daemon.intent.lock().await;
+            // Somebody may have started it by hand.
+            if !daemon.live().groups.contains_key(&one.group) {
+                start_or_say(&daemon, one.group, one.members, &mut held).await;
+            }
+        }
+        let _ = daemon.save().await;
+    }
+}
+
+/// Whether some member can be had.
+async fn is_free(members: &[MemberSpec]) -> bool {
+    let paths: Vec<PathBuf> = members.iter().map(|m| PathBuf::from(&m.path)).collect();
+    let look = move || paths.iter().any(|path| open_exclusive(path).is_ok());
+    let look = tokio::task::spawn_blocking(look);
+    matches!(tokio::time::timeout(REOPEN_LIMIT, look).await, Ok(Ok(true)))
 }
 
 /// Brings back the groups that were up when ublk-target died, from what was last seen: no probe, no search.
 ///
 /// A group stays in `were_up` while ublk-target cannot be reached: if it dies again in the middle, the next
-/// one goes on with what is left.
-pub async fn recover_groups(daemon: &Daemon, were_up: &mut Vec<GroupStatus>) {
+/// one goes on with what is left. Returns the groups whose disks are all held.
+pub async fn recover_groups(daemon: &Daemon, were_up: &mut Vec<GroupStatus>) -> Vec<Held> {
+    let mut held = Vec::new();
     for group in std::mem::take(were_up) {
         let uuid = group.group;
-        let members = {
+        let members: Vec<MemberSpec> = {
             let tables = daemon.tables();
             group
                 .members
@@ -247,12 +300,21 @@ pub async fn recover_groups(daemon: &Daemon, were_up: &mut Vec<GroupStatus>) {
                 })
                 .collect()
         };
-        match start_group(daemon, uuid, members, false).await {
+        match start_group(daemon, uuid, members.clone(), false).await {
             Ok(()) => {}
             Err(error) if error.kind == ErrorKind::Unreachable => were_up.push(group),
-            Err(error) => not_started(daemon, uuid, &error),
+            Err(error) => {
+                not_started(daemon, uuid, &error);
+                if error.kind == ErrorKind::Busy {
+                    held.push(Held {
+                        group: uuid,
+                        members,
+                    });
+                }
+            }
         }
     }
+    held
 }
 
 /// Looks again at what these disks carry; whoever destroys or hands out a disk asks this first.
@@ -290,14 +352,27 @@ fn not_started(daemon: &Daemon, group: GroupUuid, error: &ApiError) {
 
 /// Starts one group (steps 3 and 4).
 ///
-/// # Errors  no member can be opened, or ublk-target refuses
+/// # Errors  `Busy` if every member is held by somebody; no member can be opened, or ublk-target refuses
 pub async fn start_group(
     daemon: &Daemon,
     group: GroupUuid,
     members: Vec<MemberSpec>,
     force: bool,
 ) -> Result<(), ApiError> {
-    let (specs, mut fds, without) = open_members(daemon, group, members).await;
+    let OpenedMembers {
+        specs,
+        mut fds,
+        without,
+        busy,
+    } = open_members(daemon, group, members).await;
+    if specs.is_empty() && busy > 0 {
+        return Err(ApiError::new(
+            ErrorKind::Busy,
+            "the disks of the group are held by I/O of a process that died, or by somebody else",
+        )
+        .because("one disk that does not answer holds all of them; the group starts when they are let go of")
+        .hint("lunar events"));
+    }
     if specs.is_empty() {
         return Err(
             ApiError::new(ErrorKind::NoService, "no member of the group can be opened")
@@ -342,12 +417,29 @@ pub async fn start_group(
     Ok(())
 }
 
+/// Members as far as they could be opened.
+#[derive(Default)]
+struct OpenedMembers {
+    specs: Vec<MemberSpec>,
+    fds: Vec<OwnedFd>,
+    without: Vec<DiskUuid>,
+    /// How many of `without` somebody else holds.
+    busy: usize,
+}
+
+impl OpenedMembers {
+    fn add(&mut self, spec: MemberSpec, fd: OwnedFd) {
+        self.specs.push(spec);
+        self.fds.push(fd);
+    }
+}
+
 /// Opens members side by side; those that do not open in time are named and left out.
 async fn open_members(
     daemon: &Daemon,
     group: GroupUuid,
     members: Vec<MemberSpec>,
-) -> (Vec<MemberSpec>, Vec<OwnedFd>, Vec<DiskUuid>) {
+) -> OpenedMembers {
     let tasks: Vec<_> = members
         .into_iter()
         .map(|spec| {
@@ -357,32 +449,39 @@ async fn open_members(
             })
         })
         .collect();
-    let (mut specs, mut fds, mut without) = (Vec::new(), Vec::new(), Vec::new());
+    let mut out = OpenedMembers::default();
+    let mut late = Vec::new();
     for task in tasks {
-        let Ok((spec, opened)) = task.await else {
-            continue;
-        };
-        match opened {
-            Ok(fd) => {
-                specs.push(spec);
-                fds.push(fd);
-            }
-            Err(error) => {
-                let about = About {
-                    group: Some(group),
-                    disk: Some(spec.disk),
-                    lu: None,
-                };
-                let text = format!(
-                    "{} cannot be opened: {error}; the group goes on without it",
-                    spec.path
-                );
-                daemon.event("DiskBusy", about, text);
-                without.push(spec.disk);
-            }
+        match task.await {
+            Ok((spec, Ok(fd))) => out.add(spec, fd),
+            Ok((spec, Err(error))) => late.push((spec, error)),
+            Err(_) => {}
         }
     }
-    (specs, fds, without)
+    for (spec, error) in late {
+        let is_busy = error.kind() == std::io::ErrorKind::ResourceBusy;
+        // A dead process's disks come free all at once: if one has, a look a moment earlier was too early for another.
+        if is_busy
+            && !out.specs.is_empty()
+            && let Ok(fd) = open_patiently(Path::new(&spec.path), HELD_PAUSE).await
+        {
+            out.add(spec, fd);
+            continue;
+        }
+        let about = About {
+            group: Some(group),
+            disk: Some(spec.disk),
+            lu: None,
+        };
+        let text = format!(
+            "{} cannot be opened: {error}; the group goes on without it",
+            spec.path
+        );
+        daemon.event("DiskBusy", about, text);
+        out.without.push(spec.disk);
+        out.busy += usize::from(is_busy);
+    }
+    out
 }
 
 #[cfg(test)]

@@ -10,6 +10,8 @@ pub const STATUS_LIMIT: Duration = Duration::from_secs(10);
 pub const REOPEN_LIMIT: Duration = Duration::from_secs(30);
 /// Pause between two tries to open a disk exclusively.
 pub const REOPEN_PAUSE: Duration = Duration::from_millis(20);
+/// Pause between two looks whether a group's disks, all held, are let go of.
+pub const HELD_PAUSE: Duration = Duration::from_secs(1);
 /// Longest wait for another change to end.
 pub const INTENT_LIMIT: Duration = Duration::from_secs(60);
 /// Longest run of blkid or wipefs; a healthy disk answers in milliseconds.

@@ -110,15 +110,15 @@ async fn bring_up(
         Some(running) => running,
         None => start(daemon).await?,
     };
+    let mut held = Vec::new();
     let result = async {
         if first {
             daemon.refresh().await?;
             boot::find_disks(daemon).await?;
-            boot::start_groups(daemon).await;
         } else {
-            boot::recover_groups(daemon, were_up).await;
-            boot::start_groups(daemon).await;
+            held = boot::recover_groups(daemon, were_up).await;
         }
+        boot::start_groups(daemon, &mut held).await;
         daemon.refresh().await
     };
     if let Err(error) = result.await {
@@ -132,6 +132,9 @@ async fn bring_up(
     let _ = daemon.save().await;
     ready(daemon);
     tokio::spawn(follow(daemon.clone()));
+    if !held.is_empty() {
+        tokio::spawn(boot::start_held(daemon.clone(), held));
+    }
     Ok(running)
 }
 

@@ -162,6 +162,7 @@ impl View {
             logical_block: live.map_or(0, |g| g.logical_block),
             write_hole_open: live.is_some_and(is_write_hole_open),
             zero_copy: live.is_some_and(|g| g.zero_copy),
+            allocations: live.map_or(0, |g| g.allocations),
             history: live.map(|g| g.history).or(save.witness.map(|w| w.history)),
             generation: live
                 .map(|g| g.generation)
@@ -430,6 +431,7 @@ pub(crate) mod tests {
             }],
             sync: None,
             zero_copy: true,
+            allocations: 0,
         }
     }
 

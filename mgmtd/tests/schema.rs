@@ -336,6 +336,7 @@ fn golden_answers() {
         logical_block: 512,
         write_hole_open: true,
         zero_copy: true,
+        allocations: 0,
         history: Some(History::from_bytes([3; 16])),
         generation: 7,
         members: vec![member()],

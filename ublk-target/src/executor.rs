@@ -12,6 +12,8 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, RawWaker, RawWakerVTable, Waker};
 
+use crate::allocations;
+
 /// Tasks the queue has room for before it grows.
 const TASKS_EXPECTED: usize = 4096;
 
@@ -63,7 +65,11 @@ fn waker(task: u32) -> Waker {
     unsafe { Waker::from_raw(RawWaker::new(data, &VTABLE)) }
 }
 
-type Task = Pin<Box<dyn Future<Output = ()>>>;
+struct Task {
+    future: Pin<Box<dyn Future<Output = ()>>>,
+    /// It is on the way of requests: what it allocates counts.
+    serves: bool,
+}
 
 enum Place {
     Free,
@@ -101,7 +107,21 @@ impl Executor {
 
     /// Adds a task; it is polled at the next turn.
     pub(crate) fn spawn(&self, future: impl Future<Output = ()> + 'static) {
-        let task: Task = Box::pin(future);
+        self.add(Task {
+            future: Box::pin(future),
+            serves: false,
+        });
+    }
+
+    /// Adds a task that serves requests: it allocates nothing once it is warm.
+    pub(crate) fn spawn_serving(&self, future: impl Future<Output = ()> + 'static) {
+        self.add(Task {
+            future: Box::pin(future),
+            serves: true,
+        });
+    }
+
+    fn add(&self, task: Task) {
         let mut tasks = self.tasks.borrow_mut();
         let index = match self.free.borrow_mut().pop() {
             Some(index) => {
@@ -145,7 +165,8 @@ impl Executor {
 
     fn poll(&self, index: u32, mut task: Task) {
         let waker = waker(index);
-        let poll = task.as_mut().poll(&mut Context::from_waker(&waker));
+        let mut cx = Context::from_waker(&waker);
+        let poll = allocations::counted(task.serves, || task.future.as_mut().poll(&mut cx));
         let place = match poll {
             Poll::Pending => Place::Task(task),
             Poll::Ready(()) => {

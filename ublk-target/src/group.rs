@@ -12,6 +12,7 @@ use lunar_api::target::{
 use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid, LuUuid, SystemUuid};
 use lunar_engine::raid_group::{CreateSpec, Given, Parts, RaidGroup, StartSpec};
 
+use crate::allocations;
 use crate::buffers::Mapping;
 use crate::control::api_error;
 use crate::groups::{Common, open};
@@ -172,7 +173,11 @@ impl Group {
     pub(crate) fn status(&self) -> Result<GroupStatus, ApiError> {
         let (mut status, served) = self
             .owner()?
-            .call(async |local: Rc<Local>| Ok((local.group()?.status(), local.problems())))
+            .call(async |local: Rc<Local>| {
+                let mut status = local.group()?.status();
+                status.allocations = allocations::count();
+                Ok((status, local.problems()))
+            })
             .flatten()?;
         let paths = lock(&self.paths);
         for lu in &mut status.lus {

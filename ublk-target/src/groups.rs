@@ -1,12 +1,15 @@
 //! All groups of this process, and the disks that are in none.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
+use std::rc::Rc;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use lunar_api::target::{Features, TargetAnswer, TargetReply, TargetRequest};
+use lunar_api::target::{Features, Probe, TargetAnswer, TargetReply, TargetRequest};
 use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid, SystemUuid};
 use lunar_engine::label;
+use lunar_engine::traits::{Clock, MILLISECOND, SECOND};
 
 use crate::buffers::{Mapping, PROBE_BYTES};
 use crate::control::api_error;
@@ -14,7 +17,10 @@ use crate::control_helper::ControlHelper;
 use crate::events::Events;
 use crate::group::Group;
 use crate::member_file::MemberFile;
-use crate::owner::Owner;
+use crate::owner::{Local, Owner};
+
+/// How long a disk may take to say what it carries, in ns; mgmtd waits for an answer longer than this.
+const PROBE_LIMIT: u64 = 10 * SECOND;
 
 /// What every group uses.
 #[derive(Debug)]
@@ -208,23 +214,17 @@ impl Groups {
         answer
     }
 
-    /// Reads what disks carry.
+    /// Reads what disks carry, side by side. One that does not answer in time is left out: a disk that hangs must
+    /// not keep the others from starting.
     pub(crate) fn probe(&self, paths: Vec<String>, fds: Vec<OwnedFd>) -> TargetReply {
         if paths.len() != fds.len() {
             let what = format!("{} paths, but {} descriptors", paths.len(), fds.len());
             return Err(ApiError::new(ErrorKind::Usage, what));
         }
-        let mut disks = Vec::with_capacity(paths.len());
-        for (path, fd) in paths.into_iter().zip(fds) {
-            let found = self.with_probe(|owner| {
-                owner.call(async move |local| {
-                    let disk = open(&local, &path, fd)?;
-                    Ok(label::probe(&disk, &path, &local.pool).await)
-                })?
-            });
-            disks.push(found?);
-        }
-        Ok(TargetAnswer::Probed { disks })
+        let disks = self.with_probe(|owner| {
+            owner.call(async move |local| probe_all(&local, paths, fds).await)
+        })?;
+        Ok(TargetAnswer::Probed { disks: disks? })
     }
 
     /// Labels a free disk.
@@ -256,12 +256,40 @@ impl Groups {
     }
 }
 
+/// Probes disks on a thread; what hangs goes on there until the kernel answers, with its descriptor.
+async fn probe_all(
+    local: &Rc<Local>,
+    paths: Vec<String>,
+    fds: Vec<OwnedFd>,
+) -> Result<Vec<Probe>, ApiError> {
+    let found: Rc<RefCell<Vec<Option<Probe>>>> = Rc::new(RefCell::new(vec![None; paths.len()]));
+    for (i, (path, fd)) in paths.iter().zip(fds).enumerate() {
+        let disk = open(local, path, fd)?;
+        let (path, pool, found) = (path.clone(), Rc::clone(&local.pool), Rc::clone(&found));
+        local.executor.spawn(async move {
+            let probe = label::probe(&disk, &path, &pool).await;
+            if let Some(place) = found.borrow_mut().get_mut(i) {
+                *place = Some(probe);
+            }
+        });
+    }
+    let end = local.clock.now().0 + PROBE_LIMIT;
+    while found.borrow().iter().any(Option::is_none) && local.clock.now().0 < end {
+        local.clock.sleep(MILLISECOND).await;
+    }
+    let found = found.take();
+    for (path, _) in paths
+        .iter()
+        .zip(&found)
+        .filter(|(_, probe)| probe.is_none())
+    {
+        tracing::warn!(path, "a disk does not answer and is left out");
+    }
+    Ok(found.into_iter().flatten().collect())
+}
+
 /// Takes a disk onto a thread's ring.
-pub(crate) fn open(
-    local: &crate::owner::Local,
-    path: &str,
-    fd: OwnedFd,
-) -> Result<MemberFile, ApiError> {
+pub(crate) fn open(local: &Local, path: &str, fd: OwnedFd) -> Result<MemberFile, ApiError> {
     MemberFile::new(&local.ring, fd)
         .map_err(|error| api_error(ErrorKind::Failed, &format!("{path} cannot be used"), &error))
 }

@@ -5,6 +5,7 @@
 
 #![deny(unsafe_op_in_unsafe_fn)]
 
+mod allocations;
 mod bench_loop;
 mod buffers;
 mod clock;
@@ -33,6 +34,9 @@ use nix::sys::signal::{SigSet, Signal};
 use tracing_subscriber::EnvFilter;
 
 use crate::groups::{Common, Groups};
+
+#[global_allocator]
+static ALLOCATOR: allocations::Counting = allocations::Counting;
 
 /// Owns RAID groups and serves their LUs as ublk devices. Started by mgmtd.
 #[derive(Debug, Parser)]

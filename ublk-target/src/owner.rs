@@ -23,6 +23,7 @@ use lunar_engine::raid_group::{RaidGroup, WORKERS};
 use lunar_engine::traits::{Clock, Env, MILLISECOND};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use crate::allocations;
 use crate::buffers::Mapping;
 use crate::clock::{RingClock, Timers};
 use crate::executor::Executor;
@@ -236,20 +237,27 @@ impl Local {
     /// Takes over a group that runs: spawns its workers and its background.
     pub(crate) fn adopt(self: &Rc<Self>, group: Rc<RaidGroup<World>>) {
         for _ in 0..WORKERS {
-            self.spawn_counted(Rc::clone(&group).worker());
+            let worker = self.until_ended(Rc::clone(&group).worker());
+            self.executor.spawn_serving(worker);
         }
-        self.spawn_counted(Rc::clone(&group).background());
-        self.spawn_counted(Rc::clone(&group).watch());
+        let background = self.until_ended(Rc::clone(&group).background());
+        self.executor.spawn(background);
+        let watch = self.until_ended(Rc::clone(&group).watch());
+        self.executor.spawn(watch);
         assert!(self.group.set(group).is_ok(), "one group a thread");
     }
 
-    fn spawn_counted(self: &Rc<Self>, task: impl Future<Output = ()> + 'static) {
+    /// Has the thread wait for the end of a task of the group.
+    fn until_ended(
+        self: &Rc<Self>,
+        task: impl Future<Output = ()> + 'static,
+    ) -> impl Future<Output = ()> + 'static {
         self.running.set(self.running.get() + 1);
         let local = Rc::clone(self);
-        self.executor.spawn(async move {
+        async move {
             task.await;
             local.running.set(local.running.get() - 1);
-        });
+        }
     }
 
     /// Serves a device as LU `handle`: fetches every tag.
@@ -265,7 +273,7 @@ impl Local {
             .map_err(|e| failed("the device cannot be served", &e))?;
         for tag in 0..shape.depth {
             let (device, group) = (Rc::clone(&device), Rc::clone(&group));
-            self.executor.spawn(async move {
+            self.executor.spawn_serving(async move {
                 let serve = |request| group.serve(handle, request);
                 device.serve_tag(tag, serve).await;
             });
@@ -330,7 +338,7 @@ fn run(
         if local.ending.get() && local.running.get() == 0 {
             break;
         }
-        local.ring.turn(&local.executor);
+        allocations::counted(true, || local.ring.turn(&local.executor));
     }
     local.executor.clear();
 }

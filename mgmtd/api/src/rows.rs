@@ -172,6 +172,8 @@ rows! {
         logical_block: u32,
         write_hole_open: bool,
         zero_copy: bool,
+        /// Times that serving requests allocated memory since the group started; stays as it is once warm.
+        allocations: u64,
         history: Option<History>,
         generation: u64,
         members: Vec<MemberRow>,

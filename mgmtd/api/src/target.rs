@@ -287,6 +287,8 @@ pub struct GroupStatus {
     /// Running background work.
     pub sync: Option<SyncStatus>,
     pub zero_copy: bool,
+    /// Times that serving requests allocated memory since the group started; stays as it is once warm.
+    pub allocations: u64,
 }
 
 /// A slot, live.

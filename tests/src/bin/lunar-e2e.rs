@@ -1,16 +1,24 @@
 //! End-to-end tests: real `/dev/ublkbN`, real file systems, real kills. Run by `tests/run.sh e2e` in the lab.
 //!
-//! `lunar-e2e [FILTER]` runs those whose name contains FILTER; `--list` lists them.
+//! `lunar-e2e [FILTER]` runs those whose name contains FILTER; `--list` lists them. Tests called `long_..` are the
+//! rest of matrices whose corners always run: they are there with `--long` first, or with LUNAR_E2E_LONG=1.
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use lunar_tests::e2e::shell::Failure;
 
 fn main() {
-    let mut args = Arguments::from_args();
+    let mut words: Vec<_> = std::env::args_os().collect();
+    let asked = words.get(1).is_some_and(|word| word == "--long");
+    if asked {
+        words.remove(1);
+    }
+    let long = asked || std::env::var_os("LUNAR_E2E_LONG").is_some_and(|value| value == "1");
+    let mut args = Arguments::from_iter(words);
     // One machine, one /run/lunar: never two at once.
     args.test_threads = Some(1);
     let trials = lunar_tests::e2e::tests()
         .into_iter()
+        .filter(|(name, _)| long || !name.starts_with(lunar_tests::e2e::LONG))
         .map(
             |(name, test): (String, Box<dyn FnOnce() -> Result<(), Failure> + Send>)| {
                 Trial::test(name, move || test().map_err(Failed::from))

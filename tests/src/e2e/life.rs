@@ -1,5 +1,10 @@
 //! Life: kills, restarts, many LUs, nothing left behind.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::blocks::{self, Area, judge, start_writers};
+use super::disks::{self, identity, redundancy_is_right};
 use super::rig::Rig;
 use super::shell::{Failure, pause, run, sh, sh_in, until};
 use super::{Test, add, ensure};
@@ -13,10 +18,25 @@ pub(super) fn tests(to: &mut Vec<Test>) {
     });
     add(
         to,
+        "life_late_writes_of_a_killed_target_end_before_its_successor_begins",
+        late_writes,
+    );
+    add(
+        to,
+        "life_target_killed_while_a_disk_hangs_comes_back",
+        killed_with_hung_disk,
+    );
+    add(
+        to,
         "life_mgmtd_goes_and_comes_and_io_goes_on",
         mgmtd_restarts,
     );
     add(to, "life_new_boot_other_order", new_boot);
+    add(
+        to,
+        "life_new_boot_with_a_disk_that_hangs",
+        boot_with_hung_disk,
+    );
     add(to, "life_mounted_lu_is_not_deleted", mounted);
     add(
         to,
@@ -73,6 +93,146 @@ fn killed(degraded: bool) -> Result<(), Failure> {
     })
 }
 
+/// Given a mounted LU under verified load, when a disk hangs and ublk-target is killed, then `status` says who holds the
+/// disks; when the disk answers again, then the LU comes back by itself, no request failed, and everything reads as
+/// written.
+fn killed_with_hung_disk() -> Result<(), Failure> {
+    let rig = Rig::new()?;
+    let create = ["--level", "raid5", "--chunk", "64KiB", "--assume-clean"];
+    rig.array("dm", 4, 256, &create)?;
+    let device = rig.device()?;
+    sh(&format!(
+        "mkfs.ext4 -q -F {device} && mkdir -p /mnt/l && mount {device} /mnt/l"
+    ))?;
+    let load = std::thread::spawn(|| {
+        sh_in(
+            "fio --name=k --directory=/mnt/l --size=64m --direct=1 --ioengine=io_uring --iodepth=16 --rw=randwrite \
+             --bsrange=512-128k --blockalign=512 --verify=crc32c --verify_fatal=1 --io_size=256m --rate=20m \
+             >/tmp/fio.out 2>&1 || { cat /tmp/fio.out; exit 1; }",
+            300,
+        )
+    });
+    pause(3000);
+    let pid = rig.target_pid()?;
+    sh(&format!("dm_hang member1; sleep 0.2; kill -KILL {pid}"))?;
+    // The kernel lets go of a dead ring's files all at once, so that this one disk holds all.
+    let said = until("the status says that the disks are held", 90, || {
+        let output = rig.run(&["status"])?;
+        Ok(output.code == 4 && output.stdout.contains("held by I/O of a process that died"))
+    });
+    sh("dm_heal member1")?;
+    let served = said.and_then(|()| {
+        until("the LU is served again", 60, || {
+            Ok(rig.state().is_ok_and(|(state, _)| state == "optimal"))
+        })
+    });
+    served.map_err(|why| format!("{why}\n{}", rig.log_tail()))?;
+    load.join().map_err(|_| "thread")??;
+    sh_in(&format!("umount /mnt/l && e2fsck -fn {device}"), 100)?;
+    rig.lunar(&["lu", "delete", "vol", "--yes"])?;
+    Ok(())
+}
+
+/// Given a group with data that was shut down, when one of its disks hangs at the start, then the group and its LU come
+/// up without it, and every byte is there.
+fn boot_with_hung_disk() -> Result<(), Failure> {
+    let mut rig = Rig::new()?;
+    rig.array("dm", 4, 256, &["--level", "raid5", "--assume-clean"])?;
+    let device = rig.device()?;
+    sh(&format!(
+        "dd if=/dev/urandom of=/tmp/content bs=1M count=32 2>/dev/null; dd if=/tmp/content of={device} bs=1M oflag=direct 2>/dev/null"
+    ))?;
+    rig.shutdown()?;
+    sh("dm_hang member1")?;
+    let result = rig.start().and_then(|()| {
+        until("the LU is up", 60, || {
+            Ok(run("test", &["-b", "/dev/lunar/vol"], 5)?.code == 0)
+        })
+    });
+    let result = result.and_then(|()| {
+        sh("cmp -n $((32 << 20)) /tmp/content /dev/lunar/vol")?;
+        let (state, _) = rig.state()?;
+        ensure(state == "degraded", || format!("state is {state}"))
+    });
+    sh("dm_heal member1")?;
+    result.map_err(|why| format!("{why}\n{}", rig.log_tail()))
+}
+
+/// Given a mounted LU under writes of our own and a member whose writes take 4 s, when ublk-target is killed, then its
+/// successor has that member for data only after every write of the dead process has landed; in the end each sector
+/// holds the newest of its writes, the members' parity is right, and after the umount the LU can be deleted.
+fn late_writes() -> Result<(), Failure> {
+    let rig = Rig::new()?;
+    let create = ["--level", "raid5", "--chunk", "64KiB", "--assume-clean"];
+    // Above the slow device one that counts: dm-delay hides from the kernel's counters what it keeps waiting.
+    let paths = sh("member_make dm 0 256; dm_wrap slow1 /dev/ram1 >/dev/null; dm_wrap member1 /dev/mapper/slow1
+         member_make dm 2 256; member_make dm 3 256")?;
+    let paths: Vec<String> = paths.lines().map(str::to_owned).collect();
+    rig.array_of(&paths, &create)?;
+    let device = rig.device()?;
+    let slow = identity(&paths[1])?;
+    sh_in(
+        &format!(
+            "mkfs.ext4 -q -F {device} && mkdir -p /mnt/l && mount {device} /mnt/l && dd if=/dev/zero of=/mnt/l/f bs=1M count=4 && sync"
+        ),
+        60,
+    )?;
+    let area = Area {
+        path: "/mnt/l/f".into(),
+        sectors: 4 * 192 * 2,
+        most: 32,
+    };
+    let stop = Arc::new(AtomicBool::new(false));
+    let writers = start_writers(&area, 6, u32::MAX, &stop);
+    let result = (|| {
+        pause(500);
+        sh("dm_delay_writes slow1 4000")?;
+        until("writes wait on the slow member", 30, || {
+            Ok(disks::writes("member1")?.0 > 0)
+        })?;
+        let pid = rig.target_pid()?;
+        sh(&format!("kill -KILL {pid}"))?;
+        until("the process is dead", 30, || {
+            let state = std::fs::read_to_string(format!("/proc/{pid}/stat"));
+            Ok(state.map_or(true, |state| state.contains(") Z ")))
+        })?;
+        let (in_flight, ended) = disks::writes("member1")?;
+        ensure(in_flight > 0, || "no late write is on its way".into())?;
+        until("the successor has the slow member", 60, || {
+            let Ok(new) = rig.target_pid() else {
+                return Ok(false);
+            };
+            if new == pid || !disks::holds(&new, slow, true)? {
+                return Ok(false);
+            }
+            let landed = disks::writes("member1")?.1 - ended;
+            ensure(landed >= in_flight, || {
+                format!("the successor began after {landed} of {in_flight} late writes")
+            })?;
+            Ok(true)
+        })?;
+        sh("dm_heal slow1")?;
+        until("the LU is up", 60, || {
+            Ok(rig.run(&["lu", "show", "vol"])?.code == 0)
+        })?;
+        pause(2000);
+        Ok::<_, Failure>(())
+    })();
+    stop.store(true, Ordering::Relaxed);
+    if result.is_err() {
+        let _ = sh("dm_heal slow1");
+    }
+    let log = blocks::join(writers);
+    result.map_err(|why| format!("{why}\n{}", rig.log_tail()))?;
+    let bytes = usize::try_from(area.sectors).expect("small") * blocks::SECTOR;
+    judge(&area, blocks::read(&area.path, 0, bytes)?.get(), &log?)?;
+    sh_in(&format!("umount /mnt/l && e2fsck -fn {device}"), 100)?;
+    // The file may lie anywhere: all of the LU.
+    redundancy_is_right(&rig, "raid5", &paths, 64 << 20)?;
+    rig.lunar(&["lu", "delete", "vol", "--yes"])?;
+    Ok(())
+}
+
 /// Given a LU under load, when mgmtd gets SIGTERM and starts again, then ublk-target is the same process, and no
 /// request fails.
 fn mgmtd_restarts() -> Result<(), Failure> {
@@ -119,7 +279,8 @@ fn new_boot() -> Result<(), Failure> {
     ensure(state == "optimal", || format!("state is {state}"))
 }
 
-/// Given a mounted LU, when it is deleted, or its group stopped, then exit 7 names the holder and all goes on.
+/// Given a mounted LU with dirty pages, when it or its group is deleted, then exit 7 names the holder, all goes on, and
+/// what was dirty is there after umount and mount.
 fn mounted() -> Result<(), Failure> {
     let rig = Rig::new()?;
     rig.array("ram", 3, 256, &["--level", "raid5", "--assume-clean"])?;
@@ -127,6 +288,10 @@ fn mounted() -> Result<(), Failure> {
     sh(&format!(
         "mkfs.ext4 -q -F {device} && mkdir -p /mnt/l && mount {device} /mnt/l && cp -a /etc /mnt/l/"
     ))?;
+    let dirty = sh("awk '$1 == \"Dirty:\" {print $2}' /proc/meminfo")?;
+    ensure(dirty != "0", || {
+        "nothing is dirty: this shows nothing".into()
+    })?;
     for verb in [
         ["lu", "delete", "vol", "--yes"],
         ["group", "delete", "data", "--yes"],
@@ -140,7 +305,10 @@ fn mounted() -> Result<(), Failure> {
         })?;
     }
     sh_in(
-        &format!("diff -r --no-dereference /etc /mnt/l/etc; umount /mnt/l; e2fsck -fn {device}"),
+        &format!(
+            "umount /mnt/l; e2fsck -fn {device}; blockdev --flushbufs {device}; mount {device} /mnt/l
+             diff -r --no-dereference /etc /mnt/l/etc; umount /mnt/l"
+        ),
         60,
     )?;
     rig.lunar(&["lu", "delete", "vol", "--yes"])?;

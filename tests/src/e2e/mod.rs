@@ -3,7 +3,11 @@
 pub mod rig;
 pub mod shell;
 
+mod blocks;
+mod concurrent;
 mod data;
+mod disks;
+mod failing;
 mod hostile;
 mod layout;
 mod life;
@@ -17,12 +21,16 @@ pub type Test = (String, Box<dyn FnOnce() -> Result<(), Failure> + Send>);
 pub fn tests() -> Vec<Test> {
     let mut all = Vec::new();
     data::tests(&mut all);
+    failing::tests(&mut all);
+    concurrent::tests(&mut all);
     layout::tests(&mut all);
     life::tests(&mut all);
     hostile::tests(&mut all);
-    data::last_tests(&mut all);
     all
 }
+
+/// The start of names of tests that only a long run has: the rest of a matrix whose corners always run.
+pub const LONG: &str = "long_";
 
 fn add(
     to: &mut Vec<Test>,

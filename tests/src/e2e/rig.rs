@@ -13,11 +13,18 @@ pub struct Rig {
     state: String,
     mgmtd: Option<Child>,
     log: String,
+    /// Variables of mgmtd, and by it of ublk-target.
+    env: &'static [(&'static str, &'static str)],
 }
 
 impl Rig {
     /// Starts mgmtd on a fresh state directory.
     pub fn new() -> Result<Self, Failure> {
+        Self::with_env(&[])
+    }
+
+    /// As [`Self::new`], with variables.
+    pub fn with_env(env: &'static [(&'static str, &'static str)]) -> Result<Self, Failure> {
         let exe = std::env::current_exe().map_err(|error| error.to_string())?;
         let bin = exe.parent().ok_or("no folder")?.display().to_string();
         let state = sh("mktemp -d /tmp/lunar.XXXXXX")?;
@@ -27,6 +34,7 @@ impl Rig {
             state,
             mgmtd: None,
             log,
+            env,
         };
         rig.start()?;
         Ok(rig)
@@ -42,6 +50,7 @@ impl Rig {
         let err = log.try_clone().map_err(|error| error.to_string())?;
         let child = Command::new(format!("{}/mgmtd", self.bin))
             .args(["--state-dir", &self.state])
+            .envs(self.env.iter().copied())
             .stdin(Stdio::null())
             .stdout(log)
             .stderr(err)
@@ -71,6 +80,13 @@ impl Rig {
     /// Process id of ublk-target.
     pub fn target_pid(&self) -> Result<String, Failure> {
         sh("cat /run/lunar/target.pid")
+    }
+
+    /// Process id of mgmtd; empty when it does not run.
+    pub fn mgmtd_pid(&self) -> String {
+        self.mgmtd
+            .as_ref()
+            .map_or_else(String::new, |child| child.id().to_string())
     }
 
     /// Runs `lunar ARGS`.
@@ -184,13 +200,18 @@ impl Drop for Rig {
             }
             let _ = sh(&format!("kill -KILL {target}"));
         }
-        // Whoever held them lets go a moment after its end. Plain discard: it gives the RAM back, and reads as zero.
-        let _ = sh("members_remove
+        // To its end, whatever is not there any more (a disk that vanished). Who held a disk lets go a moment after
+        // its end. Plain discard gives the RAM back, and reads as zero; what somebody else holds (md) stays.
+        let cleaned = sh("set +e; members_remove
              for i in $(seq 50); do
                  left=$(dmsetup ls | awk '/^member/ {print $1}'); [ -n \"$left\" ] || break
                  for d in $left; do dmsetup remove --force $d; done; sleep 0.2
              done
-             for d in /dev/ram[0-9]*; do blkdiscard $d; done; rm -rf /run/lunar");
+             for d in /dev/ram[0-9]*; do blkdiscard $d 2>/dev/null; done; rm -rf /run/lunar
+             ! dmsetup info -c --noheadings -o name,open 2>/dev/null | grep ^member");
+        if let Err(why) = cleaned {
+            eprintln!("member disks are left: {why}");
+        }
     }
 }
 

@@ -312,7 +312,7 @@ impl<E: Env> RaidGroup<E> {
         }
     }
 
-    /// Everything about it; `ublk` and `problem` of the LUs are the rim's to fill, `zero_copy` too.
+    /// Everything about it; `ublk` and `problem` of the LUs are the rim's to fill, `zero_copy` and `allocations` too.
     pub fn status(&self) -> GroupStatus {
         let record = self.record.borrow();
         let config = self.config.borrow();
@@ -339,6 +339,7 @@ impl<E: Env> RaidGroup<E> {
             lus: self.lus().into_iter().map(|(_, status)| status).collect(),
             sync: self.sync_status.borrow().clone(),
             zero_copy: false,
+            allocations: 0,
         }
     }
 
