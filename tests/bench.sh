@@ -8,6 +8,7 @@
 #   --mib N           size of one member, default 192
 #   --workloads LIST  comma-separated, default all: read4k write4k read1m write1m qd1read qd1write qd1sync
 #   --out DIR         where the CSVs go, default tests/bench
+#   --beside DIR      another build of Lunar (its target/release) as one more target, for before and after
 #   --all             every set on ram members, then on null_blk members, then the report
 #   --report          measures nothing: writes the tables of tests/BENCHMARKS.md anew from the CSVs
 #   SET..             raid0 raid5 linear null loop; default all
@@ -20,11 +21,12 @@
 set -u -o pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 out=$root/tests/bench
+release=$(realpath -m "${CARGO_TARGET_DIR:-$root/target}/release")
 
 usage() { sed -n '2,/^set -u/s/^# \{0,1\}//p' "$0"; }
 bad_usage() { echo "bench: $*"; echo 'Try: tests/bench.sh --help'; exit 2; }
 all_sets=(raid0 raid5 linear null loop)
-in_guest='' all='' report='' rounds=5 seconds=3 members=ram mib=192 sets=()
+in_guest='' all='' beside='' report='' rounds=5 seconds=3 members=ram mib=192 sets=()
 workloads=read4k,write4k,read1m,write1m,qd1read,qd1write,qd1sync
 while [ $# -gt 0 ]; do
   case $1 in
@@ -35,6 +37,7 @@ while [ $# -gt 0 ]; do
     --mib) mib=${2:?}; shift ;;
     --workloads) workloads=${2:?}; shift ;;
     --out) out=$(realpath -m "${2:?}"); shift ;;
+    --beside) beside=${2:+$(realpath -m "$2")}; shift ;;
     --all) all=1 ;;
     --report) report=1 ;;
     -h | --help) usage; exit 0 ;;
@@ -48,50 +51,58 @@ done
 # ---------------------------------------------------------------------------------------------------
 # Targets. make_NAME DISKS.. prints the device and returns 77 (with a reason on stderr) if it cannot be had here.
 
-# Lunar as its users have it: mgmtd, ublk-target, one group, one LU of all its space.
-lunar_state=/tmp/lunar-bench
-mgmtd_pid=''
-lunar_start() {
-  local i
-  command -v mgmtd lunar ublk-target > /dev/null || return
-  rm -rf "$lunar_state"
-  mkdir -p "$lunar_state"
-  mgmtd --state-dir "$lunar_state" > /tmp/mgmtd.log 2>&1 &
-  mgmtd_pid=$!
+# Lunar as its users have it: mgmtd, ublk-target, one group, one LU of all its space. System 1 is this tree's
+# build, system 2 that of --beside.
+declare -A lunar_dir=() mgmtd_pid=()
+lunar() { "${lunar_dir[$1]}/lunar" --system "$1" "${@:2}"; } # lunar SYSTEM ARG..
+lunar_start() { # lunar_start SYSTEM DIR
+  local i state=/tmp/lunar-bench/$1
+  lunar_dir[$1]=$2
+  [ -x "$2/mgmtd" ] || return
+  rm -rf "$state"
+  mkdir -p "$state"
+  PATH=$2:$PATH "$2/mgmtd" --system "$1" --state-dir "$state" > "/tmp/mgmtd$1.log" 2>&1 &
+  mgmtd_pid[$1]=$!
   for ((i = 0; i < 300; i++)); do
-    lunar status > /dev/null 2>&1
+    lunar "$1" status > /dev/null 2>&1
     [ $? != 5 ] && return
     sleep 0.1
   done
-  echo "bench: mgmtd does not answer: $(tail -n 1 /tmp/mgmtd.log)"
+  echo "bench: mgmtd does not answer: $(tail -n 1 "/tmp/mgmtd$1.log")"
 }
 lunar_idle() { # waits until no job runs: a sync would be measured too
   local i
   for ((i = 0; i < 1200; i++)); do
-    lunar job list --json 2>/dev/null | grep -q '"state":"running"' || return 0
+    lunar "$1" job list --json 2>/dev/null | grep -q '"state":"running"' || return 0
     sleep 0.1
   done
   echo 'lunar: jobs do not end' >&2
   return 1
 }
-lunar_make() { # lunar_make LEVEL DISKS..: prints the device; the members are zero, so their parity is right
-  local level=$1 name=bench-$1 clean=()
-  shift
-  [ -n "$mgmtd_pid" ] || { echo 'lunar: not built. Try: cargo build --release' >&2; return 77; }
+lunar_make() { # lunar_make SYSTEM LEVEL DISKS..: prints the device; the members are zero, so their parity is right
+  local system=$1 level=$2 name=bench-$2 clean=()
+  shift 2
+  [ -n "${mgmtd_pid[$system]:-}" ] || { echo 'lunar: not built. Try: cargo build --release' >&2; return 77; }
   [ "$level" = linear ] && level=raid0 # of one member: the same layout
   [ "$level" = raid0 ] || clean=(--assume-clean)
   {
-    lunar_idle && lunar disk add "$@" \
-      && lunar group create "$name" --level "$level" --disks "$@" --chunk 64KiB "${clean[@]}" \
-      && lunar lu create "$name" --group "$name" --size max && lunar_idle
+    lunar "$system" disk add "$@" \
+      && lunar "$system" group create "$name" --level "$level" --disks "$@" --chunk 64KiB "${clean[@]}" \
+      && lunar "$system" lu create "$name" --group "$name" --size max && lunar_idle "$system"
   } > /tmp/lunar.log 2>&1 || { echo "lunar $level: $(tail -n 1 /tmp/lunar.log)" >&2; return 77; }
-  readlink -f "/dev/lunar/$name"
+  readlink -f "/dev/lunar/$system/$name"
 }
 lunar_remove() {
-  [ -n "$mgmtd_pid" ] || return
-  lunar shutdown --yes > /tmp/lunar.log 2>&1 || { cat /tmp/lunar.log; kill "$mgmtd_pid"; }
-  wait "$mgmtd_pid"
-  mgmtd_pid=''
+  local system
+  for system in "${!mgmtd_pid[@]}"; do
+    lunar "$system" shutdown --yes > /tmp/lunar.log 2>&1 || { cat /tmp/lunar.log; kill "${mgmtd_pid[$system]}"; }
+    wait "${mgmtd_pid[$system]}"
+  done
+  mgmtd_pid=()
+}
+add_lunar() { # add_lunar LEVEL COUNT
+  add lunar "$2" lunar_make 1 "$1"
+  [ -z "$beside" ] || add lunar-beside "$2" lunar_make 2 "$1"
 }
 
 make_raw() { printf '%s\n' "$1"; }
@@ -163,19 +174,19 @@ add() { # add NAME COUNT COMMAND..: makes a target on COUNT members; leaves it o
 }
 
 set_raid0() {
-  add lunar 4 lunar_make raid0
+  add_lunar raid0 4
   add md 4 make_md 0 -
   add kublk-stripe 4 make_kublk stripe
 }
 set_raid5() { # md-bitmap and md-ppl are for information: Lunar's policy here is none, md's is resync
-  add lunar 4 lunar_make raid5
+  add_lunar raid5 4
   add md-resync 4 make_md 5 resync
   add md-bitmap 4 make_md 5 bitmap
   add md-ppl 4 make_md 5 ppl
   add kublk-loop 1 make_kublk loop
 }
 set_linear() {
-  add lunar 1 lunar_make linear
+  add_lunar linear 1
   add raw 1 make_raw
   add kublk-loop 1 make_kublk loop
   add rublk-loop 1 make_rublk
@@ -234,9 +245,14 @@ run_fio() { # run_fio WORKLOAD DEVICE [ARG..]: prints iops,kib_s,p50_us,p99_us
       }'
 }
 
+of_lunar() { # the oldest ublk-target of a system: the others are its helpers
+  local system=1
+  [ "$1" = lunar ] || system=2
+  cat "/run/lunar/$system/target.pid" 2>/dev/null || pgrep -o -x ublk-target
+}
 server_pid() { # server_pid TARGET: the process behind it
   case $1 in
-    lunar) pgrep -o -x ublk-target ;; # the others are its helpers
+    lunar | lunar-beside) of_lunar "$1" ;;
     kublk-*) pgrep -n -x kublk ;;
     rublk-*) pgrep -n -x rublk ;;
   esac
@@ -249,7 +265,7 @@ run_one() { # run_one WORKLOAD TARGET DEVICE: prints iops,kib_s,p50_us,p99_us,cp
   local pid before row
   case $2 in
     bench-loop)
-      ublk-target bench-loop --depth 32 --seconds "$seconds" ${3//:/ } 2> /tmp/fio.err | awk '{ printf "%d,%d,,,\n", $1, $1 * 4 }'
+      "$release/ublk-target" bench-loop --depth 32 --seconds "$seconds" ${3//:/ } 2> /tmp/fio.err | awk '{ printf "%d,%d,,,\n", $1, $1 * 4 }'
       return
       ;;
     fio) # as the loop does it: registered files and buffers, completions in batches
@@ -315,11 +331,11 @@ table() { # table CSV WORKLOAD BASE: medians, and BASE's ratio to each target wi
 guest() {
   . "$root/fixtures/members.sh"
   local set code=0
-  PATH=$(realpath "${CARGO_TARGET_DIR:-$root/target}")/release:$PATH
   echo 2000000 > /proc/sys/dev/raid/speed_limit_max
   for set in "${sets[@]}"; do
     echo "== $set, members $members, $rounds rounds of $seconds s"
-    lunar_start
+    lunar_start 1 "$release"
+    [ -z "$beside" ] || lunar_start 2 "$beside"
     "set_$set"
     if [ ${#targets[@]} -gt 0 ]; then measure "$set" "${targets[@]}" || code=1; fi
     tear_down
@@ -420,7 +436,7 @@ for workload in ${workloads//,/ }; do workload_args "$workload" > /dev/null || e
 if [ -n "$all" ]; then
   code=0
   for kind in ram null_blk; do
-    "${BASH_SOURCE[0]}" --rounds "$rounds" --seconds "$seconds" --members "$kind" --mib "$mib" --workloads "$workloads" --out "$out" "${sets[@]}" || code=1
+    "${BASH_SOURCE[0]}" --rounds "$rounds" --seconds "$seconds" --members "$kind" --mib "$mib" --workloads "$workloads" --out "$out" --beside "$beside" "${sets[@]}" || code=1
   done
   report || code=1
   exit "$code"
@@ -431,10 +447,10 @@ mkdir -p "$out"
 rublk=${XDG_CACHE_HOME:-$HOME/.cache}/lunar/rublk/bin/rublk
 limit=$((${#sets[@]} * 7 * rounds * 5 * (seconds + 2) + 120))
 see=()
-for program in "${KUBLK:-}" "${RUBLK:-$rublk}"; do
+for program in "${KUBLK:-}" "${RUBLK:-$rublk}" "${beside:+$beside/mgmtd}"; do
   [ -x "$program" ] && see+=(--see "$(dirname "$program")")
 done
 exec "$root/fixtures/lab.sh" "${see[@]}" --mem 6G --ram-disks-kib $((mib * 1024)) --append brd.rd_nr=24 --timeout "$limit" --share "$out" \
   --env "KUBLK=${KUBLK:-}" --env "RUBLK=${RUBLK:-$rublk}" --env "CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-}" -- \
   "$root/tests/bench.sh" --guest --rounds "$rounds" --seconds "$seconds" --members "$members" --mib "$mib" --workloads "$workloads" \
-  --out "$out" "${sets[@]}"
+  --out "$out" --beside "$beside" "${sets[@]}"
