@@ -6,6 +6,7 @@ use std::future::Future;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
@@ -13,7 +14,7 @@ use std::task::{Context, Poll};
 use lunar_engine::traits::{Buf, Disk, DiskError, DiskVerb, Piece};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
-use crate::op::{Act, Place, Spec};
+use crate::op::{Act, Limit, Place, Spec};
 use crate::ring::{Handle, Ring, RingError};
 
 /// Modes of fallocate: reads as zero afterwards, space given back or kept.
@@ -61,7 +62,8 @@ pub(crate) struct MemberFile {
     who: u32,
     capacity: u64,
     logical_block: u32,
-    volatile_cache: bool,
+    cache: Rc<Cache>,
+    limit: Limit,
     abandoned: Cell<bool>,
 }
 
@@ -71,6 +73,7 @@ struct Shape {
     capacity: u64,
     logical_block: u32,
     volatile_cache: bool,
+    limit: Limit,
 }
 
 impl MemberFile {
@@ -91,7 +94,12 @@ impl MemberFile {
             who: ring.next_who(),
             capacity: shape.capacity,
             logical_block: shape.logical_block,
-            volatile_cache: shape.volatile_cache,
+            cache: Rc::new(Cache {
+                volatile: shape.volatile_cache,
+                written: Cell::new(0),
+                flushed: Cell::new(None),
+            }),
+            limit: shape.limit,
             abandoned: Cell::new(false),
         })
     }
@@ -127,6 +135,7 @@ fn shape(file: &File) -> Result<Shape, MemberError> {
             capacity: bytes,
             logical_block: u32::try_from(block).unwrap_or(0),
             volatile_cache: has_write_back(meta.rdev()),
+            limit: limit(meta.rdev()),
         })
     } else if kind.is_file() {
         Ok(Shape {
@@ -134,6 +143,7 @@ fn shape(file: &File) -> Result<Shape, MemberError> {
             logical_block: direct_block(file).map_err(MemberError::Stat)?,
             // The disk below it may have one; only fdatasync says more.
             volatile_cache: true,
+            limit: limit(meta.dev()),
         })
     } else {
         Err(MemberError::Kind)
@@ -165,21 +175,104 @@ fn direct_block(file: &File) -> io::Result<u32> {
     })
 }
 
-/// Says whether a block device has a write-back cache; yes if the kernel does not say.
-fn has_write_back(device: u64) -> bool {
+/// Reads an attribute of a block device's queue. A partition's queue is its disk's.
+fn queue_attribute(device: u64, name: &str) -> Option<String> {
     let (major, minor) = (libc::major(device), libc::minor(device));
     let base = format!("/sys/dev/block/{major}:{minor}");
-    // A partition's queue is its disk's.
-    ["queue/write_cache", "../queue/write_cache"]
+    ["queue", "../queue"]
         .iter()
-        .find_map(|name| std::fs::read_to_string(format!("{base}/{name}")).ok())
-        .is_none_or(|text| text.trim() != "write through")
+        .find_map(|queue| std::fs::read_to_string(format!("{base}/{queue}/{name}")).ok())
+}
+
+/// Says whether a block device has a write-back cache; yes if the kernel does not say.
+fn has_write_back(device: u64) -> bool {
+    queue_attribute(device, "write_cache").is_none_or(|text| text.trim() != "write through")
+}
+
+/// A device without request queues and without devices below it (RAM disks, pmem): nobody cuts its I/O, whatever
+/// its limits say.
+fn takes_all(device: u64) -> bool {
+    let (major, minor) = (libc::major(device), libc::minor(device));
+    let base = format!("/sys/dev/block/{major}:{minor}");
+    let base = ["..", "."]
+        .map(|up| format!("{base}/{up}"))
+        .into_iter()
+        .find(|base| Path::new(&format!("{base}/queue")).exists());
+    base.is_some_and(|base| {
+        let mut below = std::fs::read_dir(format!("{base}/slaves"))
+            .into_iter()
+            .flatten();
+        !Path::new(&format!("{base}/mq")).exists() && below.next().is_none()
+    })
+}
+
+/// Longest I/O that the kernel does not have to cut for a device: its longest request, and a page a segment, since
+/// pages of requests are scattered. Whole grains; without limit if the kernel does not say.
+fn limit(device: u64) -> Limit {
+    if takes_all(device) {
+        return Limit::MAX;
+    }
+    let number = |name: &str| -> Option<u64> { queue_attribute(device, name)?.trim().parse().ok() };
+    let grain = lunar_engine::limits::GRAIN;
+    let bytes = number("max_sectors_kb").map_or(Limit::MAX, |kib| kib << 10);
+    let pages =
+        number("max_segments").map_or(Limit::MAX, |segments| segments.saturating_mul(grain));
+    match bytes.min(pages) {
+        Limit::MAX => Limit::MAX,
+        least => (least / grain).max(1) * grain,
+    }
+}
+
+/// What may be in the volatile cache of a member.
+#[derive(Debug)]
+struct Cache {
+    volatile: bool,
+    /// Writes that have ended, failed ones too; counted before whoever waits for them hears of it.
+    written: Cell<u64>,
+    /// So many of them are durable; None: nothing was flushed yet, and a former process may have written.
+    flushed: Cell<Option<u64>>,
+}
+
+impl Cache {
+    /// A flush would change nothing. The kernel too sends none to a disk without a volatile cache, but each costs a
+    /// worker thread of the ring.
+    fn is_durable(&self) -> bool {
+        !self.volatile || self.flushed.get() == Some(self.written.get())
+    }
+}
+
+/// What an I/O changes in its member's cache when it ends.
+#[derive(Debug)]
+enum Note {
+    None,
+    Write(Rc<Cache>),
+    /// It covers this many writes: those that had ended when it was started.
+    Flush(Rc<Cache>, u64),
+}
+
+impl Note {
+    fn ended(&self, ok: bool) {
+        match self {
+            Self::None => {}
+            Self::Write(cache) => cache.written.set(cache.written.get() + 1),
+            // Of two at once the later may end first.
+            Self::Flush(cache, covered) if ok => {
+                cache.flushed.set(cache.flushed.get().max(Some(*covered)));
+            }
+            Self::Flush(..) => {}
+        }
+    }
 }
 
 /// One I/O of a member.
 #[derive(Debug)]
-pub(crate) enum MemberIo {
-    Running(Handle),
+pub(crate) struct MemberIo(Kind);
+
+#[derive(Debug)]
+enum Kind {
+    Running(Handle, Note),
+    /// There is nothing to do.
+    Nothing,
     Refused,
 }
 
@@ -187,9 +280,13 @@ impl Future for MemberIo {
     type Output = Result<(), DiskError>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        match &mut *self {
-            Self::Running(handle) => Pin::new(handle).poll(cx).map(|result| result.map(drop)),
-            Self::Refused => Poll::Ready(Err(DiskError::Abandoned)),
+        match &mut self.0 {
+            Kind::Running(handle, note) => Pin::new(handle).poll(cx).map(|result| {
+                note.ended(result.is_ok());
+                result.map(drop)
+            }),
+            Kind::Nothing => Poll::Ready(Ok(())),
+            Kind::Refused => Poll::Ready(Err(DiskError::Abandoned)),
         }
     }
 }
@@ -206,8 +303,17 @@ impl Disk for MemberFile {
         pieces: &[Piece],
     ) -> MemberIo {
         if self.abandoned.get() {
-            return MemberIo::Refused;
+            return MemberIo(Kind::Refused);
         }
+        let written = self.cache.written.get();
+        let note = match verb {
+            DiskVerb::Flush if self.cache.is_durable() => return MemberIo(Kind::Nothing),
+            DiskVerb::Flush => Note::Flush(Rc::clone(&self.cache), written),
+            DiskVerb::Read => Note::None,
+            DiskVerb::Write { .. } | DiskVerb::Discard | DiskVerb::WriteZeroes => {
+                Note::Write(Rc::clone(&self.cache))
+            }
+        };
         let act = match verb {
             DiskVerb::Read => Act::Read,
             DiskVerb::Write { fua } => Act::Write { fua },
@@ -217,11 +323,9 @@ impl Disk for MemberFile {
         };
         let (place, base, lease) = match buf {
             Buf::None => (Place::None, 0, None),
-            Buf::Request(id) => (
-                Place::Request(self.ring.request_buffer(id.device, id.tag)),
-                0,
-                None,
-            ),
+            Buf::Request(id) | Buf::Answer(id) => {
+                (Place::Request(self.ring.request_buffer(id)), 0, None)
+            }
             Buf::Pool(lease) => (
                 Place::Registered(POOL_BUFFER),
                 lease.cells(0..lease.len()).as_ptr().expose_provenance(),
@@ -240,7 +344,11 @@ impl Disk for MemberFile {
             place,
             lease,
         };
-        MemberIo::Running(self.ring.start(spec, vectors))
+        let handle = match buf {
+            Buf::Answer(id) if len <= self.limit => self.ring.start_answering(id, spec, vectors),
+            _ => self.ring.start_in_parts(self.limit, spec, vectors),
+        };
+        MemberIo(Kind::Running(handle, note))
     }
 
     fn capacity(&self) -> u64 {
@@ -261,6 +369,35 @@ impl Disk for MemberFile {
     }
 
     fn has_volatile_cache(&self) -> bool {
-        self.volatile_cache
+        self.cache.volatile
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flush_is_needed_after_writes_that_it_did_not_see() {
+        let cache = Rc::new(Cache {
+            volatile: true,
+            written: Cell::new(0),
+            flushed: Cell::new(None),
+        });
+        let write = Note::Write(Rc::clone(&cache));
+        let flush = || Note::Flush(Rc::clone(&cache), cache.written.get());
+        assert!(!cache.is_durable(), "a former process may have written");
+        flush().ended(true);
+        assert!(cache.is_durable());
+        let early = flush();
+        write.ended(true);
+        early.ended(true);
+        assert!(!cache.is_durable(), "it ended after the flush began");
+        let (older, newer) = (flush(), flush());
+        newer.ended(true);
+        older.ended(false);
+        assert!(cache.is_durable());
+        write.ended(false);
+        assert!(!cache.is_durable(), "a write that failed may be there");
     }
 }

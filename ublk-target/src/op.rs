@@ -5,6 +5,7 @@
 
 use std::task::Waker;
 
+use arrayvec::ArrayVec;
 use io_uring::types::{Fixed, FsyncFlags};
 use io_uring::{opcode, squeue};
 use lunar_engine::pool::Lease;
@@ -75,6 +76,12 @@ pub(crate) struct Spec {
     pub(crate) lease: Option<Lease>,
 }
 
+/// Most bytes that go to a file in one piece; what is longer goes in parts, all at once.
+///
+/// The kernel would have to cut them, and what it has to cut it does not submit at once but leaves to a worker thread
+/// of the ring, one after the other.
+pub(crate) type Limit = u64;
+
 pub(crate) struct Op {
     pub(crate) generation: u32,
     pub(crate) state: State,
@@ -82,6 +89,14 @@ pub(crate) struct Op {
     pub(crate) orphan: bool,
     /// Given up: whoever waits is told so.
     pub(crate) abandoned: bool,
+    /// The operation that this one is a part of.
+    pub(crate) whole: Option<u32>,
+    /// Parts that have not ended, itself included.
+    pub(crate) parts: u32,
+    /// What the first part that failed said.
+    pub(crate) failed: Option<DiskError>,
+    /// The operation that the kernel starts as soon as this one has succeeded, and cancels if it has not.
+    pub(crate) then: Option<u32>,
     pub(crate) waker: Option<Waker>,
     pub(crate) lease: Option<Lease>,
     pub(crate) who: u32,
@@ -110,6 +125,10 @@ impl Op {
             state: State::Free,
             orphan: false,
             abandoned: false,
+            whole: None,
+            parts: 1,
+            failed: None,
+            then: None,
             waker: None,
             lease: None,
             who: 0,
@@ -131,6 +150,10 @@ impl Op {
         self.state = State::Queued;
         self.orphan = false;
         self.abandoned = false;
+        self.whole = None;
+        self.parts = 1;
+        self.failed = None;
+        self.then = None;
         self.who = spec.who;
         self.started = now;
         self.file = spec.file;
@@ -163,6 +186,43 @@ impl Op {
             iov_len: len,
         };
         self.end += 1;
+    }
+
+    /// Cuts off what is beyond `limit`: what the rest is to be made of, and its vectors in `rest`.
+    pub(crate) fn cut(&mut self, limit: Limit, rest: &mut Vectors) -> Option<Spec> {
+        let moves = matches!(self.act, Act::Read | Act::Write { .. });
+        if self.len <= limit || !moves {
+            return None;
+        }
+        rest.clear();
+        let mut room = usize::try_from(limit).unwrap_or(usize::MAX);
+        let mut end = 0;
+        for i in 0..self.end {
+            let vector = &mut self.vectors[i];
+            let (base, len) = (vector.iov_base.addr(), vector.iov_len);
+            let kept = len.min(room);
+            room -= kept;
+            vector.iov_len = kept;
+            if kept > 0 {
+                end = i + 1;
+            }
+            if kept < len {
+                rest.push((base + kept, len - kept));
+            }
+        }
+        self.end = end;
+        let spec = Spec {
+            who: self.who,
+            file: self.file,
+            act: self.act,
+            at: self.at + limit,
+            len: self.len - limit,
+            place: self.place,
+            // The first part keeps it until the last has ended.
+            lease: None,
+        };
+        self.len = limit;
+        Some(spec)
     }
 
     /// Builds the entry for what is left to do. `vector_fixed`: the kernel takes vectors of registered memory.
@@ -300,6 +360,9 @@ impl Op {
     }
 }
 
+/// Addresses and lengths.
+pub(crate) type Vectors = ArrayVec<(usize, usize), PIECES_MAX>;
+
 /// All operations of a ring.
 pub(crate) struct Slab {
     chunks: Vec<Box<[Op]>>,
@@ -343,6 +406,35 @@ impl Slab {
     pub(crate) fn get(&mut self, index: u32) -> &mut Op {
         let index = index as usize;
         &mut self.chunks[index / CHUNK][index % CHUNK]
+    }
+
+    /// Ends a part of an operation; answers the whole when this was its last part: its lease, its waker.
+    pub(crate) fn end_part(
+        &mut self,
+        index: u32,
+        outcome: Result<i32, DiskError>,
+    ) -> Option<(Option<Lease>, Option<Waker>)> {
+        let whole = match self.get(index).whole {
+            Some(whole) => {
+                self.remove(index);
+                whole
+            }
+            None => index,
+        };
+        let op = self.get(whole);
+        op.parts -= 1;
+        if let Err(error) = outcome {
+            op.failed.get_or_insert(error);
+        }
+        if op.parts > 0 {
+            return None;
+        }
+        op.state = State::Done(op.failed.map_or(outcome, Err));
+        let ended = (op.lease.take(), op.waker.take());
+        if op.orphan {
+            self.remove(whole);
+        }
+        Some(ended)
     }
 
     /// Frees an operation whose lease was taken out.
@@ -427,6 +519,41 @@ mod tests {
             op.advance(-libc::ENODATA),
             Some(Err(DiskError::Errno(libc::ENODATA)))
         );
+    }
+
+    #[test]
+    fn cut_takes_what_is_beyond_the_limit() {
+        let mut first = op(35, &[(1000, 10), (2000, 20), (3000, 5)]);
+        let mut rest = Vectors::new();
+        let spec = first.cut(15, &mut rest).unwrap();
+        assert_eq!((first.len, first.end, first.vectors[1].iov_len), (15, 2, 5));
+        assert_eq!((spec.at, spec.len), (115, 20));
+        assert_eq!(rest[..], [(2005, 15), (3000, 5)]);
+        let mut second = op(20, &rest);
+        assert!(second.cut(20, &mut rest).is_none());
+        assert_eq!(first.advance(15), Some(Ok(0)));
+    }
+
+    #[test]
+    fn end_part_last_of_them_ends_the_whole() {
+        let mut slab = Slab::new();
+        let spec = || Spec {
+            who: 0,
+            file: 0,
+            act: Act::Flush,
+            at: 0,
+            len: 0,
+            place: Place::None,
+            lease: None,
+        };
+        let (whole, _) = slab.insert(spec(), std::iter::empty(), 0);
+        let (part, _) = slab.insert(spec(), std::iter::empty(), 0);
+        slab.get(part).whole = Some(whole);
+        slab.get(whole).parts = 2;
+        assert!(slab.end_part(whole, Ok(0)).is_none());
+        assert!(slab.end_part(part, Err(DiskError::Errno(5))).is_some());
+        let state = slab.get(whole).state;
+        assert_eq!(state, State::Done(Err(DiskError::Errno(5))));
     }
 
     #[test]

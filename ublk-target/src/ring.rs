@@ -18,12 +18,14 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use io_uring::squeue::{Flags, SubmissionQueue};
 use io_uring::{IoUring, Probe, opcode};
-use lunar_engine::traits::DiskError;
+use libublk::sys;
+use lunar_engine::traits::{DiskError, RequestId};
 
 use crate::clock::Timers;
 use crate::executor::Executor;
-use crate::op::{Place, Slab, Spec, State};
+use crate::op::{Act, Limit, Place, Slab, Spec, State, Vectors};
 
 /// Entries of the submission queue: what one turn hands over at once.
 const SUBMISSIONS: u32 = 1024;
@@ -40,6 +42,7 @@ pub(crate) const POOL_BUFFERS: u16 = 1024;
 const ENTER_GETEVENTS: u32 = 1;
 const ENTER_EXT_ARG: u32 = 1 << 3;
 const ENTER_REGISTERED_RING: u32 = 1 << 4;
+const ENTER_ABS_TIMER: u32 = 1 << 5;
 const REGISTER_RING_FDS: u32 = 20;
 const UNREGISTER_RING_FDS: u32 = 21;
 
@@ -67,8 +70,8 @@ pub(crate) struct Ring {
     backlog: RefCell<VecDeque<u32>>,
     in_flight: Cell<u32>,
     tables: RefCell<Tables>,
-    /// First buffer of each device slot.
-    bases: RefCell<Vec<u16>>,
+    /// Of each device slot.
+    requests: RefCell<Vec<Requests>>,
     who: Cell<u32>,
     /// Index of the ring's own descriptor among those registered with this thread.
     registered: u32,
@@ -84,6 +87,42 @@ impl fmt::Debug for Ring {
             .field("in_flight", &self.in_flight.get())
             .field("orphans", &self.orphans.get())
             .finish()
+    }
+}
+
+/// What the requests of a device need.
+#[derive(Debug, Default)]
+pub(crate) struct Requests {
+    /// First buffer.
+    pub(crate) base: u16,
+    /// Registered file.
+    pub(crate) file: u32,
+    /// The kernel registers each request's pages.
+    pub(crate) registers: bool,
+    /// By tag: the command that is chained to its I/O, until it is taken.
+    pub(crate) answers: Vec<Option<(u32, u32)>>,
+}
+
+impl Requests {
+    fn command(&self, op: u32, tag: u16, result: i32) -> Spec {
+        let mut bytes = [0; 16];
+        // struct ublksrv_io_cmd: q_id 0, tag, result, addr 0 (user copy).
+        bytes[2..4].copy_from_slice(&tag.to_ne_bytes());
+        bytes[4..8].copy_from_slice(&result.to_ne_bytes());
+        let addr = if self.registers {
+            u64::from(self.base + tag) | u64::from(sys::UBLK_AUTO_BUF_REG_FALLBACK) << 16
+        } else {
+            0
+        };
+        Spec {
+            who: 0,
+            file: self.file,
+            act: Act::Command { op, bytes, addr },
+            at: 0,
+            len: 0,
+            place: Place::None,
+            lease: None,
+        }
     }
 }
 
@@ -137,7 +176,7 @@ impl Ring {
                 files: (0..FILES).rev().collect(),
                 requests: Vec::new(),
             }),
-            bases: RefCell::new(Vec::new()),
+            requests: RefCell::new(Vec::new()),
             who: Cell::new(0),
             registered,
             vector_fixed,
@@ -158,8 +197,8 @@ impl Ring {
         let timeout = self.timers.next();
         // With nothing to wait for, nothing would ever end the wait.
         let wait = u32::from(self.in_flight.get() > 0 || timeout.is_some());
-        self.enter(wait, timeout);
-        self.timers.turn();
+        let due = self.enter(wait, timeout);
+        self.timers.turn(due);
         self.reap();
     }
 
@@ -175,35 +214,49 @@ impl Ring {
             };
             let op = ops.get(index);
             if op.abandoned {
-                // Never sent: whoever was told so may have written elsewhere since.
-                op.state = State::Done(Err(DiskError::Abandoned));
-                drop(op.lease.take());
-                if op.orphan {
-                    ops.remove(index);
-                }
+                // Never sent: whoever was told so may have written elsewhere since. Nobody waits, and its lease
+                // wakes others only. Requests' own pages, which alone have successors, are not given up.
+                drop(ops.end_part(index, Err(DiskError::Abandoned)));
                 continue;
             }
-            let data = u64::from(op.generation) << 32 | u64::from(index);
-            let entry = op.entry(self.vector_fixed).user_data(data);
-            // SAFETY: what the entry points to lives until its completion: vectors in the slab (its chunks
-            // never move and the place is not reused before), memory by the operation's lease or, for requests
-            // of the host, in the kernel; registered files and buffers are counted by the kernel.
-            if unsafe { queue.push(&entry) }.is_err() {
+            let then = op.then;
+            if queue.capacity() - queue.len() < 2 {
+                // A chain must not be cut by the end of the queue.
                 backlog.push_front(index);
                 return true;
             }
-            op.state = State::InFlight;
-            self.in_flight.set(self.in_flight.get() + 1);
+            self.push(&mut queue, &mut ops, index);
+            if let Some(then) = then {
+                self.push(&mut queue, &mut ops, then);
+            }
         }
         false
     }
 
-    fn enter(&self, wait: u32, timeout: Option<Duration>) {
+    /// Puts an operation into a queue that has room for it; one with a successor is chained to what follows.
+    fn push(&self, queue: &mut SubmissionQueue<'_>, ops: &mut Slab, index: u32) {
+        let op = ops.get(index);
+        let data = u64::from(op.generation) << 32 | u64::from(index);
+        let mut entry = op.entry(self.vector_fixed).user_data(data);
+        // Sent again, after an answer that cut the chain, it goes alone.
+        if op.then.take().is_some() {
+            entry = entry.flags(Flags::IO_LINK);
+        }
+        // SAFETY: what the entry points to lives until its completion: vectors in the slab (its chunks
+        // never move and the place is not reused before), memory by the operation's lease or, for requests
+        // of the host, in the kernel; registered files and buffers are counted by the kernel.
+        unsafe { queue.push(&entry) }.expect("there is room");
+        op.state = State::InFlight;
+        self.in_flight.set(self.in_flight.get() + 1);
+    }
+
+    /// Submits, and waits until a completion is there or it is `until` (monotonic); true: the time came first.
+    fn enter(&self, wait: u32, until: Option<Duration>) -> bool {
         let submit =
             u32::try_from(self.uring.borrow_mut().submission().len()).expect("at most SUBMISSIONS");
-        let timespec = timeout.map(|timeout| libc::timespec {
-            tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: i64::from(timeout.subsec_nanos()),
+        let timespec = until.map(|until| libc::timespec {
+            tv_sec: i64::try_from(until.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: i64::from(until.subsec_nanos()),
         });
         let arg = Wait {
             sigmask: 0,
@@ -213,7 +266,7 @@ impl Ring {
                 .as_ref()
                 .map_or(0, |t| std::ptr::from_ref(t).expose_provenance() as u64),
         };
-        let flags = ENTER_GETEVENTS | ENTER_EXT_ARG | ENTER_REGISTERED_RING;
+        let flags = ENTER_GETEVENTS | ENTER_EXT_ARG | ENTER_REGISTERED_RING | ENTER_ABS_TIMER;
         // SAFETY: the registered ring is this thread's own; the argument and its timespec outlive the call,
         // and the size is that of the argument.
         let result = unsafe {
@@ -230,11 +283,13 @@ impl Ring {
         if result < 0 {
             let error = io::Error::last_os_error();
             match error.raw_os_error() {
-                // Time is over, or the completion queue must be read first.
-                Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => {}
+                Some(libc::ETIME) => return true,
+                // A signal, or the completion queue must be read first.
+                Some(libc::EINTR | libc::EBUSY | libc::EAGAIN) => {}
                 _ => panic!("io_uring_enter: {error}"),
             }
         }
+        false
     }
 
     fn reap(&self) {
@@ -265,12 +320,9 @@ impl Ring {
             self.backlog.borrow_mut().push_back(index);
             return;
         };
-        op.state = State::Done(outcome);
-        let lease = op.lease.take();
-        let waker = op.waker.take();
-        if op.orphan {
-            ops.remove(index);
-        }
+        let Some((lease, waker)) = ops.end_part(index, outcome) else {
+            return;
+        };
         drop(ops);
         // Both wake tasks; neither comes back here.
         drop(lease);
@@ -285,11 +337,29 @@ impl Ring {
         spec: Spec,
         vectors: impl Iterator<Item = (usize, usize)>,
     ) -> Handle {
-        let (index, generation) = self
-            .ops
-            .borrow_mut()
-            .insert(spec, vectors, self.timers.now());
-        self.backlog.borrow_mut().push_back(index);
+        self.start_in_parts(Limit::MAX, spec, vectors)
+    }
+
+    /// As [`Ring::start`], in parts of at most `limit` bytes.
+    pub(crate) fn start_in_parts(
+        self: &Rc<Self>,
+        limit: Limit,
+        spec: Spec,
+        vectors: impl Iterator<Item = (usize, usize)>,
+    ) -> Handle {
+        let now = self.timers.now();
+        let mut ops = self.ops.borrow_mut();
+        let mut backlog = self.backlog.borrow_mut();
+        let (index, generation) = ops.insert(spec, vectors, now);
+        backlog.push_back(index);
+        let mut rest = Vectors::new();
+        let mut last = index;
+        while let Some(spec) = ops.get(last).cut(limit, &mut rest) {
+            last = ops.insert(spec, rest.iter().copied(), now).0;
+            ops.get(last).whole = Some(index);
+            ops.get(index).parts += 1;
+            backlog.push_back(last);
+        }
         Handle {
             ring: Rc::clone(self),
             index,
@@ -413,18 +483,55 @@ impl Ring {
             .retain(|range| range.start != base);
     }
 
-    /// Sets the first buffer of a device slot.
-    pub(crate) fn set_base(&self, device: u16, base: u16) {
-        let mut bases = self.bases.borrow_mut();
-        if bases.len() <= usize::from(device) {
-            bases.resize(usize::from(device) + 1, 0);
+    /// Sets what a device slot's requests need.
+    pub(crate) fn set_requests(&self, device: u16, requests: Requests) {
+        let mut all = self.requests.borrow_mut();
+        if all.len() <= usize::from(device) {
+            all.resize_with(usize::from(device) + 1, Requests::default);
         }
-        bases[usize::from(device)] = base;
+        all[usize::from(device)] = requests;
+    }
+
+    /// A command of a device's tag.
+    pub(crate) fn command(&self, device: u16, op: u32, tag: u16, result: i32) -> Spec {
+        self.requests.borrow()[usize::from(device)].command(op, tag, result)
     }
 
     /// Buffer of a request.
-    pub(crate) fn request_buffer(&self, device: u16, tag: u16) -> u16 {
-        self.bases.borrow()[usize::from(device)] + tag
+    pub(crate) fn request_buffer(&self, id: RequestId) -> u16 {
+        self.requests.borrow()[usize::from(id.device)].base + id.tag
+    }
+
+    /// Starts an operation on all the bytes of a request, and lets the kernel answer the host as it succeeds:
+    /// one turn less. Who serves the tag takes the command with [`Ring::take_answer`].
+    pub(crate) fn start_answering(
+        self: &Rc<Self>,
+        id: RequestId,
+        spec: Spec,
+        vectors: impl Iterator<Item = (usize, usize)>,
+    ) -> Handle {
+        let result = i32::try_from(spec.len).expect("requests are at most IO_BYTES_MAX");
+        let op = sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ;
+        let command = self.command(id.device, op, id.tag, result);
+        let handle = self.start(spec, vectors);
+        let mut ops = self.ops.borrow_mut();
+        let then = ops.insert(command, std::iter::empty(), self.timers.now());
+        ops.get(handle.index).then = Some(then.0);
+        let requests = &mut self.requests.borrow_mut()[usize::from(id.device)];
+        requests.answers[usize::from(id.tag)] = Some(then);
+        handle
+    }
+
+    /// Takes the command that answers a request, if one was chained to its I/O.
+    pub(crate) fn take_answer(self: &Rc<Self>, id: RequestId) -> Option<Handle> {
+        let requests = &mut self.requests.borrow_mut()[usize::from(id.device)];
+        let (index, generation) = requests.answers[usize::from(id.tag)].take()?;
+        Some(Handle {
+            ring: Rc::clone(self),
+            index,
+            generation,
+            taken: false,
+        })
     }
 
     /// Turns since the start; with the operations of a run this gives the batch size.

@@ -16,8 +16,8 @@ use lunar_api::LuUuid;
 use lunar_api::target::{Features, GroupStatus, Level};
 use lunar_engine::raid_group;
 
-/// Largest request: what one private copy takes, and 1/48 of the pool.
-pub(crate) const IO_BYTES_MAX: u32 = 512 << 10;
+/// Largest request: what one private copy takes, and 1/16 of the pool's part for them.
+pub(crate) const IO_BYTES_MAX: u32 = 1 << 20;
 const _: () = assert!(IO_BYTES_MAX as u64 == lunar_engine::limits::MAX_IO);
 /// The engine's grain: what is smaller it reads, merges and writes back.
 const PHYSICAL_BLOCK: u32 = lunar_engine::plan::GRAIN;
@@ -298,7 +298,7 @@ mod tests {
         let u32_at = |at: usize| u32::from_ne_bytes(params[at..at + 4].try_into().unwrap());
         assert_eq!((u32_at(0), u32_at(4)), (152, 0b1_0011));
         assert_eq!(params[12..16], [9, 12, 17, 16]);
-        assert_eq!((u32_at(16), u32_at(24)), (1024, 1 << 21));
+        assert_eq!((u32_at(16), u32_at(24)), (2048, 1 << 21));
         assert_eq!((u32_at(44), u32_at(108)), (4096, 511));
     }
 

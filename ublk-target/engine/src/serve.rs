@@ -141,6 +141,8 @@ impl<E: Env> RaidGroup<E> {
         }
         let buf = match lease {
             Some(lease) => Buf::Pool(lease),
+            // Only requests without a private copy come here: plain writes, and reads that one member can answer.
+            None if run.len == request.len => Buf::Answer(request.id),
             None => Buf::Request(request.id),
         };
         let io = self

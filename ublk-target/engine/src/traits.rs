@@ -72,6 +72,9 @@ pub enum Buf<'a> {
     None,
     /// The pages of a host request, registered with the ring: the CPU cannot touch them.
     Request(RequestId),
+    /// As `Request`, and this I/O is all that is left to do for it: if all of it succeeds, `serve` will answer Ok.
+    /// The disk may then answer the host already as this I/O ends.
+    Answer(RequestId),
     /// Private memory.
     Pool(&'a Lease),
 }

@@ -20,11 +20,12 @@ use lunar_engine::traits::{DiskError, Front, HostRequest, HostVerb, RequestId};
 use memmap2::{MmapOptions, MmapRaw};
 
 use crate::op::{Act, Place, Spec};
-use crate::ring::{Handle, Ring, RingError};
+use crate::ring::{Handle, Requests, Ring, RingError};
 
 /// What the kernel answers on a tag that it takes back.
 const ABORT: i32 = -libc::ENODEV;
 const PAGE: usize = 4096;
+const ANSWERED: &str = "commands are answered by their number";
 
 /// Why a device cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -113,7 +114,15 @@ impl Device {
             .inspect_err(|_| ring.remove_requests(base));
         let registered = registered.map_err(DeviceError::Ring)?;
         let slot = devices.add(registered);
-        ring.set_base(slot, base);
+        ring.set_requests(
+            slot,
+            Requests {
+                base,
+                file: registered,
+                registers: shape.registers,
+                answers: vec![None; usize::from(shape.depth)],
+            },
+        );
         Ok(Rc::new(Self {
             shape,
             ring: Rc::clone(ring),
@@ -143,6 +152,14 @@ impl Device {
                 },
                 Err(errno) => -errno,
             };
+            // Chained to the request's I/O: cancelled if that failed, refused if it did not reach the kernel's tag.
+            // Either way the tag is still ours to answer.
+            if let Some(chained) = self.ring.take_answer(self.id(tag)) {
+                answer = chained.await.expect(ANSWERED);
+                if answer >= 0 || answer == ABORT {
+                    continue;
+                }
+            }
             answer = self
                 .command(sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, tag, result)
                 .await;
@@ -159,26 +176,18 @@ impl Device {
     }
 
     async fn command(&self, op: u32, tag: u16, result: i32) -> i32 {
-        let mut bytes = [0; 16];
-        // struct ublksrv_io_cmd: q_id 0, tag, result, addr 0 (user copy).
-        bytes[2..4].copy_from_slice(&tag.to_ne_bytes());
-        bytes[4..8].copy_from_slice(&result.to_ne_bytes());
-        let addr = if self.shape.registers {
-            u64::from(self.base + tag) | u64::from(sys::UBLK_AUTO_BUF_REG_FALLBACK) << 16
-        } else {
-            0
-        };
-        let spec = Spec {
-            who: 0,
-            file: self.file,
-            act: Act::Command { op, bytes, addr },
-            at: 0,
-            len: 0,
-            place: Place::None,
-            lease: None,
-        };
-        let answer = self.ring.start(spec, std::iter::empty()).await;
-        answer.expect("commands are answered by their number")
+        let spec = self.ring.command(self.slot, op, tag, result);
+        self.ring
+            .start(spec, std::iter::empty())
+            .await
+            .expect(ANSWERED)
+    }
+
+    fn id(&self, tag: u16) -> RequestId {
+        RequestId {
+            device: self.slot,
+            tag,
+        }
     }
 
     /// Copies a tag's descriptor out of shared memory and reads it; Err is an errno.
@@ -206,10 +215,7 @@ impl Device {
             }
         };
         Ok(HostRequest {
-            id: RequestId {
-                device: self.slot,
-                tag,
-            },
+            id: self.id(tag),
             verb,
             at: sector << 9,
             len: u64::from(sectors) << 9,

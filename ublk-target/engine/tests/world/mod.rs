@@ -362,7 +362,7 @@ impl Disk for MemDisk {
         }
         let held = match buf {
             Buf::None => Held::None,
-            Buf::Request(id) => Held::Pages(usize::from(id.tag)),
+            Buf::Request(id) | Buf::Answer(id) => Held::Pages(usize::from(id.tag)),
             Buf::Pool(lease) => Held::Lease(lease.clone()),
         };
         let action: Action = Box::new(move || {
