@@ -6,45 +6,70 @@ use std::path::Path;
 
 use crate::probe::{major_minor, names};
 
-/// Lists who holds the device with this number, a line each; empty: nobody that can be seen.
-pub fn of_block(dev: u64, node: &str) -> Vec<String> {
-    let mut out = BTreeSet::new();
-    collect(dev, node, &mut out);
-    let sys = format!("/sys/dev/block/{}", major_minor(dev));
-    let own = std::fs::canonicalize(&sys).ok();
-    let own = own
-        .as_deref()
-        .and_then(|p| p.file_name())
-        .map(|n| n.to_string_lossy().into_owned());
-    for part in own.iter().flat_map(|own| {
-        names(&sys)
-            .into_iter()
-            .filter(move |part| part.starts_with(own.as_str()))
-    }) {
-        let part_node = format!("/dev/{part}");
-        if let Ok(meta) = std::fs::metadata(&part_node) {
-            collect(meta.rdev(), &part_node, &mut out);
-        }
-    }
-    out.into_iter().collect()
+/// What is mounted and swapped on now: read once, asked about many devices.
+#[derive(Debug)]
+pub struct Look {
+    mountinfos: Vec<String>,
+    swaps: String,
 }
 
-fn collect(dev: u64, node: &str, out: &mut BTreeSet<String>) {
-    let number = major_minor(dev);
-    for text in mountinfos() {
-        out.extend(
-            mounts_of(&text, &number, node)
+impl Look {
+    /// Reads it.
+    pub fn now() -> Self {
+        Self {
+            mountinfos: mountinfos(),
+            swaps: std::fs::read_to_string("/proc/swaps").unwrap_or_default(),
+        }
+    }
+
+    /// Lists who holds the device with this number, a line each; empty: nobody that can be seen.
+    pub fn of_block(&self, dev: u64, node: &str) -> Vec<String> {
+        let mut out = BTreeSet::new();
+        self.collect(dev, node, &mut out);
+        let sys = format!("/sys/dev/block/{}", major_minor(dev));
+        let own = std::fs::canonicalize(&sys).ok();
+        let own = own
+            .as_deref()
+            .and_then(|p| p.file_name())
+            .map(|n| n.to_string_lossy().into_owned());
+        for part in own.iter().flat_map(|own| {
+            names(&sys)
                 .into_iter()
-                .map(|at| format!("mounted at {at}")),
-        );
+                .filter(move |part| part.starts_with(own.as_str()))
+        }) {
+            let part_node = format!("/dev/{part}");
+            if let Ok(meta) = std::fs::metadata(&part_node) {
+                self.collect(meta.rdev(), &part_node, &mut out);
+            }
+        }
+        out.into_iter().collect()
     }
-    for holder in names(&format!("/sys/dev/block/{number}/holders")) {
-        out.insert(format!("{node} is used by /dev/{holder}"));
+
+    /// Holders of a LU's device.
+    pub fn of_ublk(&self, ublk: u32) -> Vec<String> {
+        let node = format!("/dev/ublkb{ublk}");
+        let Ok(meta) = std::fs::metadata(&node) else {
+            return Vec::new();
+        };
+        self.of_block(meta.rdev(), &node)
     }
-    let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
-    for path in swaps_of(&swaps) {
-        if std::fs::metadata(&path).is_ok_and(|meta| meta.rdev() == dev) {
-            out.insert(format!("{node} is swap space"));
+
+    fn collect(&self, dev: u64, node: &str, out: &mut BTreeSet<String>) {
+        let number = major_minor(dev);
+        for text in &self.mountinfos {
+            out.extend(
+                mounts_of(text, &number, node)
+                    .into_iter()
+                    .map(|at| format!("mounted at {at}")),
+            );
+        }
+        for holder in names(&format!("/sys/dev/block/{number}/holders")) {
+            out.insert(format!("{node} is used by /dev/{holder}"));
+        }
+        for path in swaps_of(&self.swaps) {
+            if std::fs::metadata(&path).is_ok_and(|meta| meta.rdev() == dev) {
+                out.insert(format!("{node} is swap space"));
+            }
         }
     }
 }
@@ -117,15 +142,6 @@ fn unescape(text: &str) -> String {
         }
     }
     String::from_utf8_lossy(&out).into_owned()
-}
-
-/// Holders of a LU's device, and the processes that have it open.
-pub fn of_ublk(ublk: u32) -> Vec<String> {
-    let node = format!("/dev/ublkb{ublk}");
-    let Ok(meta) = std::fs::metadata(&node) else {
-        return Vec::new();
-    };
-    of_block(meta.rdev(), &node)
 }
 
 /// Processes that have a device open, for the message after somebody answered "busy".

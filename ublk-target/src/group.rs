@@ -15,6 +15,7 @@ use lunar_engine::raid_group::{CreateSpec, Given, Parts, RaidGroup, StartSpec};
 use crate::allocations;
 use crate::buffers::Mapping;
 use crate::control::api_error;
+use crate::crew;
 use crate::groups::{Common, open};
 use crate::owner::{Local, Owner};
 use crate::ublk::lifecycle::{Info, Lifecycle, LifecycleError};
@@ -24,6 +25,8 @@ use crate::ublk::{Geometry, identity};
 const DETACH_LIMIT: Duration = Duration::from_secs(60);
 /// The engine answers discards and zeroing with EOPNOTSUPP, which makes mkfs fail where they are announced.
 const ENGINE_DISCARDS: bool = false;
+/// LUs brought up or taken down at a time: each waits for a handful of control commands, which wait for the kernel.
+const LUS_AT_ONCE: usize = 32;
 /// Most requests of a LU at a time.
 const DEPTH_MAX: u16 = 1024;
 
@@ -309,16 +312,10 @@ impl Group {
         } else {
             self.known(devices)
         };
-        std::thread::scope(|scope| {
-            for (_, status) in lus {
-                let mark = identity(status.lu);
-                let info = known.iter().find(|info| info.identity == mark).copied();
-                let up = move || self.up_or_say(status.lu, info);
-                let thread = std::thread::Builder::new().stack_size(128 << 10);
-                if thread.spawn_scoped(scope, up).is_err() {
-                    self.up_or_say(status.lu, info);
-                }
-            }
+        crew::each(&lus, LUS_AT_ONCE, |(_, status)| {
+            let mark = identity(status.lu);
+            let info = known.iter().find(|info| info.identity == mark).copied();
+            self.up_or_say(status.lu, info);
         });
         Ok(())
     }
@@ -485,12 +482,12 @@ impl Group {
         Ok(())
     }
 
-    /// Takes the devices of all LUs away; at the first that is held it stops, the others stay as they are.
+    /// Takes the devices of all LUs away, several at a time; once one is held no other is begun.
     pub(crate) fn lus_down(&self) -> Result<(), ApiError> {
         let _held = lock(&self.change);
-        self.lus()?
-            .into_iter()
-            .try_for_each(|(_, status)| self.down(status.lu))
+        crew::try_each(&self.lus()?, LUS_AT_ONCE, |(_, status)| {
+            self.down(status.lu)
+        })
     }
 
     /// Brings the LUs up that [`Group::lus_down`] took down.
@@ -504,9 +501,7 @@ impl Group {
                 .map(|(lu, _)| *lu)
                 .collect()
         };
-        for lu in down {
-            self.up_or_say(lu, None);
-        }
+        crew::each(&down, LUS_AT_ONCE, |lu| self.up_or_say(*lu, None));
     }
 
     /// Stops the group, whose LUs are down, and its thread; its members are closed when this returns.

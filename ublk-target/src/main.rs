@@ -11,6 +11,7 @@ mod buffers;
 mod clock;
 mod control;
 mod control_helper;
+mod crew;
 mod events;
 mod executor;
 mod group;

@@ -35,7 +35,7 @@ pub async fn show(daemon: &Daemon, name: &str) -> Result<LuOne, ApiError> {
     let held = view
         .lu_live(save)
         .and_then(|l| l.ublk)
-        .map(holders::of_ublk);
+        .map(|ublk| holders::Look::now().of_ublk(ublk));
     Ok(LuOne {
         lu: view.lu_show(save, held.unwrap_or_default()),
     })
@@ -227,7 +227,7 @@ pub async fn delete(daemon: &Daemon, ask: LuEnd) -> Result<Changed, ApiError> {
     let live = view.lu_live(save);
     let ublk = live.and_then(|l| l.ublk);
     if let Some(ublk) = ublk {
-        let held = holders::of_ublk(ublk);
+        let held = holders::Look::now().of_ublk(ublk);
         if let Some(first) = held.first() {
             let hint = first
                 .strip_prefix("mounted at ")

@@ -84,8 +84,9 @@ pub fn last_view(daemon: &Daemon) -> View {
 pub fn check_not_held(group: &GroupStatus, what: &str) -> Result<(), ApiError> {
     let held = group.lus.iter().filter_map(|lu| Some((&lu.name, lu.ublk?)));
     let mut error = ApiError::new(ErrorKind::Busy, format!("{what}: in use"));
+    let look = holders::Look::now();
     for (name, ublk) in held {
-        for holder in holders::of_ublk(ublk) {
+        for holder in look.of_ublk(ublk) {
             if let Some(at) = holder
                 .strip_prefix("mounted at ")
                 .filter(|_| error.hint.is_none())

@@ -28,12 +28,13 @@ pub async fn status(daemon: &Daemon, ask: StatusAsk) -> Result<StatusReply, ApiE
     let up = daemon.refresh().await.is_ok();
     let view = last_view(daemon);
     let boot = boot_id();
+    let look = holders::Look::now();
     let by_hand = |g: &crate::tables::GroupSave| g.stopped_in.as_ref() == Some(&boot);
     Ok(text::status(
         &view,
         ask.unhealthy,
         up,
-        &holders::of_ublk,
+        &|ublk| look.of_ublk(ublk),
         &by_hand,
     ))
 }
