@@ -93,8 +93,7 @@ part_stock() {
   esac
 }
 declare -A limits=([unit]=30m [lab]=10m [e2e]=60m [stock]=70m) # the others: 20m
-declare -A limits=([unit]=30m [lab]=10m [e2e]=60m) # the others: 20m
-[ "${LUNAR_E2E_LONG:-}" != 1 ] || { limits[e2e]=8h LUNAR_E2E_TIMEOUT=${LUNAR_E2E_TIMEOUT:-7200} && export LUNAR_E2E_TIMEOUT; }
+[ "${LUNAR_E2E_LONG:-}" != 1 ] || { limits[unit]=6h limits[e2e]=8h LUNAR_E2E_TIMEOUT=${LUNAR_E2E_TIMEOUT:-7200} && export LUNAR_E2E_TIMEOUT; }
 
 # Reads the output of cargo test, nextest, libtest-mimic or the lab's self-test; prints name<TAB>status.
 # A name is BINARY::TEST for cargo's tests, so that it is the same under nextest.
