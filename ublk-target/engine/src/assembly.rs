@@ -4,7 +4,8 @@
 //!
 //! 1. Every superblock is of the group, no disk is there twice, and the group is not deleted.
 //! 2. One *history* has all others among its parents; its highest generation decides. Two histories of which neither is the
-//!    other's ancestor were written apart from each other: refused, nothing orders them (never a clock).
+//!    other's ancestor were written apart from each other: refused, nothing orders them (never a clock). A disk that
+//!    left before all that is remembered is told from that where it can be proven (`is_outlived`).
 //! 3. What decides is not older than the witness (what mgmtd saw last), or `force`.
 //! 4. A member is stale iff *the deciding superblock says so*. A lower generation of its own says nothing: a power
 //!    cut may have stopped an update after one member of four.
@@ -20,7 +21,7 @@ use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid, History};
 
 use crate::geometry::{Geometry, GeometryError};
 use crate::limits::PARENTS_MAX;
-use crate::superblock::{GroupRecord, Superblock};
+use crate::superblock::{GroupRecord, MemberEntry, Superblock};
 
 #[cfg(test)]
 mod tests;
@@ -389,7 +390,15 @@ fn find_leader<'a>(members: &[Found<'a>]) -> Result<Found<'a>, AssemblyError> {
             *a
         }
     };
-    let leads = |leader: &Found<'_>| members.iter().all(|other| is_ancestor(other, leader));
+    let leads = |leader: &Found<'a>| {
+        // A proof is read from the newest of a history: who was in sync before may not be any more.
+        let same = members
+            .iter()
+            .filter(|m| m.group.history == leader.group.history);
+        let head = same.max_by_key(|m| m.generation()).unwrap_or(leader);
+        let behind = |other: &Found<'_>| is_ancestor(other, leader) || is_outlived(other, head);
+        members.iter().all(behind)
+    };
     let leader = members
         .iter()
         .filter(|m| leads(m))
@@ -417,6 +426,33 @@ fn is_ancestor(old: &Found<'_>, new: &Found<'_>) -> bool {
         return true;
     }
     new.group.parents.contains(&old.group.history) && old.generation() < new.generation()
+}
+
+/// Says whether `old` is proven to be of a history so old that `new` does not remember it: a disk that left long ago,
+/// and no other side of a split.
+///
+/// When `old` was written every slot was in sync, so all that was ever acknowledged with it is on the others too; and
+/// so many of those others as hold all the data are in sync in `new`, which is later. Another side shows itself:
+/// to go on without the others it had to write that they are not in sync, under a history of its own; and one
+/// that branched off from a history that `new` remembers has that among its parents.
+fn is_outlived(old: &Found<'_>, new: &Found<'_>) -> bool {
+    let (was, is) = (old.group, new.group);
+    let Ok(geometry) = is.geometry() else {
+        return false;
+    };
+    let forgets = is.parents.len() == PARENTS_MAX;
+    let remembered = |history: &History| *history == is.history || is.parents.contains(history);
+    let branched = remembered(&was.history) || was.parents.iter().any(remembered);
+    let in_sync = |entry: &&MemberEntry| entry.state == MemberState::InSync;
+    let was_whole = was.members.iter().all(|entry| in_sync(&entry));
+    let others = was.members.iter().map(|entry| entry.disk);
+    let still = others
+        .filter(|disk| *disk != old.superblock.disk)
+        .filter(|disk| is.members.iter().filter(in_sync).any(|e| e.disk == *disk))
+        .count();
+    let needed = usize::from(geometry.members() - geometry.redundancy());
+    let is_older = old.generation() < new.generation();
+    is_older && forgets && !branched && was_whole && still >= needed
 }
 
 /// Names two sides of which neither is the other's ancestor.

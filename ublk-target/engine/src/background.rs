@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use lunar_api::target::{MemberState, SyncAction, SyncStatus};
 
+use crate::limits::HOLES_MAX;
 use crate::raid_group::RaidGroup;
 use crate::serve::bits;
 use crate::stripe_table::{Item, JoinId, Task};
@@ -39,6 +40,7 @@ impl<E: Env> RaidGroup<E> {
     async fn watch_members(&self) {
         while !self.stopping.get() {
             self.clock.sleep(LOOK).await;
+            self.recall_memory();
             let mut stalled = 0;
             for slot in bits(self.in_sync.get() | self.rebuilding().map_or(0, |slot| 1 << slot)) {
                 if self
@@ -53,6 +55,18 @@ impl<E: Env> RaidGroup<E> {
             if stalled != 0 && self.can_lose(stalled) {
                 self.fail_now(stalled, "no answer for 30 s");
             }
+        }
+    }
+
+    /// Takes back what was lent once no member that was given up holds memory any more.
+    fn recall_memory(&self) {
+        let mut hung = self.hung.borrow_mut();
+        if hung.is_empty() {
+            return;
+        }
+        hung.retain(|disk| disk.oldest() > 0);
+        if hung.is_empty() && !self.failed.get() {
+            self.pool.recall();
         }
     }
 
@@ -102,8 +116,9 @@ impl<E: Env> RaidGroup<E> {
         if self.rebuilding().is_some() {
             return true;
         }
+        let is_done = self.synced.get() == self.geometry.stripes();
         self.geometry.redundancy() > 0
-            && self.synced.get() < self.geometry.stripes()
+            && !(is_done && self.holes.borrow().is_empty())
             && self.has_sync_redundancy()
     }
 
@@ -115,7 +130,8 @@ impl<E: Env> RaidGroup<E> {
             || self.geometry.parity_slot(0).is_none() && in_sync > 1
     }
 
-    /// Runs one resync or rebuild to its end.
+    /// Runs one resync or rebuild to its end. Stripes that nobody can read are left out, and are all that is done
+    /// the next time; until they are, it has not ended.
     ///
     /// # Crash  what is above the durable cursor is done again; the cursor is durable only after a flush of
     /// what was written below it
@@ -133,17 +149,26 @@ impl<E: Env> RaidGroup<E> {
             None => self.synced.get(),
         };
         let mut done = next;
-        self.event(
-            &format!("{name}Started"),
-            slot,
-            &format!("from {} of {stripes} stripes", next),
-        );
-        let mut window: VecDeque<JoinId> = VecDeque::new();
+        let left_out = self.holes.borrow().len();
+        let again: Vec<u64> = match next == stripes {
+            true => self.holes.borrow().iter().copied().collect(),
+            false => Vec::new(),
+        };
+        let is_again = !again.is_empty();
+        let mut again = again.into_iter();
+        if !is_again {
+            self.event(
+                &format!("{name}Started"),
+                slot,
+                &format!("from {} of {stripes} stripes", next),
+            );
+        }
+        let mut window: VecDeque<(u64, JoinId)> = VecDeque::new();
         let (mut saved, mut saved_at) = (done, self.clock.now());
         let (mut mark, mut mark_at) = (done, saved_at);
         let (mut seen, mut busy_until) = (self.requests.get(), Tick(0));
         let mut result = Ok(());
-        while done < stripes || !window.is_empty() {
+        loop {
             let now = self.clock.now();
             if self.requests.get() != seen {
                 seen = self.requests.get();
@@ -155,28 +180,43 @@ impl<E: Env> RaidGroup<E> {
                 true => (64 * 1024 / chunk).clamp(1, 8),
                 false => (WINDOW_BYTES / chunk).clamp(2, WINDOW_MAX),
             };
-            while !gone && result.is_ok() && next < stripes && (window.len() as u64) < room {
+            while !gone && result.is_ok() && (window.len() as u64) < room {
+                let stripe = match next < stripes {
+                    true => {
+                        next += 1;
+                        next - 1
+                    }
+                    false => match again.next() {
+                        Some(hole) => hole,
+                        None => break,
+                    },
+                };
                 if let Some(mut rebuild) = self.rebuild.get() {
-                    rebuild.window = next + 1;
+                    rebuild.window = next;
                     self.rebuild.set(Some(rebuild));
                 }
                 let join = self.stripes.open();
                 self.stripes.push(
-                    next,
+                    stripe,
                     Item {
                         task: Task::Sync,
                         join,
                         lu: None,
                     },
                 );
-                window.push_back(join);
-                next += 1;
+                window.push_back((stripe, join));
             }
-            let Some(join) = window.pop_front() else {
+            let Some((stripe, join)) = window.pop_front() else {
                 break;
             };
-            match self.stripes.wait(join).await {
-                Ok(()) if result.is_ok() && self.is_current(slot, wanted) => {
+            let ended = self.stripes.wait(join).await;
+            let counts = result.is_ok() && self.is_current(slot, wanted);
+            match ended {
+                Ok(()) if counts && is_again => {
+                    self.holes.borrow_mut().remove(&stripe);
+                }
+                Err(_) if counts && is_again => {}
+                _ if counts && (ended.is_ok() || self.leave_out(stripe)) => {
                     done += 1;
                     match (slot, self.rebuild.get()) {
                         (Some(_), Some(mut rebuild)) => {
@@ -221,27 +261,55 @@ impl<E: Env> RaidGroup<E> {
             }
             self.throttle(busy, chunk).await;
         }
+        let mut why = "an I/O error on what it reads; tried again in 60 s".to_owned();
         if result.is_ok() && self.is_current(slot, wanted) {
-            result = if done == stripes {
+            let holes = self.holes.borrow().len();
+            let is_whole = done == stripes && holes == 0;
+            result = if is_whole {
                 self.sync_end(slot, wanted).await
             } else {
-                // Stopping: the next start goes on from here.
+                // Stopping, or not all of it could be read: the next start goes on from here.
                 self.save_cursor(slot, wanted, done).await
             };
-            if result.is_ok() && done == stripes {
+            if result.is_ok() && is_whole {
                 self.event(&format!("{name}Finished"), slot, "");
+            } else if result.is_ok() && done == stripes {
+                why = self.holes_text(if slot.is_some() { "rebuilt" } else { "synced" });
+                if let Some(slot) = slot {
+                    why.clone_into(&mut self.member(slot).reason.borrow_mut());
+                }
+                self.sync_status.borrow_mut().take();
+                if is_again && holes == left_out {
+                    return Err(()); // Said before.
+                }
+                result = Err(());
             }
         }
         self.sync_status.borrow_mut().take();
         if result.is_err() && self.is_current(slot, wanted) {
-            self.event(
-                &format!("{name}Stopped"),
-                slot,
-                "an I/O error on what it reads; tried again in 60 s",
-            );
+            self.event(&format!("{name}Stopped"), slot, &why);
             return Err(());
         }
         Ok(())
+    }
+
+    /// Takes a stripe for one that nobody can read, if that can be.
+    fn leave_out(&self, stripe: u64) -> bool {
+        let mut holes = self.holes.borrow_mut();
+        !self.failed.get() && holes.len() < HOLES_MAX && holes.insert(stripe)
+    }
+
+    /// Says how many stripes are left out, for people.
+    pub(crate) fn holes_text(&self, what: &str) -> String {
+        let holes = self.holes.borrow();
+        let first = holes
+            .first()
+            .map_or(0, |stripe| stripe * self.geometry.chunk());
+        format!(
+            "{} stripes could not be {what}: what they need cannot be read (the first is at byte {first} of the \
+             members' data); tried again every 60 s, or write over it",
+            holes.len()
+        )
     }
 
     /// Waits so long that the sync keeps to its rate: the minimum while the host works, else the maximum.
@@ -268,6 +336,12 @@ impl<E: Env> RaidGroup<E> {
         if !self.is_current(slot, wanted) {
             return Err(());
         }
+        // A start believes all that is below the cursor.
+        let done = self
+            .holes
+            .borrow()
+            .first()
+            .map_or(done, |hole| done.min(*hole));
         match slot {
             Some(_) => self.durable_rebuild.set(done),
             None => self.durable_synced.set(done),

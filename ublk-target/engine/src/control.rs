@@ -10,7 +10,7 @@ use crate::config::{GroupConfig, LuConfig};
 use crate::limits::CONFIG_PIECE;
 use crate::member::Member;
 use crate::parity;
-use crate::pool::Quota;
+use crate::pool::{Lease, Quota};
 use crate::raid_group::{Counters, Given, Lu, MemberPlace, RaidGroup, Rebuild};
 use crate::reserve::lay_out;
 use crate::serve::bits;
@@ -155,6 +155,11 @@ impl<E: Env> RaidGroup<E> {
             .map_err(|_| failed(what, "too few members took the superblock"))
     }
 
+    async fn config_memory(&self, bytes: usize) -> Result<Lease, String> {
+        let leased = self.lease(Quota::Work, bytes).await;
+        leased.map_err(|_| "the group failed, and no memory is left".to_owned())
+    }
+
     /// Writes JSON to configuration slot `which` of some members; returns those that did not take it.
     async fn put_config(
         &self,
@@ -177,7 +182,7 @@ impl<E: Env> RaidGroup<E> {
             areas.push((member, area.offset));
         }
         // Leased before anything is held that a stripe worker could wait for.
-        let mut lease = self.pool.lease(Quota::Work, CONFIG_PIECE).await;
+        let mut lease = self.config_memory(CONFIG_PIECE).await?;
         let mut bad = 0u64;
         for (part, start) in json.chunks(CONFIG_PIECE).zip((0..).step_by(CONFIG_PIECE)) {
             let len = part.len().next_multiple_of(4096);
@@ -204,7 +209,7 @@ impl<E: Env> RaidGroup<E> {
             }
             if bad != 0 {
                 // The memory of what was given up is not ours to fill again.
-                lease = self.pool.lease(Quota::Work, CONFIG_PIECE).await;
+                lease = self.config_memory(CONFIG_PIECE).await?;
             }
         }
         Ok(bad)
@@ -317,7 +322,10 @@ impl<E: Env> RaidGroup<E> {
             device_size: size,
             reserve,
         };
-        let meta = self.pool.lease(Quota::Work, BYTES).await;
+        let meta = self
+            .config_memory(BYTES)
+            .await
+            .map_err(|why| failed(what, why))?;
         let state = MemberState::Rebuilding;
         let member = Rc::new(Member::present(slot, state, (with, place), meta));
         let bad = self
@@ -331,6 +339,10 @@ impl<E: Env> RaidGroup<E> {
         serves()?;
         self.members.borrow_mut()[usize::from(slot)] = member;
         self.durable_rebuild.set(0);
+        // What a resync left out stays to be done.
+        if let Some(first) = std::mem::take(&mut *self.holes.borrow_mut()).first() {
+            self.synced.set(self.synced.get().min(*first));
+        }
         // A sync that still runs is about another disk: from here on it counts nothing as done.
         self.sync_wanted.set(self.sync_wanted.get() + 1);
         self.rebuild.set(Some(Rebuild {

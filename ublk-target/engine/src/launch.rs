@@ -54,6 +54,7 @@ impl<E: Env> RaidGroup<E> {
         slots: Vec<Slot<E::Disk>>,
         died: bool,
     ) -> Rc<Self> {
+        rest.pool.set_aside();
         let chunk = geometry.chunk();
         let (mut in_sync, mut rebuild) = (0, None);
         let mut members = Vec::new();
@@ -118,6 +119,7 @@ impl<E: Env> RaidGroup<E> {
             lus: RefCell::default(),
             stripes: StripeTable::new(),
             log,
+            hung: RefCell::default(),
             kept: RefCell::default(),
             requests: Cell::new(0),
             active_writes: Cell::new(0),
@@ -125,6 +127,7 @@ impl<E: Env> RaidGroup<E> {
             stopping: Cell::new(false),
             background_ended: Cell::new(false),
             sync_wanted: Cell::new(0),
+            holes: RefCell::default(),
             sync_status: RefCell::default(),
             events: RefCell::default(),
         });

@@ -46,6 +46,10 @@ pub const CONFIG_MAX: u64 = 8 * MIB;
 /// stripe work does, and at 8 MiB takes 128 turns.
 pub const CONFIG_PIECE: usize = 64 * 1024;
 
+/// Most stripes that a sync leaves out because nobody can read them; with more it stops, for then it is not a sector
+/// that is bad but a member. 1024 chunks are up to 1 GiB.
+pub const HOLES_MAX: usize = 1024;
+
 /// Most LUs of a group; ublk has 2^20 devices, a person has patience for fewer.
 pub const LU_MAX: usize = 4096;
 /// Most extents of all LUs of a group, deleted ones too.

@@ -7,6 +7,13 @@
 //! holder of `Work` memory waits for nothing but disks. Whoever holds `Data` memory (a request's private copy)
 //! may wait for a stripe and then for `Work`; nobody waits the other way round.
 //!
+//! What a member that does not answer holds does not come back: its I/O cannot be cancelled. So that the others go on
+//! meanwhile, a part of the pool is set aside in whole blocks and lent when a member is given up. Nobody could
+//! hold or split those blocks before, and who takes them then waits for members that answer. Each member that is
+//! given up gets half of what is left; when the last of their I/O is over, the reserve is filled again.
+//!
+//! A failed group keeps what its in-flight log names, for ever. Its pool is closed: who would have to wait is refused.
+//!
 //! The first [`PREFIX`] bytes of the memory are not leased: the in-flight log lives there.
 
 use std::cell::{Cell, RefCell};
@@ -29,6 +36,13 @@ const ORDERS: usize = 11;
 /// Largest block, in bytes.
 pub const BLOCK_MAX: usize = BLOCK_MIN << (ORDERS - 1);
 
+/// Blocks of the reserve: 1 MiB, what the longest request or pass takes.
+const RESERVE_ORDER: u8 = 8;
+/// This part of each quota is set aside.
+const RESERVE_PART: usize = 4;
+/// Longest lease of a group, in bytes: it fits a block of the reserve.
+pub const LEASE_MAX: usize = BLOCK_MIN << RESERVE_ORDER;
+
 /// What a lease is for; each kind has a part of the pool for itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Quota {
@@ -37,6 +51,10 @@ pub enum Quota {
     /// Old data, parity and reconstruction of a stripe that is locked; metadata.
     Work = 1,
 }
+
+/// Why there is no lease: the pool is closed, and has nothing free.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Closed;
 
 #[derive(Debug, Clone, Copy)]
 struct Block {
@@ -55,6 +73,12 @@ struct Inner {
     used: [usize; 2],
     tickets: [VecDeque<u64>; 2],
     ticket: u64,
+    /// Blocks of `RESERVE_ORDER` set aside now, and how many there are when none is lent.
+    reserve: [Vec<u32>; 2],
+    reserve_max: [usize; 2],
+    /// The reserve takes what becomes free.
+    refilling: bool,
+    closed: bool,
 }
 
 /// The pool; made once per group.
@@ -105,6 +129,10 @@ impl Pool {
             used: [0; 2],
             tickets: [VecDeque::with_capacity(4096), VecDeque::with_capacity(4096)],
             ticket: 0,
+            reserve: Default::default(),
+            reserve_max: [0; 2],
+            refilling: false,
+            closed: false,
         };
         Rc::new(Self {
             memory,
@@ -128,17 +156,82 @@ impl Pool {
         self.memory.cells(range)
     }
 
+    /// Sets the reserve aside; before that the whole pool may be leased.
+    pub(crate) fn set_aside(&self) {
+        let mut inner = self.inner.borrow_mut();
+        for q in 0..2 {
+            let bytes: usize = (0..ORDERS)
+                .map(|o| inner.free[q][o].len() * (BLOCK_MIN << o))
+                .sum();
+            inner.reserve_max[q] = bytes / RESERVE_PART / LEASE_MAX;
+        }
+        inner.refilling = true;
+        inner.refill();
+    }
+
+    /// A member was given up, and its I/O may never end: lends half of what is set aside to the others.
+    pub(crate) fn lend(&self) {
+        self.inner.borrow_mut().lend(|reserve| reserve.div_ceil(2));
+        self.wake();
+    }
+
+    /// The I/O of all members that were given up is over: fills the reserve again, now and as memory comes back.
+    pub(crate) fn recall(&self) {
+        let mut inner = self.inner.borrow_mut();
+        inner.refilling = true;
+        inner.refill();
+    }
+
+    /// From now on whoever would have to wait is refused; what was set aside is given out.
+    pub(crate) fn close(&self) {
+        let mut inner = self.inner.borrow_mut();
+        inner.closed = true;
+        inner.lend(|reserve| reserve);
+        drop(inner);
+        self.wake();
+    }
+
+    fn wake(&self) {
+        for waiters in &self.waiters {
+            waiters.wake_all();
+        }
+    }
+
     /// Waits in order for `len` bytes.
     ///
     /// # Panics  if `len` is 0 or above [`BLOCK_MAX`]
     pub async fn lease(self: &Rc<Self>, quota: Quota, len: usize) -> Lease {
+        match self.wait(quota, len, false).await {
+            Ok(lease) => lease,
+            Err(Closed) => unreachable!("only who asks for it is refused"),
+        }
+    }
+
+    /// Waits in order for `len` bytes, as long as that can have an end.
+    ///
+    /// # Panics  if `len` is 0 or above [`LEASE_MAX`]
+    pub(crate) async fn lease_if_open(
+        self: &Rc<Self>,
+        quota: Quota,
+        len: usize,
+    ) -> Result<Lease, Closed> {
+        assert!(len <= LEASE_MAX, "a lease of {len} bytes in a group");
+        self.wait(quota, len, true).await
+    }
+
+    async fn wait(
+        self: &Rc<Self>,
+        quota: Quota,
+        len: usize,
+        give_up: bool,
+    ) -> Result<Lease, Closed> {
         assert!((1..=BLOCK_MAX).contains(&len), "a lease of {len} bytes");
         let order = order_of(len);
         let q = quota as usize;
         if self.inner.borrow().tickets[q].is_empty()
             && let Some(slot) = self.inner.borrow_mut().take(quota, order)
         {
-            return self.hand_out(slot, len);
+            return Ok(self.hand_out(slot, len));
         }
         self.waits.set(self.waits.get() + 1);
         let ticket = {
@@ -151,17 +244,21 @@ impl Pool {
         let slot = self.waiters[q]
             .until(|| {
                 let mut inner = self.inner.borrow_mut();
-                if inner.tickets[q].front() != Some(&ticket) {
+                let slot = match inner.tickets[q].front() == Some(&ticket) {
+                    true => inner.take(quota, order),
+                    false => None,
+                };
+                if slot.is_none() && !(give_up && inner.closed) {
                     return None;
                 }
-                let slot = inner.take(quota, order)?;
-                inner.tickets[q].pop_front();
+                inner.tickets[q].retain(|t| *t != ticket);
                 Some(slot)
             })
             .await;
         // The next in line may fit too.
         self.waiters[q].wake_all();
-        self.hand_out(slot, len)
+        let slot = slot.ok_or(Closed)?;
+        Ok(self.hand_out(slot, len))
     }
 
     fn hand_out(self: &Rc<Self>, slot: u16, len: usize) -> Lease {
@@ -189,17 +286,21 @@ fn order_of(len: usize) -> u8 {
 }
 
 impl Inner {
-    /// Takes a block, splitting larger ones.
-    fn take(&mut self, quota: Quota, order: u8) -> Option<u16> {
-        let bytes = BLOCK_MIN << order;
-        let q = quota as usize;
+    /// Takes the start of a free block out, splitting a larger one if need be.
+    fn split_off(&mut self, q: usize, order: u8) -> Option<u32> {
         let free = &mut self.free[q];
         let from = (usize::from(order)..ORDERS).find(|o| !free[*o].is_empty())?;
         let start = free[from].pop()?;
         for o in (usize::from(order)..from).rev() {
             free[o].push(start + (1 << o));
         }
-        self.used[q] += bytes;
+        Some(start)
+    }
+
+    /// Takes a block, splitting larger ones.
+    fn take(&mut self, quota: Quota, order: u8) -> Option<u16> {
+        let start = self.split_off(quota as usize, order)?;
+        self.used[quota as usize] += BLOCK_MIN << order;
         let block = Block {
             start,
             order,
@@ -222,9 +323,39 @@ impl Inner {
         let block = self.blocks[usize::from(slot)];
         self.used[block.quota as usize] -= BLOCK_MIN << block.order;
         self.spare.push(slot);
-        let free = &mut self.free[block.quota as usize];
-        let mut start = block.start;
-        let mut order = usize::from(block.order);
+        self.set_free(block.quota as usize, block.start, block.order);
+        if self.refilling {
+            self.refill();
+        }
+    }
+
+    /// Moves whole blocks to the reserve until it is full.
+    fn refill(&mut self) {
+        for q in 0..2 {
+            while self.reserve[q].len() < self.reserve_max[q] {
+                let Some(start) = self.split_off(q, RESERVE_ORDER) else {
+                    return;
+                };
+                self.reserve[q].push(start);
+            }
+        }
+        self.refilling = false;
+    }
+
+    /// Moves so many blocks of each reserve to where they may be leased.
+    fn lend(&mut self, part: impl Fn(usize) -> usize) {
+        self.refilling = false;
+        for q in 0..2 {
+            for _ in 0..part(self.reserve[q].len()) {
+                let start = self.reserve[q].pop().expect("a part of it");
+                self.set_free(q, start, RESERVE_ORDER);
+            }
+        }
+    }
+
+    fn set_free(&mut self, q: usize, mut start: u32, order: u8) {
+        let free = &mut self.free[q];
+        let mut order = usize::from(order);
         while order + 1 < ORDERS {
             let buddy = start ^ (1 << order);
             let Some(i) = free[order].iter().position(|s| *s == buddy) else {

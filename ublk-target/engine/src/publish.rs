@@ -48,6 +48,7 @@ impl<E: Env> RaidGroup<E> {
         if rebuilding & slots != 0 {
             self.rebuild.set(None);
             self.durable_rebuild.set(0);
+            self.holes.borrow_mut().clear();
         }
         for slot in bits(slots) {
             let member = self.member(slot);
@@ -55,6 +56,10 @@ impl<E: Env> RaidGroup<E> {
             *member.reason.borrow_mut() = why.to_owned();
             if let Some(disk) = &member.disk {
                 disk.abandon();
+                if disk.oldest() > 0 {
+                    self.hung.borrow_mut().push(Rc::clone(disk));
+                    self.pool.lend();
+                }
             }
             self.event(
                 "Fail",
@@ -85,7 +90,8 @@ impl<E: Env> RaidGroup<E> {
         let rebuilding = self.rebuilding().map_or(0, |slot| 1u64 << slot);
         let live = self.blamed(slots) & (self.in_sync.get() | rebuilding);
         if live & self.in_sync.get() != 0 && !self.can_lose(live) {
-            if self.geometry.redundancy() > 0 && !self.failed.replace(true) {
+            if self.geometry.redundancy() > 0 && !self.failed.get() {
+                self.set_failed();
                 let text = format!(
                     "slots {:?} failed too ({why}): redundancy is exhausted",
                     bits(live).collect::<Vec<_>>()
@@ -250,7 +256,7 @@ impl<E: Env> RaidGroup<E> {
         let failed = self.blamed(failed);
         if failed & self.in_sync.get() != 0 && !self.can_lose(failed) {
             if self.geometry.redundancy() > 0 {
-                self.failed.set(true);
+                self.set_failed();
             }
             return Err(EIO);
         }
@@ -335,6 +341,12 @@ impl<E: Env> RaidGroup<E> {
             })
             .collect();
         let mut text = parts.join("; ");
+        if self.rebuilding().is_none() && !self.holes.borrow().is_empty() {
+            if !text.is_empty() {
+                text.push_str("; ");
+            }
+            text.push_str(&self.holes_text("synced"));
+        }
         if self.failed.get() {
             if !text.is_empty() {
                 text.push_str("; ");

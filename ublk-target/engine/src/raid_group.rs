@@ -5,6 +5,7 @@
 //! `background` (resync, rebuild), `start` (create, assemble), `control` (LUs, members, stop).
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::rc::Rc;
 
@@ -18,7 +19,7 @@ use crate::extents::ExtentMap;
 use crate::geometry::{Geometry, Piece};
 use crate::inflight::InflightLog;
 use crate::member::Member;
-use crate::pool::{Lease, Pool};
+use crate::pool::{Closed, Lease, Pool, Quota};
 use crate::reserve::Reserve;
 use crate::stripe_table::StripeTable;
 use crate::superblock::GroupRecord;
@@ -233,6 +234,8 @@ pub struct RaidGroup<E: Env> {
     pub(crate) lus: RefCell<Vec<Option<Rc<Lu>>>>,
     pub(crate) stripes: StripeTable,
     pub(crate) log: InflightLog,
+    /// Members that were given up while I/O of theirs was not over; they hold memory until it is.
+    pub(crate) hung: RefCell<Vec<Rc<E::Disk>>>,
     /// What entries of the log name that stay for a successor.
     pub(crate) kept: RefCell<Vec<Lease>>,
     pub(crate) requests: Cell<u64>,
@@ -242,6 +245,8 @@ pub struct RaidGroup<E: Env> {
     pub(crate) background_ended: Cell<bool>,
     /// Counts what makes background work look anew.
     pub(crate) sync_wanted: Cell<u64>,
+    /// Stripes that the sync under way had to leave out: the slot that is rebuilt is not right there, or redundancy.
+    pub(crate) holes: RefCell<BTreeSet<u64>>,
     pub(crate) sync_status: RefCell<Option<SyncStatus>>,
     pub(crate) rate_min: Cell<u64>,
     pub(crate) rate_max: Cell<Option<u64>>,
@@ -265,7 +270,9 @@ impl<E: Env> RaidGroup<E> {
     /// Slots whose chunk of this stripe can be believed, as bits.
     pub(crate) fn readable(&self, stripe: u64) -> u64 {
         match self.rebuild.get() {
-            Some(rebuild) if stripe < rebuild.done => self.in_sync.get() | 1 << rebuild.slot,
+            Some(rebuild) if stripe < rebuild.done && !self.is_hole(stripe) => {
+                self.in_sync.get() | 1 << rebuild.slot
+            }
             _ => self.in_sync.get(),
         }
     }
@@ -276,6 +283,28 @@ impl<E: Env> RaidGroup<E> {
             Some(rebuild) if stripe < rebuild.window => self.in_sync.get() | 1 << rebuild.slot,
             _ => self.in_sync.get(),
         }
+    }
+
+    /// Private memory; EIO if the group failed and has none left.
+    pub(crate) async fn lease(&self, quota: Quota, len: usize) -> Result<Lease, Errno> {
+        let leased = self.pool.lease_if_open(quota, len).await;
+        leased.map_err(|Closed| EIO)
+    }
+
+    /// Redundancy is exhausted: from now on writes are answered EIO.
+    pub(crate) fn set_failed(&self) {
+        self.failed.set(true);
+        self.pool.close();
+    }
+
+    fn is_hole(&self, stripe: u64) -> bool {
+        let holes = self.holes.borrow();
+        !holes.is_empty() && holes.contains(&stripe)
+    }
+
+    /// Says whether the redundancy of a stripe is right where nobody is writing.
+    pub(crate) fn is_synced(&self, stripe: u64) -> bool {
+        stripe < self.synced.get() && !self.is_hole(stripe)
     }
 
     pub(crate) fn rebuilding(&self) -> Option<u16> {

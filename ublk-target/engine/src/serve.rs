@@ -166,7 +166,7 @@ impl<E: Env> RaidGroup<E> {
             add(&lu.counters.zero_copy, 1);
         } else {
             add(&lu.counters.user_copy, 1);
-            lease = Some(self.pool.lease(Quota::Data, to_len(request.len)).await);
+            lease = Some(self.lease(Quota::Data, to_len(request.len)).await?);
         }
         let (failed, lost) = self
             .transfer(lu, &request, DiskVerb::Read, lease.as_ref())
@@ -187,7 +187,7 @@ impl<E: Env> RaidGroup<E> {
         let whole = lease.is_some();
         let lease = match lease {
             Some(lease) => lease,
-            None => self.pool.lease(Quota::Data, to_len(request.len)).await,
+            None => self.lease(Quota::Data, to_len(request.len)).await?,
         };
         self.read_lost(lu, &request, failed, &lease).await?;
         if whole {
@@ -270,7 +270,7 @@ impl<E: Env> RaidGroup<E> {
             add(&lu.counters.zero_copy, 1);
         } else {
             add(&lu.counters.user_copy, 1);
-            let private = self.pool.lease(Quota::Data, to_len(request.len)).await;
+            let private = self.lease(Quota::Data, to_len(request.len)).await?;
             self.front
                 .fetch(request.id, 0, to_u32(request.len), &private, 0)
                 .await
@@ -290,9 +290,8 @@ impl<E: Env> RaidGroup<E> {
         // The copy keeps its place within a grain, so that whole grains of it are aligned.
         let pad = to_u32(request.at % u64::from(crate::plan::GRAIN));
         let lease = self
-            .pool
             .lease(Quota::Data, to_len(u64::from(pad) + request.len))
-            .await;
+            .await?;
         self.front
             .fetch(request.id, 0, to_u32(request.len), &lease, pad)
             .await
@@ -351,7 +350,7 @@ impl<E: Env> RaidGroup<E> {
 
     /// Where equality is not proven every read goes to the same leg.
     fn leg_for(&self, chosen: u16, stripe: u64) -> u16 {
-        if stripe < self.synced.get() {
+        if self.is_synced(stripe) {
             chosen
         } else {
             u16::try_from(self.in_sync.get().trailing_zeros().min(63)).expect("at most 63")

@@ -102,7 +102,7 @@ impl<E: Env> RaidGroup<E> {
             missing,
             parity_readable: readable & parity != 0,
             parity_writable: writable & parity != 0,
-            synced: stripe < self.synced.get(),
+            synced: self.is_synced(stripe),
         }
     }
 }

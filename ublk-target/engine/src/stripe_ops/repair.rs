@@ -24,32 +24,56 @@ impl<E: Env> RaidGroup<E> {
         to: u32,
         avoid: u64,
     ) -> Result<(), Errno> {
+        let whole = self.read_rows(stripe, span, lease, to, avoid).await;
+        let grains = span.grains();
+        if whole.is_ok() || grains.len() == 1 {
+            return whole;
+        }
+        // Two members may be unreadable at different places: what redundancy can give back it gives grain by grain.
+        for grain in grains {
+            let part = Span {
+                start: span.start.max(grain * GRAIN),
+                end: span.end.min((grain + 1) * GRAIN),
+                ..span
+            };
+            let to = to + (part.start - span.start);
+            self.read_rows(stripe, part, lease, to, 0).await?;
+        }
+        Ok(())
+    }
+
+    /// Reads a span where at most one member has to be done without.
+    async fn read_rows(
+        &self,
+        stripe: u64,
+        span: Span,
+        lease: &Lease,
+        to: u32,
+        avoid: u64,
+    ) -> Result<(), Errno> {
         let own = self.geometry.data_slot(stripe, span.data);
         let at = self.chunk_at(stripe) + u64::from(span.start);
         let whole = piece(to as usize, (span.end - span.start) as usize);
         let readable = self.readable(stripe);
         if self.geometry.level() == Level::Raid1 {
+            let mut bad = readable & avoid;
             for slot in bits(readable & !avoid).chain(bits(readable & avoid)) {
                 if self.read_one(slot, at, lease, whole).await.is_ok() {
-                    for bad in bits(readable & avoid & !(1 << slot)) {
+                    for bad in bits(bad & !(1 << slot)) {
                         self.rewrite(bad, at, lease, whole, None).await?;
                     }
                     return Ok(());
                 }
+                bad |= 1 << slot;
             }
             return Err(EIO);
         }
         if readable & !avoid & 1 << own != 0 && self.read_one(own, at, lease, whole).await.is_ok() {
             return Ok(());
         }
-        self.reconstruct(
-            stripe,
-            own,
-            span.start..span.end,
-            (lease, to as usize),
-            None,
-        )
-        .await?;
+        let rows = span.start..span.end;
+        self.reconstruct(stripe, own, rows, (lease, to as usize), None)
+            .await?;
         if readable & 1 << own != 0 {
             self.rewrite(own, at, lease, whole, None).await?;
         }
@@ -108,7 +132,7 @@ impl<E: Env> RaidGroup<E> {
             let (work, base) = match scratch {
                 Some((work, base)) => (work, base),
                 None => {
-                    leased = self.pool.lease(Quota::Work, n * len).await;
+                    leased = self.lease(Quota::Work, n * len).await?;
                     (&leased, 0)
                 }
             };
@@ -151,15 +175,38 @@ impl<E: Env> RaidGroup<E> {
             let part = start..end.min(start + step);
             let len = (part.end - part.start) as usize;
             // One lease for all: who holds work memory must not wait for more.
-            let lease = self.pool.lease(Quota::Work, members * len).await;
-            self.reconstruct(stripe, slot, part, (&lease, 0), Some((&lease, len)))
-                .await?;
-            let at = self.chunk_at(stripe) + u64::from(start);
-            self.rewrite(slot, at, &lease, piece(0, len), Some((&lease, len)))
-                .await?;
+            let lease = self.lease(Quota::Work, members * len).await?;
+            let whole = self.repair_rows(stripe, slot, part.clone(), &lease).await;
+            if whole.is_err() {
+                // Another member may be unreadable too, at other grains of these.
+                for at in part.step_by(GRAIN as usize) {
+                    let from = self.chunk_at(stripe) + u64::from(at);
+                    let grain = piece(0, GRAIN as usize);
+                    if self.read_one(slot, from, &lease, grain).await.is_err() {
+                        self.repair_rows(stripe, slot, at..at + GRAIN, &lease)
+                            .await?;
+                    }
+                }
+            }
             start += step;
         }
         Ok(())
+    }
+
+    /// Computes and writes back bytes `rows` of a slot's chunk; the lease has room for those of every member.
+    async fn repair_rows(
+        &self,
+        stripe: u64,
+        slot: u16,
+        rows: Range<u32>,
+        lease: &Lease,
+    ) -> Result<(), Errno> {
+        let len = (rows.end - rows.start) as usize;
+        let at = self.chunk_at(stripe) + u64::from(rows.start);
+        self.reconstruct(stripe, slot, rows, (lease, 0), Some((lease, len)))
+            .await?;
+        self.rewrite(slot, at, lease, piece(0, len), Some((lease, len)))
+            .await
     }
 
     /// Writes right content over what could not be read, and reads it again; a member that fails either is
@@ -187,7 +234,7 @@ impl<E: Env> RaidGroup<E> {
             let (check, base) = match scratch {
                 Some((check, base)) => (check, base),
                 None => {
-                    leased = self.pool.lease(Quota::Work, len).await;
+                    leased = self.lease(Quota::Work, len).await?;
                     (&leased, 0)
                 }
             };

@@ -37,7 +37,7 @@ impl<E: Env> RaidGroup<E> {
         let len = (rows.end - rows.start) as usize;
         let at = self.chunk_at(stripe) + u64::from(rows.start);
         let members = usize::from(self.geometry.members());
-        let lease = self.pool.lease(Quota::Work, members * len).await;
+        let lease = self.lease(Quota::Work, members * len).await?;
         if self.geometry.level() == Level::Raid1 {
             let mut found = false;
             for leg in bits(self.in_sync.get()) {
@@ -78,7 +78,7 @@ impl<E: Env> RaidGroup<E> {
         }
         let len = (rows.end - rows.start) as usize;
         let at = self.chunk_at(stripe) + u64::from(rows.start);
-        let work = self.pool.lease(Quota::Work, n * len).await;
+        let work = self.lease(Quota::Work, n * len).await?;
         let mut ios: Ios<E> = ArrayVec::new();
         for (i, slot) in bits(slots).enumerate() {
             let piece = piece(i * len, len);

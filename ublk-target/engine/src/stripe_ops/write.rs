@@ -18,7 +18,7 @@ use crate::traits::{Buf, DiskVerb, Env, Piece};
 
 /// Bands of one operation: its writes' borders, and long bands cut to what a pass holds.
 const BANDS: usize = BANDS_MAX + 128;
-/// Times an operation is planned anew because a member failed under it; each costs a member or repairs one.
+/// Times a pass is planned anew because a member failed under it; each costs a member or repairs one.
 const ATTEMPTS: usize = 8;
 
 type Bands = ArrayVec<Band, BANDS>;
@@ -52,7 +52,7 @@ impl<E: Env> RaidGroup<E> {
                 fua |= item_fua;
             }
         }
-        let mut attempts = 0;
+        let (mut next, mut attempts, mut is_first) = (0, 0, true);
         'again: loop {
             attempts += 1;
             if attempts > ATTEMPTS || self.failed.get() {
@@ -73,7 +73,7 @@ impl<E: Env> RaidGroup<E> {
             if exhausted {
                 return Err(EIO);
             }
-            if attempts == 1 {
+            if std::mem::take(&mut is_first) {
                 self.count(batch, |lu| match bands.first().map(|band| band.mode) {
                     Some(Mode::Full) => add(&lu.full_stripe_writes, 1),
                     Some(Mode::ReadModify) => add(&lu.read_modify_writes, 1),
@@ -81,14 +81,14 @@ impl<E: Env> RaidGroup<E> {
                     Some(Mode::DataOnly) | None => {}
                 });
             }
-            let mut next = 0;
+            // Where bands are cut depends on the writes alone: what is done stays done in a new plan.
             while next < bands.len() {
                 let end = pass_end(&bands, next);
                 match self
                     .write_pass(stripe, batch, &bands[next..end], fua)
                     .await?
                 {
-                    Pass::Done => next = end,
+                    Pass::Done => (next, attempts) = (end, 0),
                     Pass::Unreadable { slots, rows } => {
                         for slot in bits(slots) {
                             self.repair(stripe, slot, &rows).await?;
@@ -111,7 +111,7 @@ impl<E: Env> RaidGroup<E> {
         let bytes: usize = bands.iter().map(|band| band.buffers() * band.bytes()).sum();
         let work = match bytes {
             0 => None,
-            bytes => Some(self.pool.lease(Quota::Work, bytes).await),
+            bytes => Some(self.lease(Quota::Work, bytes).await?),
         };
         let parity_slot = self.geometry.parity_slot(stripe);
         let chunk_at = self.chunk_at(stripe);

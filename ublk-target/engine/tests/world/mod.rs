@@ -77,7 +77,7 @@ impl World {
             timers: RefCell::default(),
             tasks: RefCell::default(),
             fresh: RefCell::default(),
-            pages: RefCell::new(vec![Vec::new(); 64]),
+            pages: RefCell::new(vec![Vec::new(); 128]),
             io_count: Cell::new(0),
             crash_in: Cell::new(None),
         })
@@ -262,7 +262,7 @@ pub(crate) struct Store {
     pub reads: Cell<u64>,
     pub writes: Cell<u64>,
     /// What hangs, and what is slow.
-    hung: RefCell<Vec<Action>>,
+    hung: RefCell<Vec<(Rc<Cell<bool>>, Action)>>,
     held: RefCell<Vec<(Rc<RefCell<IoState>>, Action)>>,
 }
 
@@ -284,8 +284,9 @@ impl Store {
 
     /// Lets what hangs happen after all; nobody waits for it any more.
     pub(crate) fn land(&self) {
-        for action in self.hung.take() {
+        for (landed, action) in self.hung.take() {
             let _ = action();
+            landed.set(true);
         }
     }
 
@@ -336,8 +337,8 @@ pub(crate) struct MemDisk {
     pub world: Rc<World>,
     pub store: Rc<Store>,
     pub abandoned: Rc<Cell<bool>>,
-    /// I/Os that hang, and since when.
-    stuck: RefCell<Vec<(u64, Rc<RefCell<IoState>>)>>,
+    /// I/Os that are slow or hang, and since when; those that hang until they have landed.
+    stuck: RefCell<Vec<(u64, Rc<RefCell<IoState>>, Rc<Cell<bool>>)>>,
 }
 
 impl Disk for MemDisk {
@@ -439,12 +440,15 @@ impl Disk for MemDisk {
         let state = Rc::new(RefCell::new(IoState::default()));
         let since = self.world.now.get();
         if self.store.faults.hang.get() && !self.abandoned.get() {
-            self.stuck.borrow_mut().push((since, Rc::clone(&state)));
-            self.store.hung.borrow_mut().push(action);
+            let landed = Rc::new(Cell::new(false));
+            let entry = (since, Rc::clone(&state), Rc::clone(&landed));
+            self.stuck.borrow_mut().push(entry);
+            self.store.hung.borrow_mut().push((landed, action));
             return Io(state);
         }
         if self.store.faults.slow.get() && !self.abandoned.get() {
-            self.stuck.borrow_mut().push((since, Rc::clone(&state)));
+            let entry = (since, Rc::clone(&state), Rc::new(Cell::new(true)));
+            self.stuck.borrow_mut().push(entry);
             let held = (Rc::clone(&state), action);
             self.store.held.borrow_mut().push(held);
             return Io(state);
@@ -465,7 +469,7 @@ impl Disk for MemDisk {
     }
     fn abandon(&self) {
         self.abandoned.set(true);
-        for (_, state) in self.stuck.borrow_mut().drain(..) {
+        for (_, state, _) in self.stuck.borrow().iter() {
             let mut state = state.borrow_mut();
             state.done = Some(Err(DiskError::Abandoned));
             if let Some(waker) = state.waker.take() {
@@ -475,9 +479,9 @@ impl Disk for MemDisk {
     }
     fn oldest(&self) -> u64 {
         let mut stuck = self.stuck.borrow_mut();
-        stuck.retain(|(_, state)| state.borrow().done.is_none());
-        let since = stuck.iter().map(|(since, _)| *since).min();
-        since.map_or(0, |since| self.world.now.get() - since)
+        stuck.retain(|(_, state, landed)| state.borrow().done.is_none() || !landed.get());
+        let since = stuck.iter().map(|(since, _, _)| *since).min();
+        since.map_or(0, |since| (self.world.now.get() - since).max(1))
     }
     fn has_volatile_cache(&self) -> bool {
         false

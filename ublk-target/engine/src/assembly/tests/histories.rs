@@ -147,3 +147,67 @@ fn what_is_older_than_the_witness_needs_force() {
         );
     }
 }
+
+/// Slots that go on through so many histories, all that is remembered of them in the superblocks.
+fn go_on(mut world: World, on: &[usize], histories: std::ops::RangeInclusive<u8>) -> World {
+    for n in histories {
+        world = world.update(on, |group| {
+            next_history(n)(group);
+            group.parents.truncate(PARENTS_MAX);
+        });
+    }
+    world
+}
+
+#[test]
+fn a_disk_that_left_before_all_that_is_remembered_is_left_out() {
+    // Failed, and not replaced.
+    let world = go_on(World::new(Level::Raid1, 2), &[0], 2..=10)
+        .update(&[0], |group| group.members[1].state = MemberState::Faulty);
+    let plan = world.assemble(&[0, 1], CALM).unwrap();
+    assert_eq!(plan.slots, [InSync(0), Stale(1)]);
+    // Failed, and another disk is in its place.
+    let world = go_on(World::new(Level::Raid5, 4), &[0, 1, 2], 2..=12)
+        .update(&[0, 1, 2], |group| group.members[3].disk = disk(40));
+    let plan = world.assemble(&[0, 1, 2, 3], CALM).unwrap();
+    assert_eq!(plan.slots, [InSync(0), InSync(1), InSync(2), Missing]);
+    assert_eq!(plan.surplus, [3]);
+    let named = |reason: &String| reason.contains("/dev/d3 is no member any more");
+    assert!(plan.reasons.iter().any(named), "{:?}", plan.reasons);
+}
+
+#[test]
+fn a_disk_of_a_forgotten_history_is_refused_where_it_may_be_another_side() {
+    let replaced = |group: &mut GroupRecord| group.members[3].disk = disk(40);
+    let world =
+        || go_on(World::new(Level::Raid5, 4), &[0, 1, 2], 2..=12).update(&[0, 1, 2], replaced);
+    let changed = |change: &dyn Fn(&mut Superblock)| {
+        let mut world = world();
+        change(&mut world.superblocks[3]);
+        world
+    };
+    let group = |sb: &mut Superblock, change: &dyn Fn(&mut GroupRecord)| {
+        change(&mut sb.member.as_mut().unwrap().group);
+    };
+    assert!(world().assemble(&[0, 1, 2, 3], CALM).is_ok());
+    let cases = [
+        // It went on without one of the others.
+        changed(&|sb| group(sb, &|g| g.members[0].state = MemberState::Faulty)),
+        // It branched off from what is remembered.
+        changed(&|sb| group(sb, &|g| g.parents = vec![history(7)])),
+        // It is as far.
+        changed(&|sb| sb.generation = 99),
+        // Of those that were with it not enough are left.
+        world().update(&[0, 1], |g| g.members[2].disk = disk(41)),
+        // All is remembered, and it is not of it.
+        go_on(World::new(Level::Raid5, 4), &[0, 1, 2], 2..=5).update(&[0, 1, 2], |g| {
+            g.parents.pop();
+            replaced(g);
+        }),
+    ];
+    for (i, world) in cases.iter().enumerate() {
+        let refused = world.assemble(&[0, 1, 2, 3], FORCE);
+        let is_split = matches!(refused, Err(AssemblyError::Split { .. }));
+        assert!(is_split, "case {i}: {refused:?}");
+    }
+}
