@@ -53,7 +53,7 @@ part_e2e() {
   local group code=0
   for group in data_verified data_survives_member_error data_survives_member_hang data_survives_member_vanish \
     data_file data_counters data_overlapping data_requests layout_ life_ hostile_; do
-    fixtures/lab.sh --timeout "${LUNAR_E2E_TIMEOUT:-900}" --mem 4G --ram-disks-kib 262144 --new-disk 8G \
+    fixtures/lab.sh --timeout "${LUNAR_E2E_TIMEOUT:-1500}" --mem 4G --ram-disks-kib 262144 --new-disk 8G \
       --env "KUBLK=${KUBLK:-}" --env "LUNAR_E2E_LONG=${LUNAR_E2E_LONG:-}" -- "$(realpath "$target")/release/lunar-e2e" "$group" || code=1
   done
   return "$code"

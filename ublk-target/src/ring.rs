@@ -35,6 +35,10 @@ const COMPLETIONS: u32 = 16_384;
 const FILES: u32 = 4096;
 /// Registered buffers: the kernel's most.
 const BUFFERS: u32 = 16_384;
+/// Kernel threads that may sleep in I/O to files, which does not always go without. The default is 4 a CPU: those that
+/// wait for a disk that hangs would leave none for the others, and every member would seem to hang. They are made
+/// when needed: at most so many I/Os wait for one disk before it is failed.
+const WORKERS_MAX: u32 = 1024;
 /// Buffers below this are private memory.
 pub(crate) const POOL_BUFFERS: u16 = 1024;
 
@@ -161,6 +165,10 @@ impl Ring {
         submitter
             .register_buffers_sparse(BUFFERS)
             .map_err(|e| RingError::Register("buffers", e))?;
+        // The second number is for sockets and the like: 0 leaves it alone.
+        submitter
+            .register_iowq_max_workers(&mut [WORKERS_MAX, 0])
+            .map_err(|e| RingError::Register("workers", e))?;
         let mut probe = Probe::new();
         let vector_fixed = submitter.register_probe(&mut probe).is_ok()
             && probe.is_supported(opcode::ReadvFixed::CODE)
