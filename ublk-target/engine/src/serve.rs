@@ -7,7 +7,7 @@ use lunar_api::target::Level;
 use crate::limits::MEMBERS_MAX;
 use crate::member::{MemberIo, add};
 use crate::plan::Span;
-use crate::pool::{Lease, Quota};
+use crate::pool::{LEASE_MAX, Lease, Quota};
 use crate::raid_group::{EIO, EOPNOTSUPP, Errno, Lu, RaidGroup};
 use crate::stripe_table::{Item, JoinId, Task};
 use crate::sync::join_all;
@@ -283,22 +283,43 @@ impl<E: Env> RaidGroup<E> {
         if failed == 0 { Ok(()) } else { Err(EIO) }
     }
 
-    /// Takes one private copy and writes it, stripe by stripe.
+    /// Takes a private copy and writes it, stripe by stripe.
     async fn write_redundant(&self, lu: &Lu, request: HostRequest, fua: bool) -> Result<(), Errno> {
         self.ensure_dirty().await?;
         add(&lu.counters.user_copy, 1);
-        // The copy keeps its place within a grain, so that whole grains of it are aligned.
-        let pad = to_u32(request.at % u64::from(crate::plan::GRAIN));
+        let mut done = 0;
+        while done < request.len {
+            // The copy keeps its place within a grain, so that whole grains of it are aligned. With that place the
+            // longest request is longer than a lease: what is beyond, less than a grain, goes after.
+            let pad = (request.at + done) % u64::from(crate::plan::GRAIN);
+            let len = (request.len - done).min(LEASE_MAX as u64 - pad);
+            self.write_copied(lu, &request, done, len, fua).await?;
+            done += len;
+        }
+        Ok(())
+    }
+
+    /// Writes bytes `[offset, offset + len)` of a request from one private copy.
+    async fn write_copied(
+        &self,
+        lu: &Lu,
+        request: &HostRequest,
+        offset: u64,
+        len: u64,
+        fua: bool,
+    ) -> Result<(), Errno> {
+        let at = request.at + offset;
+        let pad = to_u32(at % u64::from(crate::plan::GRAIN));
         let lease = self
-            .lease(Quota::Data, to_len(u64::from(pad) + request.len))
+            .lease(Quota::Data, to_len(u64::from(pad) + len))
             .await?;
         self.front
-            .fetch(request.id, 0, to_u32(request.len), &lease, pad)
+            .fetch(request.id, to_u32(offset), to_u32(len), &lease, pad)
             .await
             .map_err(|_| EIO)?;
         let join = self.stripes.open();
         let mut partial = false;
-        for piece in lu.pieces(self.geometry, request.at, request.len) {
+        for piece in lu.pieces(self.geometry, at, len) {
             let span = span_of(&piece);
             partial |= span.is_partial_in(&span.grains());
             let task = Task::Write {

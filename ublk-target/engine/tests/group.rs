@@ -8,7 +8,7 @@ use std::rc::Rc;
 
 use lunar_api::LuUuid;
 use lunar_api::target::{Consistency, GroupState, Level, LuSize, MemberState};
-use lunar_engine::limits::CONFIG_PIECE;
+use lunar_engine::limits::{CONFIG_PIECE, MAX_IO};
 use lunar_engine::raid_group::{CreateSpec, RaidGroup, StartSpec};
 use lunar_engine::superblock::{At, decode};
 use lunar_engine::traits::{Clock, HostRequest, HostVerb, RequestId, SECOND};
@@ -232,7 +232,7 @@ impl Rig {
                 let tag = (0..60)
                     .find(|t| !busy.iter().any(|b| b.0 >> 48 == *t))
                     .unwrap();
-                let max = [1, 8, 16, 100, 1024][self.world.random(5) as usize];
+                let max = [1, 8, 16, 100, MAX_IO / 512][self.world.random(5) as usize];
                 let sectors = 1 + self.world.random(max);
                 let at = self.world.random(LU_BYTES / 512 - sectors) * 512;
                 let len = sectors * 512;
@@ -340,6 +340,29 @@ fn write_and_read_equal_the_model() {
         for clean in [true, false] {
             let rig = rig(seed, level, n, chunk, clean);
             assert_eq!(rig.storm(300, || ()), 0, "{level:?} {n}");
+            rig.check();
+        }
+    }
+}
+
+/// Adjacent writes are merged to a longest request wherever the first of them began.
+#[test]
+fn longest_write_may_begin_within_a_grain() {
+    for (level, n, chunk) in [(Level::Raid1, 2, 65536), (Level::Raid5, 4, 65536)] {
+        let rig = rig(21, level, n, chunk, true);
+        for at in [0, 512, 3584, 65024] {
+            let bytes: Vec<u8> = (0..MAX_IO).map(|_| rig.world.random(256) as u8).collect();
+            rig.model.borrow_mut()[at..at + bytes.len()].copy_from_slice(&bytes);
+            rig.world.pages.borrow_mut()[0] = bytes;
+            let verb = HostVerb::Write { fua: false };
+            let (group, request) = (
+                Rc::clone(&rig.group),
+                Rig::request(0, verb, at as u64, MAX_IO),
+            );
+            let result = rig
+                .world
+                .block_on(async move { group.serve(0, request).await });
+            assert_eq!(result, Ok(()));
             rig.check();
         }
     }
