@@ -20,7 +20,7 @@ use std::rc::Rc;
 
 use lunar_api::{DiskUuid, GroupUuid};
 
-use crate::pool::{PREFIX, Pool};
+use crate::pool::{BLOCK_MIN, PREFIX, Pool};
 use crate::sync::Waiters;
 
 const HEADER: usize = 4096;
@@ -180,6 +180,26 @@ pub(crate) struct Left {
     pub unreplayed: u64,
 }
 
+impl Left {
+    /// A page of the memory that no entry names: there is one, the place of a superblock.
+    pub(crate) fn spare_page(&self, memory_len: u64) -> Option<usize> {
+        let mut named: Vec<_> = self
+            .segments
+            .iter()
+            .map(|segment| segment.from as usize..(segment.from + segment.len) as usize)
+            .collect();
+        named.sort_unstable_by_key(|range| range.start);
+        let mut page = PREFIX;
+        for range in named {
+            if page + BLOCK_MIN <= range.start {
+                break;
+            }
+            page = page.max(range.end.next_multiple_of(BLOCK_MIN));
+        }
+        ((page + BLOCK_MIN) as u64 <= memory_len).then_some(page)
+    }
+}
+
 /// Notes that the entries are written again but for these slots: the memory that they name may be used.
 ///
 /// # Crash  the slots are noted before the first entry is dropped
@@ -305,6 +325,30 @@ mod tests {
         assert_eq!(left.generation, 7);
         assert!(read(&pool, GroupUuid::from_bytes([8; 16]), 1 << 20).is_none());
         assert!(read(&pool, GROUP, 10_000).is_none());
+    }
+
+    #[test]
+    fn spare_page_is_one_that_no_entry_names() {
+        let spare = |named: &[(usize, usize)]| {
+            let segment = |(from, len): &(usize, usize)| Segment {
+                disk: DiskUuid::from_bytes([1; 16]),
+                at: 0,
+                len: u32::try_from(*len).unwrap(),
+                from: u32::try_from(PREFIX + from).unwrap(),
+            };
+            let left = Left {
+                generation: 1,
+                segments: named.iter().map(segment).collect(),
+                unreplayed: 0,
+            };
+            let page = left.spare_page((PREFIX + 65536) as u64)?;
+            Some(page - PREFIX)
+        };
+        assert_eq!(spare(&[]), Some(0));
+        assert_eq!(spare(&[(4096, 512)]), Some(0));
+        assert_eq!(spare(&[(8192, 4096), (512, 512)]), Some(4096));
+        assert_eq!(spare(&[(0, 4096), (4608, 8192), (0, 4096)]), Some(16384));
+        assert_eq!(spare(&[(4096, 61440), (0, 4096)]), None);
     }
 
     #[test]

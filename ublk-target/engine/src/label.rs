@@ -31,11 +31,22 @@ const PIECE: Piece = Piece {
     len: 4096,
 };
 
-async fn read_at<D: Disk>(disk: &D, at: u64, lease: &Lease) -> Result<[u8; BYTES], DiskError> {
-    disk.submit(DiskVerb::Read, at, BYTES as u64, Buf::Pool(lease), &[PIECE])
+/// Where in a lease a superblock is read to.
+pub(crate) type Place<'a> = (&'a Lease, usize);
+
+async fn read_at<D: Disk>(
+    disk: &D,
+    at: u64,
+    (lease, to): Place<'_>,
+) -> Result<[u8; BYTES], DiskError> {
+    let piece = Piece {
+        offset: u32::try_from(to).expect("memories are below 4 GiB"),
+        ..PIECE
+    };
+    disk.submit(DiskVerb::Read, at, BYTES as u64, Buf::Pool(lease), &[piece])
         .await?;
     let mut bytes = [0; BYTES];
-    parity::copy_out(&mut bytes, lease.cells(0..BYTES));
+    parity::copy_out(&mut bytes, lease.cells(to..to + BYTES));
     Ok(bytes)
 }
 
@@ -43,13 +54,21 @@ async fn read_at<D: Disk>(disk: &D, at: u64, lease: &Lease) -> Result<[u8; BYTES
 ///
 /// # Errors  `None` where nothing of Lunar is, `Read` where that cannot be said, else why neither copy is believed
 pub async fn read_superblock<D: Disk>(disk: &D, pool: &Rc<Pool>) -> Result<Superblock, LabelError> {
+    let lease = pool.lease(Quota::Work, BYTES).await;
+    read_superblock_to(disk, (&lease, 0)).await
+}
+
+/// As [`read_superblock`], with memory of the caller.
+pub(crate) async fn read_superblock_to<D: Disk>(
+    disk: &D,
+    to: Place<'_>,
+) -> Result<Superblock, LabelError> {
     let size = disk.capacity();
     if size < 2 * BYTES as u64 {
         return Err(LabelError::None);
     }
-    let lease = pool.lease(Quota::Work, BYTES).await;
     let start_at = 4096;
-    let first = read_at(disk, start_at, &lease).await;
+    let first = read_at(disk, start_at, to).await;
     let start = match &first {
         Ok(bytes) => decode(
             bytes,
@@ -67,7 +86,7 @@ pub async fn read_superblock<D: Disk>(disk: &D, pool: &Rc<Pool>) -> Result<Super
             Err(_) => return Err(LabelError::None),
         },
     };
-    let end = match read_at(disk, end_at, &lease).await {
+    let end = match read_at(disk, end_at, to).await {
         Ok(bytes) => decode(
             &bytes,
             At {

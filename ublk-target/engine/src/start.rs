@@ -9,7 +9,7 @@ use crate::assembly::{self, Conditions, Present, SlotPlan};
 use crate::config::GroupConfig;
 use crate::geometry::Geometry;
 use crate::inflight::{self, Left};
-use crate::label::read_superblock;
+use crate::label::{read_superblock, read_superblock_to};
 use crate::launch::{Slot, split};
 use crate::limits::{CONFIG_PIECE, MEMBERS_MAX};
 use crate::parity;
@@ -17,7 +17,7 @@ use crate::pool::{Pool, Quota};
 use crate::raid_group::{CreateSpec, Given, MemberPlace, Parts, RaidGroup, StartSpec};
 use crate::reserve::{Reserve, lay_out, region_bytes};
 use crate::serve::bits;
-use crate::superblock::{ConfigVersion, Flags, GroupRecord, MemberEntry, Superblock};
+use crate::superblock::{BYTES, ConfigVersion, Flags, GroupRecord, MemberEntry, Superblock};
 use crate::traits::{Buf, Disk, DiskError, DiskVerb, Env, Piece};
 
 fn failed(what: &str, why: impl ToString) -> ApiError {
@@ -122,6 +122,15 @@ impl<E: Env> RaidGroup<E> {
     pub async fn start(parts: Parts<E>, spec: StartSpec) -> Result<Rc<Self>, ApiError> {
         let what = "the group could not be started";
         let (members, mut rest) = split(parts);
+        let whole = rest.pool.whole();
+        let memory = whole.len() as u64;
+        // What is replayed from is not read into, not even by a start that dies before its replay.
+        let page = match inflight::read(&rest.pool, spec.group, memory) {
+            Some(left) => left
+                .spare_page(memory)
+                .ok_or_else(|| failed(what, "its in-flight log names all of its memory"))?,
+            None => rest.pool.lease(Quota::Work, BYTES).await.start(),
+        };
         let mut superblocks = Vec::new();
         let mut readable = Vec::new();
         let mut unreadable = Vec::new();
@@ -129,7 +138,7 @@ impl<E: Env> RaidGroup<E> {
             if spec.without.contains(&given.uuid) {
                 continue;
             }
-            match read_superblock(&given.disk, &rest.pool).await {
+            match read_superblock_to(&given.disk, (&whole, page)).await {
                 Ok(superblock) if spec.without.contains(&superblock.disk) => {}
                 Ok(superblock) => {
                     superblocks.push(superblock);
@@ -143,7 +152,6 @@ impl<E: Env> RaidGroup<E> {
             unreadable.extend(spec.without.iter().map(left_out));
             return Err(failed(what, unreadable.join("; ")));
         }
-        let memory = rest.pool.whole().len() as u64;
         let generation = superblocks
             .iter()
             .map(|superblock| superblock.generation)

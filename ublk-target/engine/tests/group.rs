@@ -545,6 +545,21 @@ fn replay_comes_before_anything_is_read_into_the_memory_that_it_replays() {
     rig.storm_with_kills(6);
 }
 
+/// A disk that hangs has all of the memory be used; what a start reads must not come to where the dead process's
+/// writes still are.
+#[test]
+fn start_reads_nothing_into_what_it_replays_whatever_memory_that_is() {
+    for seed in 500..520 {
+        let mut rig = rig(seed, Level::Raid5, 4, 65536, true);
+        rig.stores[1].faults.hang.set(true);
+        rig.storm(20, || ());
+        rig.sleep(60);
+        assert_eq!(rig.group.status().members[1].state, MemberState::Faulty);
+        rig.stores[1].faults.dead.set(true);
+        rig.storm_with_kills(1);
+    }
+}
+
 #[test]
 fn disk_that_replaces_a_rebuilding_one_is_filled_from_the_start() {
     for (level, n) in [(Level::Raid1, 2), (Level::Raid5, 3)] {
