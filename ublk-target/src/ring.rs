@@ -72,6 +72,7 @@ pub(crate) struct Ring {
     uring: RefCell<IoUring>,
     ops: RefCell<Slab>,
     backlog: RefCell<VecDeque<u32>>,
+    unsent: RefCell<Unsent>,
     in_flight: Cell<u32>,
     tables: RefCell<Tables>,
     /// Of each device slot.
@@ -91,6 +92,29 @@ impl fmt::Debug for Ring {
             .field("in_flight", &self.in_flight.get())
             .field("orphans", &self.orphans.get())
             .finish()
+    }
+}
+
+/// Entries of the submission queue that the kernel has not taken, in order: true for one that is chained to the one
+/// before it.
+#[derive(Debug)]
+struct Unsent(VecDeque<bool>);
+
+impl Unsent {
+    fn new() -> Self {
+        Self(VecDeque::with_capacity(SUBMISSIONS as usize))
+    }
+
+    /// The kernel took so many.
+    ///
+    /// # Panics  if that cut a chain. Without memory the kernel takes fewer than it was given, and forgets the chain:
+    /// it would answer the host before the bytes have moved. The process ends; its successor serves the request
+    fn taken(&mut self, count: usize) {
+        self.0.drain(..count);
+        assert!(
+            self.0.front() != Some(&true),
+            "the kernel took an I/O without what is chained to it"
+        );
     }
 }
 
@@ -179,6 +203,7 @@ impl Ring {
             uring: RefCell::new(uring),
             ops: RefCell::new(Slab::new()),
             backlog: RefCell::new(VecDeque::with_capacity(4096)),
+            unsent: RefCell::new(Unsent::new()),
             in_flight: Cell::new(0),
             tables: RefCell::new(Tables {
                 files: (0..FILES).rev().collect(),
@@ -233,16 +258,16 @@ impl Ring {
                 backlog.push_front(index);
                 return true;
             }
-            self.push(&mut queue, &mut ops, index);
+            self.push(&mut queue, &mut ops, index, false);
             if let Some(then) = then {
-                self.push(&mut queue, &mut ops, then);
+                self.push(&mut queue, &mut ops, then, true);
             }
         }
         false
     }
 
     /// Puts an operation into a queue that has room for it; one with a successor is chained to what follows.
-    fn push(&self, queue: &mut SubmissionQueue<'_>, ops: &mut Slab, index: u32) {
+    fn push(&self, queue: &mut SubmissionQueue<'_>, ops: &mut Slab, index: u32, is_chained: bool) {
         let op = ops.get(index);
         let data = u64::from(op.generation) << 32 | u64::from(index);
         let mut entry = op.entry(self.vector_fixed).user_data(data);
@@ -254,6 +279,7 @@ impl Ring {
         // never move and the place is not reused before), memory by the operation's lease or, for requests
         // of the host, in the kernel; registered files and buffers are counted by the kernel.
         unsafe { queue.push(&entry) }.expect("there is room");
+        self.unsent.borrow_mut().0.push_back(is_chained);
         op.state = State::InFlight;
         self.in_flight.set(self.in_flight.get() + 1);
     }
@@ -288,14 +314,17 @@ impl Ring {
                 size_of::<Wait>(),
             )
         };
-        if result < 0 {
-            let error = io::Error::last_os_error();
-            match error.raw_os_error() {
-                Some(libc::ETIME) => return true,
-                // A signal, or the completion queue must be read first.
-                Some(libc::EINTR | libc::EBUSY | libc::EAGAIN) => {}
-                _ => panic!("io_uring_enter: {error}"),
-            }
+        // What the kernel took it answers before any error of the wait.
+        if let Ok(taken) = usize::try_from(result) {
+            self.unsent.borrow_mut().taken(taken);
+            return false;
+        }
+        let error = io::Error::last_os_error();
+        match error.raw_os_error() {
+            Some(libc::ETIME) => return true,
+            // A signal, or the completion queue must be read first.
+            Some(libc::EINTR | libc::EBUSY | libc::EAGAIN) => {}
+            _ => panic!("io_uring_enter: {error}"),
         }
         false
     }
@@ -657,5 +686,26 @@ impl Drop for Handle {
             !cfg!(test) || std::thread::panicking(),
             "an operation was dropped before it was done"
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_may_be_taken_up_to_a_chain() {
+        let mut unsent = Unsent(VecDeque::from([false, false, true, false]));
+        unsent.taken(0);
+        unsent.taken(1);
+        unsent.taken(2);
+        unsent.taken(1);
+        assert!(unsent.0.is_empty());
+    }
+
+    #[test]
+    #[should_panic(expected = "chained")]
+    fn chain_that_is_cut_ends_the_process() {
+        Unsent(VecDeque::from([false, false, true])).taken(2);
     }
 }
