@@ -134,7 +134,8 @@ fn shape(file: &File) -> Result<Shape, MemberError> {
         Ok(Shape {
             capacity: bytes,
             logical_block: u32::try_from(block).unwrap_or(0),
-            volatile_cache: has_write_back(meta.rdev()),
+            // What lies below a device that is made of others may change while it is used: pvmove.
+            volatile_cache: has_write_back(meta.rdev()) || is_stacked(meta.rdev()),
             limit: limit(meta.rdev()),
         })
     } else if kind.is_file() {
@@ -189,21 +190,27 @@ fn has_write_back(device: u64) -> bool {
     queue_attribute(device, "write_cache").is_none_or(|text| text.trim() != "write through")
 }
 
+/// Folder of a block device, or of the disk that a partition is on.
+fn disk_folder(device: u64) -> Option<String> {
+    let (major, minor) = (libc::major(device), libc::minor(device));
+    let base = format!("/sys/dev/block/{major}:{minor}");
+    ["..", "."]
+        .map(|up| format!("{base}/{up}"))
+        .into_iter()
+        .find(|base| Path::new(&format!("{base}/queue")).exists())
+}
+
+/// A device that is made of others: device mapper, md.
+fn is_stacked(device: u64) -> bool {
+    let below = |folder: String| std::fs::read_dir(format!("{folder}/slaves"));
+    disk_folder(device).is_some_and(|folder| below(folder).into_iter().flatten().next().is_some())
+}
+
 /// A device without request queues and without devices below it (RAM disks, pmem): nobody cuts its I/O, whatever
 /// its limits say.
 fn takes_all(device: u64) -> bool {
-    let (major, minor) = (libc::major(device), libc::minor(device));
-    let base = format!("/sys/dev/block/{major}:{minor}");
-    let base = ["..", "."]
-        .map(|up| format!("{base}/{up}"))
-        .into_iter()
-        .find(|base| Path::new(&format!("{base}/queue")).exists());
-    base.is_some_and(|base| {
-        let mut below = std::fs::read_dir(format!("{base}/slaves"))
-            .into_iter()
-            .flatten();
-        !Path::new(&format!("{base}/mq")).exists() && below.next().is_none()
-    })
+    let has_queues = |folder: String| Path::new(&format!("{folder}/mq")).exists();
+    disk_folder(device).is_some_and(|folder| !has_queues(folder)) && !is_stacked(device)
 }
 
 /// Longest I/O that the kernel does not have to cut for a device: its longest request, and a page a segment, since
