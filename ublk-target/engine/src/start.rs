@@ -212,7 +212,7 @@ impl<E: Env> RaidGroup<E> {
         // Replay comes first: what is read from here on may take the memory that it writes from.
         let mut unreplayed = 0;
         if let Some(left) = &left {
-            unreplayed = left.unreplayed | replay(&rest.pool, left, &slots).await;
+            unreplayed = left.unreplayed | replay(&rest.pool, left, &record, &slots).await;
             inflight::replayed(&rest.pool, unreplayed);
         }
         let config = read_config(&rest.pool, &geometry, &record, &slots, &plan.slots).await?;
@@ -359,17 +359,26 @@ async fn read_pieces<D: Disk>(
     Ok(json)
 }
 
-/// Writes again what a dead predecessor was writing; returns the slots that did not take it, as bits.
-async fn replay<D: Disk>(pool: &Rc<Pool>, left: &Left, slots: &[Slot<D>]) -> u64 {
+/// Writes again what a dead predecessor was writing; returns the slots that did not take it, as bits. Those of disks
+/// that are not there are among them: they count until the superblocks say that they are not.
+async fn replay<D: Disk>(
+    pool: &Rc<Pool>,
+    left: &Left,
+    record: &GroupRecord,
+    slots: &[Slot<D>],
+) -> u64 {
     let whole = pool.whole();
     let mut failed = 0;
     for segment in &left.segments {
         // A disk that has left its slot has missed more than this.
-        let found = slots.iter().enumerate().find_map(|(slot, seated)| {
-            let (given, _) = seated.as_ref()?;
-            (given.uuid == segment.disk).then_some((slot, given))
-        });
-        let Some((slot, given)) = found else { continue };
+        let Some(slot) = record.slot_of(segment.disk) else {
+            continue;
+        };
+        let seated = slots.get(slot).and_then(Option::as_ref);
+        let Some((given, _)) = seated.filter(|(given, _)| given.uuid == segment.disk) else {
+            failed |= 1 << slot;
+            continue;
+        };
         let piece = Piece {
             offset: segment.from,
             len: segment.len,
