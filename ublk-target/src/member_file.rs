@@ -61,6 +61,7 @@ pub(crate) struct MemberFile {
     who: u32,
     capacity: u64,
     logical_block: u32,
+    dma_mask: u32,
     volatile_cache: bool,
     abandoned: Cell<bool>,
 }
@@ -70,6 +71,7 @@ pub(crate) struct MemberFile {
 struct Shape {
     capacity: u64,
     logical_block: u32,
+    dma_mask: u32,
     volatile_cache: bool,
 }
 
@@ -91,9 +93,15 @@ impl MemberFile {
             who: ring.next_who(),
             capacity: shape.capacity,
             logical_block: shape.logical_block,
+            dma_mask: shape.dma_mask,
             volatile_cache: shape.volatile_cache,
             abandoned: Cell::new(false),
         })
+    }
+
+    /// Bits of a request's memory address that must be 0 for this member to take its pages as they are.
+    pub(crate) fn dma_mask(&self) -> u32 {
+        self.dma_mask
     }
 }
 
@@ -126,12 +134,15 @@ fn shape(file: &File) -> Result<Shape, MemberError> {
         Ok(Shape {
             capacity: bytes,
             logical_block: u32::try_from(block).unwrap_or(0),
+            dma_mask: dma_mask(meta.rdev()),
             volatile_cache: has_write_back(meta.rdev()),
         })
     } else if kind.is_file() {
+        let (logical_block, dma_mask) = direct_alignment(file).map_err(MemberError::Stat)?;
         Ok(Shape {
             capacity: meta.len(),
-            logical_block: direct_block(file).map_err(MemberError::Stat)?,
+            logical_block,
+            dma_mask,
             // The disk below it may have one; only fdatasync says more.
             volatile_cache: true,
         })
@@ -140,8 +151,8 @@ fn shape(file: &File) -> Result<Shape, MemberError> {
     }
 }
 
-/// Alignment of direct I/O to a file: 512 if the file system says so, else 4096.
-fn direct_block(file: &File) -> io::Result<u32> {
+/// Alignment of direct I/O to a file: 512 if the file system says so, else 4096; and the mask of its memory.
+fn direct_alignment(file: &File) -> io::Result<(u32, u32)> {
     // SAFETY: all-zero bytes are a valid statx.
     let mut stat: libc::statx = unsafe { std::mem::zeroed() };
     // SAFETY: an empty path with AT_EMPTY_PATH means the descriptor; the result is a local variable.
@@ -158,22 +169,37 @@ fn direct_block(file: &File) -> io::Result<u32> {
         return Err(io::Error::last_os_error());
     }
     let known = stat.stx_mask & libc::STATX_DIOALIGN != 0;
-    Ok(if known && (1..=512).contains(&stat.stx_dio_offset_align) {
+    if !known {
+        return Ok((4096, 4095));
+    }
+    let block = if (1..=512).contains(&stat.stx_dio_offset_align) {
         512
     } else {
         4096
-    })
+    };
+    Ok((block, stat.stx_dio_mem_align.max(1) - 1))
 }
 
 /// Says whether a block device has a write-back cache; yes if the kernel does not say.
 fn has_write_back(device: u64) -> bool {
+    queue(device, "write_cache").is_none_or(|text| text != "write through")
+}
+
+/// Mask of the addresses that a block device takes memory at; that of a sector if the kernel does not say.
+fn dma_mask(device: u64) -> u32 {
+    let mask = queue(device, "dma_alignment").and_then(|text| text.parse().ok());
+    mask.unwrap_or(511)
+}
+
+/// What the kernel says of a block device's queue.
+fn queue(device: u64, name: &str) -> Option<String> {
     let (major, minor) = (libc::major(device), libc::minor(device));
     let base = format!("/sys/dev/block/{major}:{minor}");
     // A partition's queue is its disk's.
-    ["queue/write_cache", "../queue/write_cache"]
+    let text = ["queue", "../queue"]
         .iter()
-        .find_map(|name| std::fs::read_to_string(format!("{base}/{name}")).ok())
-        .is_none_or(|text| text.trim() != "write through")
+        .find_map(|queue| std::fs::read_to_string(format!("{base}/{queue}/{name}")).ok());
+    text.map(|text| text.trim().to_owned())
 }
 
 /// One I/O of a member.

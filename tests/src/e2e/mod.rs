@@ -7,6 +7,7 @@ mod data;
 mod hostile;
 mod layout;
 mod life;
+mod manage;
 
 use shell::Failure;
 
@@ -20,6 +21,7 @@ pub fn tests() -> Vec<Test> {
     layout::tests(&mut all);
     life::tests(&mut all);
     hostile::tests(&mut all);
+    manage::tests(&mut all);
     data::last_tests(&mut all);
     all
 }
