@@ -1104,6 +1104,8 @@ fn write_goes_on_where_each_pass_has_something_to_repair() {
     rig.world.run_until(|| left.get() == 0);
     assert_eq!(rig.group.status().state, GroupState::Optimal);
     assert!(rig.stores[14].faults.bad.borrow().is_empty());
+    let errors = rig.group.status().members[14].read_errors;
+    assert!(errors > 8, "only {errors} passes had something to repair");
 }
 
 #[test]
