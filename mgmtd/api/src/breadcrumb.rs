@@ -72,7 +72,7 @@ mod tests {
 
     #[test]
     fn crashes_are_slots_with_a_signal() {
-        let mut words = vec![0_u64; 3 * WORDS];
+        let mut words = [0_u64; 3 * WORDS];
         for slot in 0..3 {
             words[slot * WORDS + TAKEN] = 1;
             words[slot * WORDS + GROUP[0]] = u64::from_ne_bytes([7; 8]);
