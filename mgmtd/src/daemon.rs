@@ -108,6 +108,8 @@ pub struct Daemon {
     pub rang: tokio::sync::Notify,
     /// `lunar shutdown` has begun: a death of ublk-target is no failure.
     pub stopping: AtomicBool,
+    /// Groups are being brought back after a death: those that are not yet keep their device links.
+    pub recovering: AtomicBool,
     /// Rings when all has been stopped.
     pub stopped: tokio::sync::Notify,
     /// Rings when the client that asked for the shutdown has its answer.
@@ -128,6 +130,7 @@ impl Daemon {
             reading: tokio::sync::Mutex::default(),
             rang: tokio::sync::Notify::new(),
             stopping: AtomicBool::new(false),
+            recovering: AtomicBool::new(false),
             stopped: tokio::sync::Notify::new(),
             told: tokio::sync::Notify::new(),
         })
@@ -340,6 +343,10 @@ impl Daemon {
     }
 
     fn sync_nodes(&self) {
+        // Devices come back under their numbers: a link taken away meanwhile would fail whoever opens it.
+        if self.recovering.load(Ordering::Relaxed) {
+            return;
+        }
         let want = self
             .lus()
             .into_iter()

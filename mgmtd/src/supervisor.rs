@@ -8,6 +8,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use lunar_api::target::{GroupStatus, TargetAnswer, TargetRequest};
@@ -81,6 +82,8 @@ async fn died(daemon: &Daemon, running: &mut Running, were_up: &mut Vec<GroupSta
         },
         None => "ended".into(),
     };
+    let recovering = !daemon.is_stopping();
+    daemon.recovering.store(recovering, Ordering::Relaxed);
     // Taken before the next one answers: a read verb would find it without groups and forget them.
     were_up.extend(std::mem::take(&mut daemon.live().groups).into_values());
     daemon.disconnect().await;
@@ -125,6 +128,10 @@ async fn bring_up(
             held = boot::recover_groups(daemon, were_up).await;
         }
         boot::start_groups(daemon, &mut held).await;
+        // Unless it died again in the middle.
+        if were_up.is_empty() {
+            daemon.recovering.store(false, Ordering::Relaxed);
+        }
         daemon.refresh().await
     };
     if let Err(error) = result.await {
