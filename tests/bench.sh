@@ -307,6 +307,7 @@ measure() { # measure SET NAME=DEVICE..: all rounds of all workloads, to the CSV
     done
     table "$csv" "$workload" "${1%%=*}"
   done
+  echo "# runs of $seconds s, load of the machine before: ${BENCH_LOAD:-unknown}" >> "$csv"
   awk '/^Vm(HWM|RSS|Lck)/ { printf "# ublk-target %s %d MiB\n", $1, $2 / 1024 }' "/proc/$(server_pid lunar)/status" 2>/dev/null | tee -a "$csv"
 }
 
@@ -410,7 +411,7 @@ report_tables() {
     }
     $1 == 0 && !seen[0]++ { print "### Rows with a goal, the worst first\n"; head() }
     $1 == 1 && !seen[1]++ { print "\n### For information\n"; head() }
-    $1 == 2 && !seen[2]++ { print "\n### Memory of ublk-target at the end of a set\n" }
+    $1 == 2 && !seen[2]++ { print "\n### Notes: how it was run, memory of ublk-target at the end\n" }
     { print $3 }'
 }
 
@@ -451,6 +452,7 @@ for program in "${KUBLK:-}" "${RUBLK:-$rublk}" "${beside:+$beside/mgmtd}"; do
   [ -x "$program" ] && see+=(--see "$(dirname "$program")")
 done
 exec "$root/fixtures/lab.sh" "${see[@]}" --mem 6G --ram-disks-kib $((mib * 1024)) --append brd.rd_nr=24 --timeout "$limit" --share "$out" \
-  --env "KUBLK=${KUBLK:-}" --env "RUBLK=${RUBLK:-$rublk}" --env "CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-}" -- \
+  --env "KUBLK=${KUBLK:-}" --env "RUBLK=${RUBLK:-$rublk}" --env "CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-}" \
+  --env "BENCH_LOAD=$(cut -d' ' -f1 /proc/loadavg)" -- \
   "$root/tests/bench.sh" --guest --rounds "$rounds" --seconds "$seconds" --members "$members" --mib "$mib" --workloads "$workloads" \
   --out "$out" --beside "$beside" "${sets[@]}"

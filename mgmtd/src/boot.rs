@@ -12,11 +12,13 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use lunar_api::target::{GroupStatus, MemberSpec, Probe, TargetAnswer, TargetRequest};
+use lunar_api::target::{
+    GroupState, GroupStatus, Label, MemberSpec, Probe, TargetAnswer, TargetRequest,
+};
 use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid};
 
-use crate::daemon::{About, Daemon};
-use crate::limits::{HELD_PAUSE, REOPEN_LIMIT};
+use crate::daemon::{About, Daemon, Problem};
+use crate::limits::{HELD_PAUSE, OPEN_LIMIT, REOPEN_LIMIT};
 use crate::link::unexpected;
 use crate::opener::{open_exclusive, open_inflight, open_patiently, open_plain};
 use crate::probe::{boot_id, candidates, identify, stable_path, ublk_devices};
@@ -25,36 +27,83 @@ use crate::tables::DiskSave;
 /// Most paths probed in one message.
 const PROBE_MAX: usize = 64;
 
-/// Asks ublk-target what is on these paths; those that cannot be opened are left out.
+/// Asks ublk-target what is on these paths, each by itself: one that hangs or fails is named in `bad_paths` and
+/// holds up no other. Those that are not there are left out.
 ///
 /// # Errors  ublk-target does not answer
 pub async fn probe_paths(daemon: &Daemon, paths: &[PathBuf]) -> Result<Vec<Probe>, ApiError> {
     let mut out = Vec::new();
     for some in paths.chunks(PROBE_MAX) {
-        let some = some.to_vec();
-        let opened = tokio::task::spawn_blocking(move || {
-            some.into_iter()
-                .filter_map(|p| Some((open_plain(&p).ok()?, p)))
-                .collect::<Vec<_>>()
-        });
-        let opened = tokio::time::timeout(REOPEN_LIMIT, opened).await;
-        let Ok(Ok(opened)) = opened else {
-            let text =
-                "a block device did not open in 30 s; it and those probed with it are left out";
-            daemon.event("ProbeStuck", About::default(), text);
-            continue;
-        };
-        if opened.is_empty() {
+        let (paths, fds) = open_each(daemon, some).await;
+        if paths.is_empty() {
             continue;
         }
-        let (fds, paths): (Vec<OwnedFd>, Vec<PathBuf>) = opened.into_iter().unzip();
-        let paths = paths.iter().map(|p| p.display().to_string()).collect();
-        match daemon.ask(&TargetRequest::Probe { paths }, fds).await? {
-            TargetAnswer::Probed { disks } => out.extend(disks),
+        let disks = match daemon.ask(&TargetRequest::Probe { paths }, fds).await? {
+            TargetAnswer::Probed { disks } => disks,
             other => return Err(unexpected(&other)),
+        };
+        for probe in disks {
+            name_bad(daemon, &probe.path, probe.problem.clone());
+            out.push(probe);
         }
     }
     Ok(out)
+}
+
+/// Opens paths side by side for a look; what does not open in time is named and left behind.
+async fn open_each(daemon: &Daemon, paths: &[PathBuf]) -> (Vec<String>, Vec<OwnedFd>) {
+    let opening: Vec<_> = paths
+        .iter()
+        .map(|path| {
+            let at = path.clone();
+            let open = tokio::task::spawn_blocking(move || open_plain(&at));
+            (path.display().to_string(), open)
+        })
+        .collect();
+    let end = tokio::time::Instant::now() + OPEN_LIMIT;
+    let (mut names, mut fds) = (Vec::new(), Vec::new());
+    for (path, open) in opening {
+        let problem = match tokio::time::timeout_at(end, open).await {
+            Ok(Ok(Ok(fd))) => {
+                names.push(path);
+                fds.push(fd);
+                continue;
+            }
+            // It is where it was not found that says so.
+            Ok(Ok(Err(error))) if error.kind() == std::io::ErrorKind::NotFound => None,
+            Ok(Ok(Err(error))) => Some(format!("cannot be opened: {error}")),
+            Ok(Err(error)) => Some(format!("cannot be opened: {error}")),
+            Err(_) => Some(format!(
+                "cannot be opened: no answer in {} s",
+                OPEN_LIMIT.as_secs()
+            )),
+        };
+        name_bad(daemon, &path, problem);
+    }
+    (names, fds)
+}
+
+/// Records what is wrong with a path, or that nothing is; an event tells of what is new for a known disk.
+fn name_bad(daemon: &Daemon, path: &str, problem: Option<String>) {
+    let Some(problem) = problem else {
+        daemon.live().bad_paths.remove(path);
+        return;
+    };
+    let old = (daemon.live().bad_paths).insert(path.to_string(), problem.clone());
+    let disk = daemon
+        .tables()
+        .disks
+        .values()
+        .find(|d| d.path == path)
+        .cloned();
+    if let Some(disk) = disk.filter(|_| old.as_ref() != Some(&problem)) {
+        let about = About::disk(disk.uuid);
+        daemon.event(
+            "DiskUnreadable",
+            about,
+            format!("disk {} ({path}) {problem}", disk.number),
+        );
+    }
 }
 
 /// Finds every known disk and corrects its path (steps 1 and 2).
@@ -88,7 +137,8 @@ pub async fn find_disks(daemon: &Daemon) -> Result<(), ApiError> {
         }
     }
     wanted.retain(|disk| !disk.is_nil() && !found.contains_key(disk));
-    if !wanted.is_empty() {
+    // Without any row the tables are new, or lost: whatever is ours anywhere is looked for.
+    if !wanted.is_empty() || known.is_empty() {
         let seen: BTreeSet<_> = paths.iter().filter_map(|p| identify(p).ok()).collect();
         let others: Vec<PathBuf> = candidates(&paths)
             .into_iter()
@@ -143,14 +193,7 @@ fn correct(daemon: &Daemon, found: BTreeMap<DiskUuid, Probe>) {
         }
     }
     for (disk, text) in moved {
-        daemon.event(
-            "DiskMoved",
-            About {
-                disk: Some(disk),
-                ..About::default()
-            },
-            text,
-        );
+        daemon.event("DiskMoved", About::disk(disk), text);
     }
     daemon.live().probes = found;
 }
@@ -184,15 +227,20 @@ fn groups_to_start(daemon: &Daemon) -> Vec<GroupUuid> {
             .group(group)
             .is_some_and(|g| g.stopped_in.as_ref() == Some(&boot))
     };
-    let on_disk = live
-        .probes
-        .values()
-        .filter_map(|p| p.label.as_ref())
-        .filter(|l| !l.deleted);
-    let groups: BTreeSet<GroupUuid> = on_disk.map(|label| label.group).collect();
-    groups
+    let mut newest: BTreeMap<GroupUuid, &Label> = BTreeMap::new();
+    for label in live.probes.values().filter_map(|p| p.label.as_ref()) {
+        let place = newest.entry(label.group).or_insert(label);
+        if label.generation > place.generation {
+            *place = label;
+        }
+    }
+    // A disk that was away when its group was deleted does not bring it back.
+    newest
         .into_iter()
-        .filter(|g| !g.is_nil() && !live.groups.contains_key(g) && !by_hand(*g))
+        .filter(|(group, label)| !group.is_nil() && !label.deleted)
+        .map(|(group, _)| group)
+        .filter(|group| !live.groups.contains_key(group) && !by_hand(*group))
+        .filter(|group| !live.quarantined.contains_key(group))
         .collect()
 }
 
@@ -228,6 +276,16 @@ pub struct Held {
 
 /// Starts every group that should be up, but for those `held`; adds those whose disks are all held.
 pub async fn start_groups(daemon: &Daemon, held: &mut Vec<Held>) {
+    // One that was up is served by EIO; one that never came up is not tried a third time.
+    let quarantined = daemon.live().quarantined.clone();
+    for (group, why) in quarantined {
+        if !daemon.live().groups.contains_key(&group) {
+            let name = daemon.tables().group(group).map(|g| g.name_seen.clone());
+            let action = crate::text::again(&name.unwrap_or(group.to_string()));
+            let problem = Problem { why, action };
+            daemon.live().problems.insert(group, problem);
+        }
+    }
     for group in groups_to_start(daemon) {
         if held.iter().all(|one| one.group != group) {
             let members = members_of(daemon, group);
@@ -287,6 +345,15 @@ pub async fn recover_groups(daemon: &Daemon, were_up: &mut Vec<GroupStatus>) -> 
     let mut held = Vec::new();
     for group in std::mem::take(were_up) {
         let uuid = group.group;
+        let quarantined = daemon.live().quarantined.get(&uuid).cloned();
+        if let Some(why) = quarantined {
+            match quarantine(daemon, group.clone(), why).await {
+                Err(error) if error.kind == ErrorKind::Unreachable => were_up.push(group),
+                Err(error) => not_started(daemon, uuid, &error),
+                Ok(()) => {}
+            }
+            continue;
+        }
         let members: Vec<MemberSpec> = {
             let tables = daemon.tables();
             group
@@ -317,6 +384,24 @@ pub async fn recover_groups(daemon: &Daemon, were_up: &mut Vec<GroupStatus>) -> 
     held
 }
 
+/// Has the devices of a group answer EIO; its members are not opened.
+async fn quarantine(daemon: &Daemon, group: GroupStatus, why: String) -> Result<(), ApiError> {
+    let seen = GroupStatus {
+        state: GroupState::Quarantined,
+        reason: why,
+        sync: None,
+        ..group
+    };
+    let request = TargetRequest::GroupQuarantine {
+        seen: Box::new(seen),
+        ublk_devices: ublk_devices(),
+    };
+    match daemon.ask(&request, Vec::new()).await? {
+        TargetAnswer::Group { group } => daemon.absorb_group(*group).await,
+        other => Err(unexpected(&other)),
+    }
+}
+
 /// Looks again at what these disks carry; whoever destroys or hands out a disk asks this first.
 ///
 /// # Errors  ublk-target does not answer
@@ -337,17 +422,30 @@ pub async fn look_again(daemon: &Daemon, disks: &[DiskSave]) -> Result<(), ApiEr
 }
 
 fn not_started(daemon: &Daemon, group: GroupUuid, error: &ApiError) {
-    let why = std::iter::once(&error.message).chain(&error.causes);
-    let why = why.map(String::as_str).collect::<Vec<_>>().join(": ");
-    daemon.event(
-        "GroupNotStarted",
-        About {
-            group: Some(group),
-            ..About::default()
-        },
-        why.clone(),
-    );
-    daemon.live().problems.insert(group, why);
+    let problem = Problem::from(error);
+    let about = About::group(group);
+    daemon.event("GroupNotStarted", about, problem.why.clone());
+    daemon.live().problems.insert(group, problem);
+}
+
+/// Opens the in-flight log of a group.
+///
+/// # Errors  `Failed`, with what to type
+pub fn inflight(daemon: &Daemon, group: GroupUuid) -> Result<OwnedFd, ApiError> {
+    let dir = &daemon.config.run_dir;
+    open_inflight(dir, group).map_err(|e| {
+        let hint = if e.kind() == std::io::ErrorKind::Unsupported {
+            format!(
+                "mount -t tmpfs tmpfs {0}/inflight, or start mgmtd with /run on tmpfs",
+                dir.display()
+            )
+        } else {
+            format!("df {}", dir.display())
+        };
+        ApiError::new(ErrorKind::Failed, "the in-flight log cannot be opened")
+            .because(e.to_string())
+            .hint(hint)
+    })
 }
 
 /// Starts one group (steps 3 and 4).
@@ -379,11 +477,7 @@ pub async fn start_group(
                 .hint("lunar disk list; lunar events"),
         );
     }
-    fds.push(open_inflight(&daemon.config.run_dir, group).map_err(|e| {
-        ApiError::new(ErrorKind::Failed, "the in-flight log cannot be opened")
-            .because(e.to_string())
-            .hint(format!("df {}", daemon.config.run_dir.display()))
-    })?);
+    fds.push(inflight(daemon, group)?);
     let (witness, rates) = {
         let tables = daemon.tables();
         let row = tables.group(group);
@@ -401,7 +495,8 @@ pub async fn start_group(
         witness,
         without,
     };
-    let answer = daemon.ask(&start, fds).await?;
+    let answer = daemon.ask(&start, fds).await;
+    let answer = answer.map_err(|error| by_name(daemon, group, error))?;
     let TargetAnswer::Group { group: status } = answer else {
         return Err(unexpected(&answer));
     };
@@ -418,10 +513,11 @@ pub async fn start_group(
 }
 
 /// Members as far as they could be opened.
-#[derive(Default)]
-struct OpenedMembers {
-    specs: Vec<MemberSpec>,
-    fds: Vec<OwnedFd>,
+#[derive(Debug, Default)]
+pub struct OpenedMembers {
+    pub specs: Vec<MemberSpec>,
+    /// Of `specs`, in this order.
+    pub fds: Vec<OwnedFd>,
     without: Vec<DiskUuid>,
     /// How many of `without` somebody else holds.
     busy: usize,
@@ -434,8 +530,19 @@ impl OpenedMembers {
     }
 }
 
+/// ublk-target knows a group that it refuses by its identity only; people know its name.
+fn by_name(daemon: &Daemon, group: GroupUuid, mut error: ApiError) -> ApiError {
+    let name = daemon.tables().group(group).map(|g| g.name_seen.clone());
+    let (uuid, name) = (group.to_string(), name.unwrap_or(group.to_string()));
+    error.message = error.message.replace(&uuid, &name);
+    for text in error.causes.iter_mut().chain(&mut error.hint) {
+        *text = text.replace(&uuid, &name);
+    }
+    error
+}
+
 /// Opens members side by side; those that do not open in time are named and left out.
-async fn open_members(
+pub async fn open_members(
     daemon: &Daemon,
     group: GroupUuid,
     members: Vec<MemberSpec>,

@@ -12,13 +12,14 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use lunar_api::target::{
-    Features, GroupStatus, LuStatus, Probe, TARGET_API, TargetAnswer, TargetRequest, Witness,
+    Features, GroupState, GroupStatus, LuStatus, Probe, TARGET_API, TargetAnswer, TargetRequest,
+    Witness,
 };
 use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid, LuUuid};
 
 use crate::limits::{CALL_LIMIT, INTENT_LIMIT, STATUS_LIMIT};
 use crate::link::{Link, unexpected};
-use crate::store::Store;
+use crate::store::{self, Store};
 use crate::tables::{EventSave, Tables};
 use crate::{devnodes, jobs, probe};
 
@@ -40,8 +41,30 @@ pub struct Live {
     pub target_pid: Option<u32>,
     /// What the disks carried when they were last probed.
     pub probes: BTreeMap<DiskUuid, Probe>,
+    /// Paths that could not be read when they were last probed, and why.
+    pub bad_paths: BTreeMap<String, String>,
+    /// Groups that ublk-target crashes by, and how.
+    pub quarantined: BTreeMap<GroupUuid, String>,
     /// Why a group is not started.
-    pub problems: BTreeMap<GroupUuid, String>,
+    pub problems: BTreeMap<GroupUuid, Problem>,
+}
+
+/// Why a group is not started.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Problem {
+    pub why: String,
+    /// What to type about it; empty: a plain start.
+    pub action: String,
+}
+
+impl From<&ApiError> for Problem {
+    fn from(error: &ApiError) -> Self {
+        let why = std::iter::once(&error.message).chain(&error.causes);
+        Self {
+            why: why.map(String::as_str).collect::<Vec<_>>().join(": "),
+            action: error.hint.clone().unwrap_or_default(),
+        }
+    }
 }
 
 /// Whom an event is about.
@@ -50,6 +73,24 @@ pub struct About {
     pub group: Option<GroupUuid>,
     pub disk: Option<DiskUuid>,
     pub lu: Option<LuUuid>,
+}
+
+impl About {
+    /// About a group.
+    pub fn group(group: GroupUuid) -> Self {
+        Self {
+            group: Some(group),
+            ..Self::default()
+        }
+    }
+
+    /// About a disk.
+    pub fn disk(disk: DiskUuid) -> Self {
+        Self {
+            disk: Some(disk),
+            ..Self::default()
+        }
+    }
 }
 
 /// The daemon.
@@ -67,6 +108,8 @@ pub struct Daemon {
     pub rang: tokio::sync::Notify,
     /// `lunar shutdown` has begun: a death of ublk-target is no failure.
     pub stopping: AtomicBool,
+    /// Groups are being brought back after a death: those that are not yet keep their device links.
+    pub recovering: AtomicBool,
     /// Rings when all has been stopped.
     pub stopped: tokio::sync::Notify,
     /// Rings when the client that asked for the shutdown has its answer.
@@ -87,6 +130,7 @@ impl Daemon {
             reading: tokio::sync::Mutex::default(),
             rang: tokio::sync::Notify::new(),
             stopping: AtomicBool::new(false),
+            recovering: AtomicBool::new(false),
             stopped: tokio::sync::Notify::new(),
             told: tokio::sync::Notify::new(),
         })
@@ -128,17 +172,24 @@ impl Daemon {
         if writes.is_empty() {
             return Ok(());
         }
-        let store = self.store.clone();
-        let result = tokio::task::spawn_blocking(move || store.write(&writes)).await;
-        let failed = |why: String| {
-            ApiError::new(ErrorKind::Failed, "the tables could not be saved")
-                .because(why)
-                .hint(format!("df {}", self.config.state_dir.display()))
+        let (store, rows) = (self.store.clone(), writes.clone());
+        let result = tokio::task::spawn_blocking(move || store.write(&rows)).await;
+        let result = match result {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(error)) => store::one_line(&error),
+            Err(error) => error.to_string(),
         };
-        result.map_err(|e| failed(e.to_string()))?.map_err(|e| {
-            let source = std::error::Error::source(&e).map(ToString::to_string);
-            failed(format!("{e}: {}", source.unwrap_or_default()))
-        })
+        // They are kept and go with the next: what was done stays done, and the data path needs none of it.
+        self.tables().put_back(writes);
+        let dir = self.config.state_dir.display();
+        Err(
+            ApiError::new(ErrorKind::Failed, "the tables could not be saved")
+                .because(result)
+                .because(
+                    "what the command did is done; it is saved with the next change that can be",
+                )
+                .hint(format!("df {dir}; then: lunar status")),
+        )
     }
 
     /// Records an event; it becomes durable with the next `save`.
@@ -254,6 +305,11 @@ impl Daemon {
             let mut live = self.live();
             live.features = features;
             live.groups = groups.into_iter().map(|g| (g.group, g)).collect();
+            let quarantined = |g: &&GroupStatus| g.state == GroupState::Quarantined;
+            let known: Vec<_> = live.groups.values().filter(quarantined).cloned().collect();
+            for group in known {
+                live.quarantined.insert(group.group, group.reason);
+            }
         }
         self.absorb().await
     }
@@ -287,6 +343,10 @@ impl Daemon {
     }
 
     fn sync_nodes(&self) {
+        // Devices come back under their numbers: a link taken away meanwhile would fail whoever opens it.
+        if self.recovering.load(Ordering::Relaxed) {
+            return;
+        }
         let want = self
             .lus()
             .into_iter()

@@ -19,6 +19,7 @@ pub mod notify;
 pub mod opener;
 pub mod planner;
 pub mod probe;
+pub mod quarantine;
 pub mod server;
 pub mod signature;
 pub mod store;

@@ -8,6 +8,8 @@ pub const CALL_LIMIT: Duration = Duration::from_secs(60);
 pub const STATUS_LIMIT: Duration = Duration::from_secs(10);
 /// Longest wait for a dead process's I/O to let go of a disk (design.md §3).
 pub const REOPEN_LIMIT: Duration = Duration::from_secs(30);
+/// Longest wait for a disk to open for a look; a sick one is then named and left out.
+pub const OPEN_LIMIT: Duration = Duration::from_secs(10);
 /// Pause between two tries to open a disk exclusively.
 pub const REOPEN_PAUSE: Duration = Duration::from_millis(20);
 /// Pause between two looks whether a group's disks, all held, are let go of.
@@ -38,10 +40,16 @@ pub const PATHS_MAX: usize = 128;
 pub const SEARCH_MAX: usize = 1024;
 /// Events kept.
 pub const EVENTS_MAX: usize = 5000;
+/// Rows kept for later when the state directory takes none.
+pub const WRITES_MAX: usize = 10_000;
 /// Ended jobs kept.
 pub const JOBS_MAX: usize = 500;
 /// Deaths of ublk-target in a minute before restarts are slowed down.
 pub const DEATHS_MAX: usize = 5;
+/// Crashes in one group within [`CRASH_WINDOW`] that quarantine it.
+pub const CRASHES_MAX: usize = 2;
+/// How long a crash counts.
+pub const CRASH_WINDOW: Duration = Duration::from_secs(60);
 /// Longest pause before a restart.
 pub const BACKOFF_MAX: Duration = Duration::from_secs(60);
 /// Most requests in flight of a LU (ublk's limit is 4096).

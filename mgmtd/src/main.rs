@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use lunar_api::SystemUuid;
 use mgmtd::daemon::{Config, Daemon};
-use mgmtd::store::Store;
+use mgmtd::store::{self, Store};
 use mgmtd::{holders, notify, probe, server, supervisor};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -83,17 +83,32 @@ async fn run(args: Args) -> Result<(), String> {
         format!("{what}: {e}{source}")
     };
     std::fs::create_dir_all(&config.run_dir).map_err(|e| say("run directory", &e))?;
-    std::fs::create_dir_all(&config.state_dir).map_err(|e| say("state directory", &e))?;
+    std::fs::create_dir_all(&config.state_dir).map_err(|e| {
+        let dir = config.state_dir.display();
+        format!("state directory {dir}: {e}\nTry: mgmtd --state-dir DIR, as root, on a writable file system")
+    })?;
     if let Some(lu) = holders::lies_on_ublk(&config.state_dir) {
         let dir = config.state_dir.display();
         return Err(format!(
-            "{dir} lies on {lu}, a LU of Lunar itself. Try: mgmtd --state-dir DIR elsewhere"
+            "{dir} lies on {lu}, a LU of Lunar itself\nTry: mgmtd --state-dir DIR elsewhere"
         ));
     }
     let fresh = SystemUuid::from_bytes(probe::random().map_err(|e| say("random numbers", &e))?);
-    let (store, tables) = Store::open(&config.state_dir, fresh).map_err(|e| say("tables", &e))?;
-    let listener = server::listen(&config.socket)
-        .map_err(|e| say(&config.socket.display().to_string(), &e))?;
+    let dir = &config.state_dir;
+    let (store, tables) = Store::open(dir, fresh).map_err(|e| {
+        let held = holders::openers(&dir.join(store::FILE).display().to_string()).join("; ");
+        let held = if held.is_empty() {
+            held
+        } else {
+            format!(" ({held})")
+        };
+        let what = store::one_line(&e);
+        format!("tables: {what}{held}\nTry: {}", store::advice(&e, dir))
+    })?;
+    let listener = server::listen(&config.socket).map_err(|e| {
+        let at = config.socket.display();
+        format!("{at}: {e}\nTry: lunar status; to run a second system: mgmtd --system N")
+    })?;
     let socket = config.socket.clone();
     let daemon = Daemon::new(config, store, tables);
     let mut term = signal(SignalKind::terminate()).map_err(|e| say("signals", &e))?;

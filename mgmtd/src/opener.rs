@@ -76,12 +76,25 @@ pub async fn open_patiently(path: &Path, limit: Duration) -> io::Result<OwnedFd>
     }
 }
 
+/// The in-flight log is memory: on a disk every request would wait for it, and after a power loss an old one would be
+/// taken for the truth.
+fn check_tmpfs(dir: &Path) -> io::Result<()> {
+    let kind = nix::sys::statfs::statfs(dir)?.filesystem_type();
+    // TMPFS_MAGIC, RAMFS_MAGIC.
+    if [0x0102_1994, 0x8584_58f6].contains(&kind.0) {
+        return Ok(());
+    }
+    let what = format!("{} is not on tmpfs", dir.display());
+    Err(io::Error::new(io::ErrorKind::Unsupported, what))
+}
+
 /// Opens the in-flight log of a group, on tmpfs.
 ///
-/// # Errors  the run directory is not there
+/// # Errors  the run directory is not there, or not on tmpfs
 pub fn open_inflight(run_dir: &Path, group: lunar_api::GroupUuid) -> io::Result<OwnedFd> {
     let dir = run_dir.join("inflight");
     std::fs::create_dir_all(&dir)?;
+    check_tmpfs(&dir)?;
     let mut options = OpenOptions::new();
     options
         .read(true)

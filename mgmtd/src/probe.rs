@@ -110,11 +110,13 @@ pub fn candidates(known: &[PathBuf]) -> Vec<PathBuf> {
             continue;
         }
         for part in names(&format!("/sys/block/{disk}")) {
-            if part.starts_with(&disk) {
+            if part.starts_with(&disk) && !is_below(&format!("/sys/block/{disk}/{part}")) {
                 add_block(&mut out, &part, &format!("/sys/block/{disk}/{part}/size"));
             }
         }
-        add_block(&mut out, &disk, &format!("/sys/block/{disk}/size"));
+        if !is_below(&format!("/sys/block/{disk}")) {
+            add_block(&mut out, &disk, &format!("/sys/block/{disk}/size"));
+        }
     }
     let directories: BTreeSet<&Path> = known
         .iter()
@@ -135,6 +137,11 @@ pub fn candidates(known: &[PathBuf]) -> Vec<PathBuf> {
         }
     }
     out.into_iter().collect()
+}
+
+/// Something is stacked on it: it shows the same superblock as what stands on it, and cannot be opened exclusively.
+fn is_below(sys: &str) -> bool {
+    !names(&format!("{sys}/holders")).is_empty()
 }
 
 fn add_block(out: &mut BTreeSet<PathBuf>, name: &str, size: &str) {

@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use lunar_api::mgmt::CALL_MAX;
 use lunar_api::{ApiError, ErrorKind};
+use nix::sys::socket::{getsockopt, sockopt};
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
@@ -28,11 +29,11 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
     if let Some(parent) = path.parent() {
         std::fs::create_dir_all(parent)?;
     }
-    if std::os::unix::net::UnixStream::connect(path).is_ok() {
-        return Err(io::Error::new(
-            io::ErrorKind::AddrInUse,
-            "another mgmtd serves it",
-        ));
+    if let Ok(other) = std::os::unix::net::UnixStream::connect(path) {
+        let peer = getsockopt(&other, sockopt::PeerCredentials);
+        let pid = peer.map_or(String::new(), |peer| format!(", process {}", peer.pid()));
+        let what = format!("another mgmtd serves it{pid}");
+        return Err(io::Error::new(io::ErrorKind::AddrInUse, what));
     }
     match std::fs::remove_file(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),

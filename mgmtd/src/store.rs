@@ -5,7 +5,7 @@
 //! reads the disks first and corrects the rows from them, so a lost row costs a number, never data.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use lunar_api::SystemUuid;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
@@ -42,6 +42,12 @@ pub enum StoreError {
         #[source]
         source: std::io::Error,
     },
+    #[error("the identity of the system in {path}")]
+    Identity {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("a transaction failed")]
     Transaction(#[source] Box<redb::TransactionError>),
     #[error("a table failed")]
@@ -64,7 +70,70 @@ pub enum StoreError {
 /// The open store.
 #[derive(Debug, Clone)]
 pub struct Store {
-    db: Arc<Database>,
+    path: PathBuf,
+    /// None: an error closed it, and it is opened again by the next write.
+    db: Arc<Mutex<Option<Database>>>,
+}
+
+/// An error and its causes in one line.
+pub fn one_line(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let more = cause.to_string();
+        if !text.contains(&more) {
+            text += &format!(": {more}");
+        }
+        source = cause.source();
+    }
+    text
+}
+
+/// Name of the file in the state directory.
+pub const FILE: &str = "lunar.redb";
+/// Beside it: the identity of the system, so that the disks are still ours when the tables are lost.
+const IDENTITY: &str = "system";
+
+/// What a person does about a store that does not open.
+pub fn advice(error: &StoreError, dir: &Path) -> String {
+    let path = dir.join(FILE);
+    let at = path.display();
+    let io = |e: &redb::StorageError| match e {
+        redb::StorageError::Io(e) => Some(e.kind()),
+        _ => None,
+    };
+    let damaged = format!(
+        "mv {at} {at}.bad, then start mgmtd again: groups and LUs come back from the disks, with new numbers; \
+         jobs and events are lost"
+    );
+    let kind = match error {
+        StoreError::Open { source, .. } => match source {
+            redb::DatabaseError::DatabaseAlreadyOpen => {
+                return "end the other mgmtd, or give this one another --state-dir and --system"
+                    .into();
+            }
+            redb::DatabaseError::Storage(e) => io(e),
+            _ => None,
+        },
+        StoreError::Directory { source, .. } | StoreError::Identity { source, .. } => {
+            Some(source.kind())
+        }
+        StoreError::Storage(e) => io(e),
+        StoreError::Version { .. } => return "the mgmtd of that version".into(),
+        _ => None,
+    };
+    match kind {
+        Some(std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded) => {
+            format!("make room: df {}", dir.display())
+        }
+        Some(std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem) => {
+            format!(
+                "run mgmtd as root on a writable directory: ls -ld {}",
+                dir.display()
+            )
+        }
+        _ => damaged,
+    }
 }
 
 impl Store {
@@ -77,10 +146,15 @@ impl Store {
             source,
         };
         std::fs::create_dir_all(dir).map_err(at)?;
-        let path = dir.join("lunar.redb");
-        let db = Database::create(&path).map_err(|source| StoreError::Open { path, source })?;
-        let store = Self { db: Arc::new(db) };
-        let system = store.meta(fresh)?;
+        let path = dir.join(FILE);
+        let db = open(&path)?;
+        let fresh = identity(dir)?.unwrap_or(fresh);
+        let system = meta(&db, fresh)?;
+        keep_identity(dir, system)?;
+        let store = Self {
+            path,
+            db: Arc::new(Mutex::new(Some(db))),
+        };
         let mut tables = Tables::default();
         tables.system = system;
         store.read(Kind::Disks, |n, row| {
@@ -99,37 +173,8 @@ impl Store {
         Ok((store, tables))
     }
 
-    fn meta(&self, fresh: SystemUuid) -> Result<SystemUuid, StoreError> {
-        let txn = self
-            .db
-            .begin_write()
-            .map_err(|e| StoreError::Transaction(Box::new(e)))?;
-        let mut system = fresh;
-        {
-            let mut meta = txn.open_table(META).map_err(StoreError::Table)?;
-            let version = get(&meta, "version")?;
-            match version {
-                None => put(&mut meta, "version", VERSION)?,
-                Some(found) if found != VERSION => return Err(StoreError::Version { found }),
-                Some(_) => {}
-            }
-            match get(&meta, "system")?.and_then(|text| text.parse().ok()) {
-                Some(known) => system = known,
-                None => put(&mut meta, "system", &fresh.to_string())?,
-            }
-            for kind in [
-                Kind::Disks,
-                Kind::Groups,
-                Kind::Lus,
-                Kind::Jobs,
-                Kind::Events,
-            ] {
-                txn.open_table(definition(kind))
-                    .map_err(StoreError::Table)?;
-            }
-        }
-        txn.commit().map_err(StoreError::Commit)?;
-        Ok(system)
+    fn closed() -> StoreError {
+        StoreError::Storage(redb::StorageError::Corrupted("it is closed".into()))
     }
 
     fn read<T: DeserializeOwned>(
@@ -137,8 +182,10 @@ impl Store {
         kind: Kind,
         mut each: impl FnMut(u32, T),
     ) -> Result<(), StoreError> {
-        let txn = self
-            .db
+        let db = self.db.lock().unwrap_or_else(PoisonError::into_inner);
+        let txn = db
+            .as_ref()
+            .ok_or_else(Self::closed)?
             .begin_read()
             .map_err(|e| StoreError::Transaction(Box::new(e)))?;
         let table = txn
@@ -163,8 +210,19 @@ impl Store {
         if writes.is_empty() {
             return Ok(());
         }
-        let txn = self
-            .db
+        let mut place = self.db.lock().unwrap_or_else(PoisonError::into_inner);
+        let db = match place.take() {
+            Some(db) => db,
+            None => open(&self.path)?,
+        };
+        Self::commit(&db, writes)?;
+        // Only now: after an error it takes nothing more until it is opened anew.
+        *place = Some(db);
+        Ok(())
+    }
+
+    fn commit(db: &Database, writes: &[Write]) -> Result<(), StoreError> {
+        let txn = db
             .begin_write()
             .map_err(|e| StoreError::Transaction(Box::new(e)))?;
         for write in writes {
@@ -179,6 +237,74 @@ impl Store {
         }
         txn.commit().map_err(StoreError::Commit)
     }
+}
+
+fn open(path: &Path) -> Result<Database, StoreError> {
+    Database::create(path).map_err(|source| StoreError::Open {
+        path: path.into(),
+        source,
+    })
+}
+
+fn identity(dir: &Path) -> Result<Option<SystemUuid>, StoreError> {
+    let path = dir.join(IDENTITY);
+    match std::fs::read_to_string(&path) {
+        Ok(text) => Ok(text.trim().parse().ok()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(StoreError::Identity { path, source }),
+    }
+}
+
+/// # Crash  a new file beside, durable, then renamed, then the directory: the old one or the new one is there
+fn keep_identity(dir: &Path, system: SystemUuid) -> Result<(), StoreError> {
+    if identity(dir)? == Some(system) {
+        return Ok(());
+    }
+    let path = dir.join(IDENTITY);
+    let new = dir.join("system.new");
+    let write = || {
+        let mut file = std::fs::File::create(&new)?;
+        std::io::Write::write_all(&mut file, format!("{system}\n").as_bytes())?;
+        file.sync_all()?;
+        std::fs::rename(&new, &path)?;
+        std::fs::File::open(dir)?.sync_all()
+    };
+    write().map_err(|source| StoreError::Identity {
+        path: path.clone(),
+        source,
+    })
+}
+
+fn meta(db: &Database, fresh: SystemUuid) -> Result<SystemUuid, StoreError> {
+    let txn = db
+        .begin_write()
+        .map_err(|e| StoreError::Transaction(Box::new(e)))?;
+    let mut system = fresh;
+    {
+        let mut meta = txn.open_table(META).map_err(StoreError::Table)?;
+        let version = get(&meta, "version")?;
+        match version {
+            None => put(&mut meta, "version", VERSION)?,
+            Some(found) if found != VERSION => return Err(StoreError::Version { found }),
+            Some(_) => {}
+        }
+        match get(&meta, "system")?.and_then(|text| text.parse().ok()) {
+            Some(known) => system = known,
+            None => put(&mut meta, "system", &fresh.to_string())?,
+        }
+        for kind in [
+            Kind::Disks,
+            Kind::Groups,
+            Kind::Lus,
+            Kind::Jobs,
+            Kind::Events,
+        ] {
+            txn.open_table(definition(kind))
+                .map_err(StoreError::Table)?;
+        }
+    }
+    txn.commit().map_err(StoreError::Commit)?;
+    Ok(system)
 }
 
 fn get(
@@ -220,6 +346,34 @@ mod tests {
         assert_eq!(again.system, first);
         assert_eq!(again.groups, tables.groups);
         assert!(again.lus.is_empty());
+        // The tables are lost, the disks are still ours.
+        drop(again);
+        std::fs::remove_file(dir.join(FILE)).unwrap();
+        let (_, anew) = Store::open(&dir, SystemUuid::from_bytes([8; 16])).unwrap();
+        assert_eq!((anew.system, anew.groups.len()), (first, 0));
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn open_of_a_damaged_file_says_what_to_do() {
+        let dir = std::env::temp_dir().join(format!("lunar-damaged-{}", std::process::id()));
+        let system = SystemUuid::from_bytes([7; 16]);
+        drop(Store::open(&dir, system).unwrap());
+        let whole = std::fs::read(dir.join(FILE)).unwrap();
+        for len in [1, 100, 4096, whole.len() / 2] {
+            std::fs::write(dir.join(FILE), &whole[..len]).unwrap();
+            let error = Store::open(&dir, system).unwrap_err();
+            let advice = advice(&error, &dir);
+            assert!(
+                advice.starts_with("mv ") && advice.contains("disks"),
+                "{len}: {advice}"
+            );
+        }
+        std::fs::write(dir.join(FILE), &whole).unwrap();
+        let held = Store::open(&dir, system).unwrap();
+        let error = Store::open(&dir, system).unwrap_err();
+        assert!(advice(&error, &dir).contains("other mgmtd"), "{error}");
+        drop(held);
         std::fs::remove_dir_all(&dir).unwrap();
     }
 }

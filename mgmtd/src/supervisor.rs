@@ -8,6 +8,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use lunar_api::target::{GroupStatus, TargetAnswer, TargetRequest};
@@ -19,6 +20,7 @@ use tokio::sync::oneshot;
 
 use crate::daemon::{About, Daemon};
 use crate::limits::{BACKOFF_MAX, DEATHS_MAX, START_LIMIT, STATUS_LIMIT};
+use crate::quarantine::{self, Crashes};
 use crate::{boot, notify};
 
 /// Own cgroup (best effort, version 2 only: elsewhere that path is a plain directory), listening socket from 0 to 3, then exec: what cannot be done between fork and
@@ -40,9 +42,10 @@ struct Running {
 pub async fn supervise(daemon: Arc<Daemon>) {
     let mut deaths: Vec<Instant> = Vec::new();
     let mut first = true;
+    let mut crashes = Crashes::default();
     let mut were_up = Vec::new();
     loop {
-        let up = bring_up(&daemon, first, &mut were_up).await;
+        let up = bring_up(&daemon, first, &mut were_up, &mut crashes).await;
         match up {
             Ok(mut running) => {
                 first = false;
@@ -79,6 +82,8 @@ async fn died(daemon: &Daemon, running: &mut Running, were_up: &mut Vec<GroupSta
         },
         None => "ended".into(),
     };
+    let recovering = !daemon.is_stopping();
+    daemon.recovering.store(recovering, Ordering::Relaxed);
     // Taken before the next one answers: a read verb would find it without groups and forget them.
     were_up.extend(std::mem::take(&mut daemon.live().groups).into_values());
     daemon.disconnect().await;
@@ -98,6 +103,7 @@ async fn bring_up(
     daemon: &Arc<Daemon>,
     first: bool,
     were_up: &mut Vec<GroupStatus>,
+    crashes: &mut Crashes,
 ) -> io::Result<Running> {
     // A recovery waits for no change: I/O stands still, and no change touches members of groups that were up.
     let turn = if first {
@@ -108,7 +114,10 @@ async fn bring_up(
     let adopted = if first { adopt(daemon).await? } else { None };
     let running = match adopted {
         Some(running) => running,
-        None => start(daemon).await?,
+        None => {
+            count_crashes(daemon, crashes);
+            start(daemon).await?
+        }
     };
     let mut held = Vec::new();
     let result = async {
@@ -119,6 +128,10 @@ async fn bring_up(
             held = boot::recover_groups(daemon, were_up).await;
         }
         boot::start_groups(daemon, &mut held).await;
+        // Unless it died again in the middle.
+        if were_up.is_empty() {
+            daemon.recovering.store(false, Ordering::Relaxed);
+        }
         daemon.refresh().await
     };
     if let Err(error) = result.await {
@@ -136,6 +149,19 @@ async fn bring_up(
         tokio::spawn(boot::start_held(daemon.clone(), held));
     }
     Ok(running)
+}
+
+/// Learns from what the last ublk-target left whether a group made it crash.
+fn count_crashes(daemon: &Daemon, crashes: &mut Crashes) {
+    for crash in quarantine::take(&daemon.config.run_dir) {
+        let about = About::group(crash.group);
+        let what = format!("ublk-target crashed: {}", quarantine::describe(&crash));
+        daemon.event("TargetCrashed", about, what);
+        if let Some(why) = crashes.count(&crash, Instant::now()) {
+            daemon.event("GroupQuarantined", about, why.clone());
+            daemon.live().quarantined.insert(crash.group, why);
+        }
+    }
 }
 
 fn ready(daemon: &Daemon) {

@@ -10,7 +10,7 @@ use lunar_api::target::Witness;
 use lunar_api::{DiskUuid, GroupUuid, LuUuid, SystemUuid};
 use serde::{Deserialize, Serialize};
 
-use crate::limits::{EVENTS_MAX, JOBS_MAX};
+use crate::limits::{EVENTS_MAX, JOBS_MAX, WRITES_MAX};
 
 /// Tables of the store, by name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -146,6 +146,21 @@ impl Tables {
         std::mem::take(&mut self.writes)
     }
 
+    /// Takes back what could not be made durable, before what came since.
+    pub fn put_back(&mut self, mut writes: Vec<Write>) {
+        writes.append(&mut self.writes);
+        // The newest of a row is all that counts, and a store that stays broken must not fill the memory.
+        let mut kept: Vec<Write> = Vec::new();
+        for write in writes.into_iter().rev() {
+            let same = |k: &Write| (k.kind, k.key) == (write.kind, write.key);
+            if kept.len() < WRITES_MAX && !kept.iter().any(same) {
+                kept.push(write);
+            }
+        }
+        kept.reverse();
+        self.writes = kept;
+    }
+
     /// Returns the lowest number above every one in use: numbers in use never change.
     pub fn next_disk(&self) -> u32 {
         self.disks.keys().last().map_or(1, |n| n + 1)
@@ -183,7 +198,12 @@ impl Tables {
             rebuild_min: None,
             rebuild_max: None,
         });
-        row.name_seen = name.to_string();
+        // Superblocks do not say it: the name comes when the group starts.
+        if !name.is_empty() {
+            row.name_seen = name.to_string();
+        } else if row.name_seen.is_empty() {
+            row.name_seen = format!("group-{:.8}", uuid.to_string());
+        }
         let number = row.number;
         self.put_group(row);
         number
@@ -252,6 +272,20 @@ mod tests {
     }
 
     #[test]
+    fn put_back_keeps_the_newest_of_each_row() {
+        let mut tables = Tables::default();
+        tables.number_group(GroupUuid::from_bytes([1; 16]), "a");
+        let failed = tables.take_writes();
+        tables.number_group(GroupUuid::from_bytes([1; 16]), "b");
+        tables.number_group(GroupUuid::from_bytes([2; 16]), "c");
+        tables.put_back(failed);
+        let writes = tables.take_writes();
+        let values: Vec<_> = writes.iter().filter_map(|w| w.value.clone()).collect();
+        assert_eq!(values.len(), 2);
+        assert!(values[0].contains("\"b\"") && values[1].contains("\"c\""));
+    }
+
+    #[test]
     fn number_group_keeps_the_number() {
         let mut tables = Tables::default();
         let id = GroupUuid::from_bytes([1; 16]);
@@ -259,5 +293,9 @@ mod tests {
         assert_eq!(tables.number_group(id, "b"), 1);
         assert_eq!(tables.number_group(GroupUuid::from_bytes([2; 16]), "c"), 2);
         assert_eq!(tables.groups[&1].name_seen, "b");
+        tables.number_group(id, "");
+        assert_eq!(tables.groups[&1].name_seen, "b");
+        let third = tables.number_group(GroupUuid::from_bytes([3; 16]), "");
+        assert_eq!(tables.groups[&third].name_seen, "group-03030303");
     }
 }

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use lunar_api::rows::{
     DiskState, GroupHealth, Health, LuHealth, MemberHealth, StatusData, StatusReply,
 };
-use lunar_api::target::{GroupState, GroupStatus, Level, SyncAction, SyncStatus};
+use lunar_api::target::{GroupState, GroupStatus, Level, MemberState, SyncAction, SyncStatus};
 use lunar_api::units::format_size;
 
 use crate::tables::GroupSave;
@@ -58,6 +58,14 @@ pub fn status(
             disk.path
         );
     }
+    let bad_disks = view.bad_disks();
+    for bad in &bad_disks {
+        let _ = writeln!(
+            text,
+            "disk {} ({}) {}. Repair it, or see: lunar disk show {}",
+            bad.disk, bad.path, bad.problem, bad.disk
+        );
+    }
     for note in &view.live.features.notes {
         let _ = writeln!(text, "  note: {note}");
     }
@@ -84,6 +92,7 @@ pub fn status(
             features,
             groups,
             disks,
+            bad_disks,
         },
     }
 }
@@ -94,7 +103,7 @@ fn health_of(group: &GroupHealth) -> Health {
         .iter()
         .any(|lu| lu.device.is_none() || !lu.problem.is_empty());
     match group.state {
-        GroupState::Failed | GroupState::Stopped => Health::NoService,
+        GroupState::Failed | GroupState::Stopped | GroupState::Quarantined => Health::NoService,
         _ if lu_down => Health::NoService,
         GroupState::Degraded => Health::Degraded,
         GroupState::Optimal => Health::Optimal,
@@ -103,22 +112,14 @@ fn health_of(group: &GroupHealth) -> Health {
 
 fn group_health(view: &View, save: &GroupSave) -> GroupHealth {
     let show = view.group_show(save);
-    let live = view.live.groups.get(&save.uuid);
-    let members = live
-        .map(|g| g.members.iter())
-        .into_iter()
-        .flatten()
-        .map(|m| {
-            let disk = view.tables.disk(m.disk);
-            MemberHealth {
-                slot: m.slot,
-                disk: disk.map(|d| d.number),
-                path: disk.map_or(m.path.clone(), |d| d.path.clone()),
-                state: member_state(m.state),
-                read_errors: m.read_errors,
-                write_errors: m.write_errors,
-            }
-        });
+    let members = show.members.iter().map(|m| MemberHealth {
+        slot: m.slot,
+        disk: m.disk,
+        path: m.path.clone(),
+        state: m.state,
+        read_errors: m.read_errors,
+        write_errors: m.write_errors,
+    });
     let lus = view
         .tables
         .lus
@@ -139,9 +140,9 @@ fn group_health(view: &View, save: &GroupSave) -> GroupHealth {
         });
     GroupHealth {
         group: save.number,
-        action: live.map_or(stopped_action(&show.name), action),
         members: members.collect(),
         lus: lus.collect(),
+        action: show.action,
         name: show.name,
         level: show.level,
         state: show.state,
@@ -151,11 +152,24 @@ fn group_health(view: &View, save: &GroupSave) -> GroupHealth {
     }
 }
 
-fn stopped_action(name: &str) -> String {
-    format!("lunar group start {name}")
+/// What to type about a group; empty when there is nothing to do.
+pub fn action(view: &View, save: &GroupSave) -> String {
+    match (
+        view.live.groups.get(&save.uuid),
+        view.live.problems.get(&save.uuid),
+    ) {
+        (Some(group), _) => started_action(view, group),
+        (None, Some(problem)) if !problem.action.is_empty() => problem.action.clone(),
+        (None, _) => format!("lunar group start {}", view.group_row(save).name),
+    }
 }
 
-fn action(group: &GroupStatus) -> String {
+/// What ends a quarantine.
+pub fn again(name: &str) -> String {
+    format!("lunar group start {name} --again")
+}
+
+fn started_action(view: &View, group: &GroupStatus) -> String {
     let out = group.members.iter().find(|m| {
         matches!(
             member_state(m.state),
@@ -168,16 +182,24 @@ fn action(group: &GroupStatus) -> String {
         .is_some_and(|s| s.action == SyncAction::Recover);
     match (group.state, out) {
         (GroupState::Optimal, _) => String::new(),
+        (GroupState::Quarantined, _) => again(&group.name),
         (GroupState::Failed, _) => {
             format!(
                 "bring the missing disks back, then: lunar group start {}",
                 group.name
             )
         }
-        (_, Some(m)) => format!(
-            "add a disk (lunar disk add PATH), then: lunar disk replace {} NEW",
-            m.path
-        ),
+        (_, Some(m)) => {
+            let known = view.tables.disk(m.disk).map(|d| d.number.to_string());
+            let back = match (&known, m.state) {
+                (Some(n), MemberState::Missing) => {
+                    format!("; or, with the same disk back: lunar disk replace {n} {n}")
+                }
+                _ => String::new(),
+            };
+            let old = known.unwrap_or(m.path.clone());
+            format!("add a disk (lunar disk add PATH), then: lunar disk replace {old} NEW{back}")
+        }
         (_, None) if recovering => "none needed, the rebuild is running".into(),
         (_, None) => "lunar events".into(),
     }
@@ -213,6 +235,7 @@ fn group_text(
         GroupState::Degraded => "DEGRADED",
         GroupState::Failed => "FAILED",
         GroupState::Stopped => "STOPPED",
+        GroupState::Quarantined => "QUARANTINED",
     };
     let doing = match group.sync.as_ref().map(|s| s.action) {
         Some(SyncAction::Recover) => ", rebuilding",
@@ -224,7 +247,7 @@ fn group_text(
         let _ = writeln!(text, "reason: {}", group.reason);
     }
     if !group.action.is_empty() {
-        let _ = writeln!(text, "action: {}", number_action(view, group));
+        let _ = writeln!(text, "action: {}", group.action);
     }
     if let Some(sync) = &group.sync {
         let _ = writeln!(text, "  scan: {}", scan(sync, group));
@@ -262,18 +285,6 @@ fn group_text(
         let _ = writeln!(text, "{label} {}", lu_text(view, lu, holders));
     }
     text.push('\n');
-}
-
-/// The action with the disk's number in place of its path, as it is typed.
-fn number_action(view: &View, group: &GroupHealth) -> String {
-    let mut action = group.action.clone();
-    for disk in view.tables.disks.values() {
-        action = action.replace(
-            &format!("replace {} ", disk.path),
-            &format!("replace {} ", disk.number),
-        );
-    }
-    action
 }
 
 fn lu_text(view: &View, lu: &LuHealth, holders: &dyn Fn(u32) -> Vec<String>) -> String {
@@ -352,7 +363,6 @@ pub fn word(state: DiskState) -> &'static str {
 mod tests {
     use super::*;
     use crate::views::tests::view;
-    use lunar_api::target::MemberState;
 
     fn compose(view: &View) -> StatusReply {
         status(
@@ -386,11 +396,6 @@ mod tests {
             group.reason = "disk 2 (slot 1) failed".into();
             group.members[1].state = MemberState::Faulty;
             group.members[1].write_errors = 3;
-        }
-        // The path of the table, not the one of the start, is shown and typed.
-        let path = view.tables.disks[&2].path.clone();
-        for group in view.live.groups.values_mut() {
-            group.members[1].path = path.clone();
         }
         let reply = compose(&view);
         assert_eq!(reply.exit, 3);

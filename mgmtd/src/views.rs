@@ -1,16 +1,17 @@
 //! Rows of the tables, from what is saved and what was last seen. Pure.
 
 use lunar_api::rows::{
-    DiskRow, DiskState, EventRow, GroupRow, GroupShow, JobRow, JobState, LuRow, LuShow, MemberRow,
-    PathRow, PathState,
+    BadDisk, DiskRow, DiskState, EventRow, GroupRow, GroupShow, JobRow, JobState, LuRow, LuShow,
+    MemberRow, PathRow, PathState,
 };
 use lunar_api::target::{
-    Consistency, GroupState, GroupStatus, Level, LuStatus, MemberState, MemberStatus,
+    Consistency, GroupState, GroupStatus, Label, Level, LuStatus, MemberState, MemberStatus,
 };
 use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid};
 
 use crate::daemon::Live;
 use crate::tables::{DiskSave, EventSave, GroupSave, JobSave, LuSave, Tables};
+use crate::text;
 
 /// One moment of everything.
 #[derive(Debug, Clone, Default)]
@@ -31,6 +32,19 @@ impl View {
                 .find(|m| m.disk == disk && !m.disk.is_nil())?;
             Some((group, member))
         })
+    }
+
+    /// Known disks whose path could not be read, and why.
+    pub fn bad_disks(&self) -> Vec<BadDisk> {
+        let bad = |(path, problem): (&String, &String)| {
+            let disk = self.tables.disks.values().find(|d| d.path == *path)?;
+            Some(BadDisk {
+                disk: disk.number,
+                path: path.clone(),
+                problem: problem.clone(),
+            })
+        };
+        self.live.bad_paths.iter().filter_map(bad).collect()
     }
 
     /// Group that a disk belongs to, started or not.
@@ -109,9 +123,7 @@ impl View {
             row.consistency = Some(live.consistency);
             row.state = live.state;
         } else {
-            let labels = self.live.probes.values().filter_map(|p| p.label.as_ref());
-            let of_group = labels.filter(|l| l.group == save.uuid);
-            if let Some(label) = of_group.max_by_key(|l| l.generation) {
+            if let Some(label) = self.newest_label(save.uuid) {
                 row.level = label.level;
                 row.disks = label.members.iter().map(number).collect();
             }
@@ -141,11 +153,60 @@ impl View {
         group.members.iter().map(row).collect()
     }
 
+    /// Slots of a group that is not started, from what its disks say.
+    fn stopped_rows(&self, save: &GroupSave) -> Vec<MemberRow> {
+        let Some(label) = self.newest_label(save.uuid) else {
+            return Vec::new();
+        };
+        let row = |(slot, uuid): (u16, &DiskUuid)| {
+            let disk = self.tables.disk(*uuid);
+            let here = disk.filter(|d| self.group_of(d) == Some(save.uuid));
+            let bad = disk.and_then(|d| self.live.bad_paths.get(&d.path)).cloned();
+            let reason = match here {
+                Some(_) => String::new(),
+                None => bad.unwrap_or("not found".into()),
+            };
+            MemberRow {
+                slot,
+                disk: disk.map(|d| d.number),
+                path: disk.map_or(String::new(), |d| d.path.clone()),
+                state: here.map_or(DiskState::Missing, |_| DiskState::Stopped),
+                data_offset: 0,
+                reason,
+                reads: 0,
+                writes: 0,
+                read_bytes: 0,
+                write_bytes: 0,
+                read_errors: 0,
+                write_errors: 0,
+            }
+        };
+        (0..).zip(&label.members).map(row).collect()
+    }
+
+    /// ublk-target knows disks by identity only; people know their numbers.
+    fn named(&self, mut text: String) -> String {
+        for disk in self.tables.disks.values() {
+            let (uuid, number) = (disk.uuid, format!("disk {}", disk.number));
+            text = text.replace(&format!("disk (was disk {uuid})"), &number);
+            text = text.replace(&format!("disk {uuid}"), &number);
+        }
+        text
+    }
+
+    /// What the newest disk of a group says of it.
+    fn newest_label(&self, group: GroupUuid) -> Option<&Label> {
+        let labels = self.live.probes.values().filter_map(|p| p.label.as_ref());
+        labels
+            .filter(|l| l.group == group)
+            .max_by_key(|l| l.generation)
+    }
+
     /// One group in full.
     pub fn group_show(&self, save: &GroupSave) -> GroupShow {
         let row = self.group_row(save);
         let live = self.live.groups.get(&save.uuid);
-        let problem = self.live.problems.get(&save.uuid).cloned();
+        let problem = self.live.problems.get(&save.uuid).map(|p| p.why.clone());
         let lus = self.tables.lus.values().filter(|l| l.group == save.uuid);
         GroupShow {
             group: row.group,
@@ -156,7 +217,7 @@ impl View {
             consistency: row.consistency,
             state: row.state,
             uuid: save.uuid,
-            reason: live.map_or(problem.unwrap_or_default(), |g| g.reason.clone()),
+            reason: self.named(live.map_or(problem.unwrap_or_default(), |g| g.reason.clone())),
             capacity: live.map_or(0, |g| g.capacity),
             free: live.map_or(0, |g| g.free),
             logical_block: live.map_or(0, |g| g.logical_block),
@@ -168,7 +229,8 @@ impl View {
                 .map(|g| g.generation)
                 .or(save.witness.map(|w| w.generation))
                 .unwrap_or(0),
-            members: live.map(|g| self.member_rows(g)).unwrap_or_default(),
+            members: live.map_or_else(|| self.stopped_rows(save), |g| self.member_rows(g)),
+            action: text::action(self, save),
             lus: lus.map(|l| l.number).collect(),
             sync: live.and_then(|g| g.sync.clone()),
         }
@@ -222,7 +284,7 @@ impl View {
         let live = self.lu_live(save);
         let group = self.live.groups.get(&save.group);
         let node = format!("{}/{}", self.nodes, row.name);
-        let problem = self.live.problems.get(&save.group).cloned();
+        let problem = self.live.problems.get(&save.group).map(|p| p.why.clone());
         LuShow {
             lu: row.lu,
             mkfs: group.map(|g| mkfs_lines(g, &node)).unwrap_or_default(),
@@ -301,7 +363,11 @@ impl View {
     ///
     /// # Errors  `Usage` if there is none
     pub fn find_group(&self, name: &str) -> Result<&GroupSave, ApiError> {
-        let same = |g: &&GroupSave| g.number.to_string() == name || self.group_row(g).name == name;
+        let same = |g: &&GroupSave| {
+            g.number.to_string() == name
+                || self.group_row(g).name == name
+                || g.uuid.to_string() == name
+        };
         self.tables
             .groups
             .values()

@@ -331,6 +331,7 @@ fn golden_answers() {
         state: GroupState::Degraded,
         uuid: GroupUuid::from_bytes([2; 16]),
         reason: "disk 3 (slot 2) failed".into(),
+        action: "add a disk (lunar disk add PATH), then: lunar disk replace 3 NEW".into(),
         capacity: 1 << 40,
         free: 1 << 30,
         logical_block: 512,
@@ -419,6 +420,11 @@ fn golden_answers() {
         features: Features::default(),
         groups: Vec::new(),
         disks: vec![disk_row()],
+        bad_disks: vec![BadDisk {
+            disk: 2,
+            path: "/dev/sdb".into(),
+            problem: "cannot be read: Input/output error".into(),
+        }],
     };
     golden(
         "status",

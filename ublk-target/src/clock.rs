@@ -14,6 +14,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use lunar_engine::traits::{Clock, Tick};
+use nix::time::{ClockId, clock_gettime};
 
 /// Waits that there is room for before the lists grow: every tag and worker of a busy group.
 const SLEEPS_EXPECTED: usize = 4096;
@@ -22,14 +23,8 @@ const TURNS: u32 = 16;
 
 /// Nanoseconds of `CLOCK_MONOTONIC`, the one that the ring's waits go by.
 fn monotonic() -> u64 {
-    let mut now = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    // SAFETY: it writes one timespec, a local variable; this clock exists everywhere.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
-    let part = |n: i64| u64::try_from(n).expect("the time since boot");
-    part(now.tv_sec) * 1_000_000_000 + part(now.tv_nsec)
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("this clock is everywhere");
+    u64::try_from(Duration::from(now).as_nanos()).expect("the time since boot")
 }
 
 #[derive(Debug, Default)]

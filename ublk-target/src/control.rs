@@ -163,6 +163,10 @@ fn dispatch(
         request @ (TargetRequest::GroupCreate { .. } | TargetRequest::GroupStart { .. }) => {
             groups.begin(request, fds, system)
         }
+        TargetRequest::GroupQuarantine { seen, ublk_devices } => {
+            groups.quarantine(*seen, &ublk_devices)
+        }
+        TargetRequest::GroupErase { group, members } => groups.erase(group, members, fds),
         TargetRequest::GroupStop { group } => groups.end(group, false),
         TargetRequest::GroupDelete { group } => groups.end(group, true),
         TargetRequest::GroupRename { group, name } => groups.get(group)?.rename(name),

@@ -13,7 +13,7 @@ use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid, LuUuid, SystemUuid};
 use lunar_engine::raid_group::{CreateSpec, Given, Parts, RaidGroup, StartSpec};
 
 use crate::allocations;
-use crate::buffers::Mapping;
+use crate::buffers::{Mapping, PROBE_BYTES};
 use crate::control::api_error;
 use crate::crew;
 use crate::groups::{Common, open};
@@ -49,6 +49,8 @@ pub(crate) struct Group {
     /// None once it has stopped.
     owner: Mutex<Option<Arc<Owner>>>,
     paths: Mutex<BTreeMap<LuUuid, Path>>,
+    /// The group as it was seen last, when its devices only answer EIO.
+    quarantine: Option<GroupStatus>,
     /// Held by whoever changes something.
     change: Mutex<()>,
 }
@@ -126,7 +128,12 @@ impl Group {
             move |happened| common.events.push(happened)
         };
         let name = format!("g-{:.8}", uuid.to_string());
-        let owner = Owner::spawn(&name, move || Mapping::of_file(&file.into()), events)?;
+        let owner = Owner::spawn(
+            &name,
+            Some(uuid),
+            move || Mapping::of_file(&file.into()),
+            events,
+        )?;
         let begun = owner
             .call(async move |local| begin_group(local, system, spec, members, fds).await)
             .flatten();
@@ -139,10 +146,79 @@ impl Group {
             common: Arc::clone(common),
             owner: Mutex::new(Some(Arc::new(owner))),
             paths: Mutex::default(),
+            quarantine: None,
             change: Mutex::default(),
         };
         group.bring_up(&devices)?;
         Ok(group)
+    }
+
+    /// Recovers the devices of a group and answers EIO on them. No member is opened.
+    pub(crate) fn quarantine(
+        common: &Arc<Common>,
+        seen: GroupStatus,
+        devices: &[u32],
+    ) -> Result<Self, ApiError> {
+        let memory = || Mapping::anonymous(PROBE_BYTES);
+        let owner = Owner::spawn("quarantine", None, memory, |_| ())?;
+        tracing::warn!(group = %seen.group, reason = seen.reason, "a group is quarantined");
+        let group = Self {
+            uuid: seen.group,
+            common: Arc::clone(common),
+            owner: Mutex::new(Some(Arc::new(owner))),
+            paths: Mutex::default(),
+            quarantine: Some(seen),
+            change: Mutex::default(),
+        };
+        group.bring_up(devices)?;
+        Ok(group)
+    }
+
+    pub(crate) fn is_quarantined(&self) -> bool {
+        self.quarantine.is_some()
+    }
+
+    /// What a quarantine is made of: the group as seen, and its devices.
+    pub(crate) fn quarantined(&self) -> Option<(GroupStatus, Vec<u32>)> {
+        let devices = lock(&self.paths)
+            .values()
+            .filter_map(|path| path.number)
+            .collect();
+        self.quarantine.clone().map(|seen| (seen, devices))
+    }
+
+    /// Gives the devices up, so that they can be recovered by who serves them for real.
+    pub(crate) fn leave_quarantine(&self) -> Result<(), ApiError> {
+        let _held = lock(&self.change);
+        let up: Vec<(LuUuid, u32)> = {
+            let paths = lock(&self.paths);
+            let number = |(lu, path): (&LuUuid, &Path)| Some((*lu, path.number?));
+            paths.iter().filter_map(number).collect()
+        };
+        crew::try_each(&up, LUS_AT_ONCE, |(lu, number)| {
+            let what = "a quarantined device cannot be given up";
+            (self.lifecycle().quiesce(*number))
+                .map_err(|error| api_error(ErrorKind::Failed, what, &error))?;
+            self.detach(*lu)
+        })?;
+        let owner = lock(&self.owner).take();
+        if let Some(owner) = owner {
+            drop_when_last(owner);
+        }
+        Ok(())
+    }
+
+    /// Refuses what needs the members.
+    fn check_open(&self) -> Result<(), ApiError> {
+        match &self.quarantine {
+            None => Ok(()),
+            Some(seen) => {
+                let what = format!("group {} is quarantined", seen.name);
+                Err(ApiError::new(ErrorKind::NoService, what)
+                    .because(seen.reason.clone())
+                    .hint(format!("lunar group start {} --again", seen.name)))
+            }
+        }
     }
 
     fn owner(&self) -> Result<Arc<Owner>, ApiError> {
@@ -164,6 +240,7 @@ impl Group {
         + Send
         + 'static,
     ) -> Result<T, ApiError> {
+        self.check_open()?;
         self.owner()?
             .call(async move |local| {
                 let group = Rc::clone(local.group()?);
@@ -174,10 +251,14 @@ impl Group {
 
     /// The group's status with the rim's part filled in.
     pub(crate) fn status(&self) -> Result<GroupStatus, ApiError> {
+        let seen = self.quarantine.clone();
         let (mut status, served) = self
             .owner()?
-            .call(async |local: Rc<Local>| {
-                let mut status = local.group()?.status();
+            .call(async move |local: Rc<Local>| {
+                let mut status = match seen {
+                    Some(seen) => seen,
+                    None => local.group()?.status(),
+                };
                 status.allocations = allocations::count();
                 Ok((status, local.problems()))
             })
@@ -187,6 +268,9 @@ impl Group {
             if let Some(path) = paths.get(&lu.lu) {
                 lu.ublk = path.number;
                 lu.problem.clone_from(&path.problem);
+            }
+            if self.is_quarantined() && lu.problem.is_empty() {
+                lu.problem = "quarantined: every request is answered EIO".into();
             }
             if lu.problem.is_empty()
                 && let Some(problem) = served.get(&lu.lu)
@@ -243,6 +327,7 @@ impl Group {
         fd: OwnedFd,
     ) -> TargetReply {
         let _held = lock(&self.change);
+        self.check_open()?;
         self.owner()?
             .call(async move |local| {
                 let disk = open(&local, &member.path, fd)?;
@@ -285,6 +370,7 @@ impl Group {
 
     pub(crate) fn lu_delete(self: Arc<Self>, lu: LuUuid) -> TargetReply {
         let _held = lock(&self.change);
+        self.check_open()?;
         self.down(lu)?;
         if let Err(error) = self.change(async move |group| group.lu_delete(lu).await) {
             self.up_or_say(lu, None);
@@ -301,6 +387,9 @@ impl Group {
     }
 
     fn lus(&self) -> Result<Vec<(u16, LuStatus)>, ApiError> {
+        if let Some(seen) = &self.quarantine {
+            return Ok((0..).zip(seen.lus.iter().cloned()).collect());
+        }
         self.change(async |group: Rc<_>| Ok(group.lus()))
     }
 
@@ -358,6 +447,10 @@ impl Group {
         let say = |what: &'static str| {
             move |error: LifecycleError| api_error(ErrorKind::Failed, what, &error)
         };
+        if self.is_quarantined() && known.is_none_or(|info| info.is_dead()) {
+            let what = "its group is quarantined, and it had no device";
+            return Err(ApiError::new(ErrorKind::NoService, what));
+        }
         let again = match known {
             Some(info) if info.is_dead() => {
                 kernel
@@ -382,7 +475,8 @@ impl Group {
         let found = group.lus.iter().find(|status| status.lu == lu);
         let status = found
             .ok_or_else(|| ApiError::new(ErrorKind::NoService, format!("there is no LU {lu}")))?;
-        let geometry = Geometry::of(&group, status.capacity, ENGINE_DISCARDS);
+        let mask = (self.owner()?).call(async |local: Rc<Local>| local.dma_mask.get())?;
+        let geometry = Geometry::of(&group, status.capacity, ENGINE_DISCARDS, mask);
         let info = kernel
             .add(again, identity(lu), status.depth, &geometry)
             .map_err(say("the device cannot be made"))?;
@@ -434,6 +528,12 @@ impl Group {
         let file =
             opened.map_err(|e| api_error(ErrorKind::Failed, "the device cannot be served", &e))?;
         let shape = info.shape(&self.common.features);
+        if self.is_quarantined() {
+            return self
+                .owner()?
+                .call(async move |local: Rc<Local>| local.attach_refusing(lu, file, shape))
+                .flatten();
+        }
         let handle = self.handle(lu)?;
         self.owner()?
             .call(async move |local: Rc<Local>| local.attach(lu, handle, file, shape))
@@ -507,7 +607,10 @@ impl Group {
     /// Stops the group, whose LUs are down, and its thread; its members are closed when this returns.
     pub(crate) fn stop(&self, delete: bool) -> Result<(), ApiError> {
         let _held = lock(&self.change);
-        self.change(async move |group| group.stop(delete).await)?;
+        match (&self.quarantine, delete) {
+            (Some(_), false) => {}
+            _ => self.change(async move |group| group.stop(delete).await)?,
+        }
         let owner = lock(&self.owner).take();
         if let Some(owner) = owner {
             // A status request may still look at it; it lets go soon.

@@ -1,26 +1,37 @@
 //! All groups of this process, and the disks that are in none.
 
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
-use lunar_api::target::{Features, Probe, TargetAnswer, TargetReply, TargetRequest};
+use crossbeam::channel::Receiver;
+use lunar_api::target::{
+    Features, GroupStatus, MemberSpec, Probe, TargetAnswer, TargetReply, TargetRequest,
+};
 use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid, SystemUuid};
 use lunar_engine::label;
-use lunar_engine::traits::{Clock, MILLISECOND, SECOND};
+use lunar_engine::pool::Pool;
 
 use crate::buffers::{Mapping, PROBE_BYTES};
 use crate::control::api_error;
 use crate::control_helper::ControlHelper;
+use crate::crew;
 use crate::events::Events;
 use crate::group::Group;
 use crate::member_file::MemberFile;
 use crate::owner::{Local, Owner};
 
-/// How long a disk may take to say what it carries, in ns; mgmtd waits for an answer longer than this.
-const PROBE_LIMIT: u64 = 10 * SECOND;
+/// Groups whose LUs go down at a time, each with several.
+const GROUPS_AT_ONCE: usize = 4;
+
+/// Longest time that a disk may take to say what it carries; a sleeping disk spins up in less.
+const PROBE_LIMIT: Duration = Duration::from_secs(12);
+/// Longest time that labelling or wiping a disk may take; mgmtd waits a minute.
+const DISK_LIMIT: Duration = Duration::from_secs(40);
+/// Hanging requests of one probe thread: their leases of 4 KiB are half of its memory for such.
+const STUCK_MAX: usize = 64;
 
 /// What every group uses.
 #[derive(Debug)]
@@ -28,6 +39,14 @@ pub(crate) struct Common {
     pub(crate) features: Features,
     pub(crate) helper: ControlHelper,
     pub(crate) events: Events,
+}
+
+/// The thread for disks without a group.
+#[derive(Debug)]
+struct Probing {
+    owner: Owner,
+    /// Requests to it that did not end in time.
+    stuck: usize,
 }
 
 /// The groups that run.
@@ -38,7 +57,7 @@ pub(crate) struct Groups {
     /// None: it is being started or stopped.
     groups: Mutex<BTreeMap<GroupUuid, Option<Arc<Group>>>>,
     /// Reads and labels disks that are in no group.
-    probe: Mutex<Option<Owner>>,
+    probe: Mutex<Option<Probing>>,
 }
 
 type Map = BTreeMap<GroupUuid, Option<Arc<Group>>>;
@@ -108,14 +127,22 @@ impl Groups {
             unreachable!("the two that begin a group");
         };
         let uuid = *uuid;
-        match self.map().entry(uuid) {
-            std::collections::btree_map::Entry::Occupied(there) => match there.get() {
-                Some(group) => return Arc::clone(group).answer(),
+        let quarantined = match self.map().entry(uuid) {
+            std::collections::btree_map::Entry::Occupied(mut there) => match there.get_mut() {
                 None => return Err(changing(uuid)),
+                Some(group) if group.is_quarantined() => there.get_mut().take(),
+                Some(group) => return Arc::clone(group).answer(),
             },
             std::collections::btree_map::Entry::Vacant(place) => {
                 place.insert(None);
+                None
             }
+        };
+        if let Some(group) = &quarantined
+            && let Err(error) = group.leave_quarantine()
+        {
+            self.map().insert(uuid, quarantined);
+            return Err(error);
         }
         match Group::begin(&self.common, request, fds, system) {
             Ok(group) => {
@@ -125,9 +152,35 @@ impl Groups {
             }
             Err(error) => {
                 self.map().remove(&uuid);
+                // Its devices must have somebody who answers.
+                if let Some((seen, devices)) = quarantined.and_then(|group| group.quarantined())
+                    && let Err(error) = self.quarantine(seen, &devices)
+                {
+                    tracing::error!(%error, "devices of a quarantined group answer nothing");
+                }
                 Err(error)
             }
         }
+    }
+
+    /// Takes the devices of a group that makes the process crash, and answers EIO; its members stay closed.
+    pub(crate) fn quarantine(&self, seen: GroupStatus, devices: &[u32]) -> TargetReply {
+        let uuid = seen.group;
+        match self.map().entry(uuid) {
+            std::collections::btree_map::Entry::Occupied(there) => match there.get() {
+                Some(group) => return Arc::clone(group).answer(),
+                None => return Err(changing(uuid)),
+            },
+            std::collections::btree_map::Entry::Vacant(place) => {
+                place.insert(None);
+            }
+        }
+        let group = Group::quarantine(&self.common, seen, devices).map(Arc::new);
+        match &group {
+            Ok(group) => self.map().insert(uuid, Some(Arc::clone(group))),
+            Err(_) => self.map().remove(&uuid),
+        };
+        group?.answer()
     }
 
     /// Stops a group, for good with `delete`.
@@ -185,7 +238,7 @@ impl Groups {
                 self.map().insert(group.uuid, Some(Arc::clone(group)));
             }
         };
-        if let Err(error) = groups.iter().try_for_each(|group| group.lus_down()) {
+        if let Err(error) = crew::try_each(&groups, GROUPS_AT_ONCE, |group| group.lus_down()) {
             put_back(&groups);
             return Err(error);
         }
@@ -199,32 +252,96 @@ impl Groups {
         Ok(())
     }
 
-    /// Asks the thread for disks without a group, starting it if need be. One request at a time.
-    fn with_probe<T>(
+    /// Asks the thread for disks without a group, starting it if need be.
+    fn ask_probe<T: Send + 'static, F: Future<Output = T> + 'static>(
         &self,
-        ask: impl FnOnce(&Owner) -> Result<T, ApiError>,
-    ) -> Result<T, ApiError> {
-        let mut probe = self.probe.lock().unwrap_or_else(PoisonError::into_inner);
-        let owner = match probe.take() {
-            Some(owner) => owner,
-            None => Owner::spawn("probe", || Mapping::anonymous(PROBE_BYTES), |_| ())?,
+        ask: impl FnOnce(Rc<Local>) -> F + Send + 'static,
+    ) -> Result<Receiver<T>, ApiError> {
+        let mut place = self.probe.lock().unwrap_or_else(PoisonError::into_inner);
+        // Each that hangs keeps a piece of the thread's memory: in time another thread takes over.
+        if place.as_ref().is_some_and(|probe| probe.stuck >= STUCK_MAX)
+            && let Some(probe) = place.take()
+        {
+            probe.owner.leave();
+        }
+        let probe = match place.take() {
+            Some(probe) => probe,
+            None => Probing {
+                owner: Owner::spawn("probe", None, || Mapping::anonymous(PROBE_BYTES), |_| ())?,
+                stuck: 0,
+            },
         };
-        let answer = ask(&owner);
-        *probe = Some(owner);
+        let answer = probe.owner.ask(ask);
+        *place = Some(probe);
         answer
     }
 
-    /// Reads what disks carry, side by side. One that does not answer in time is left out: a disk that hangs must
-    /// not keep the others from starting.
+    /// Waits for an answer of the thread for disks without a group; None: not in time. What was asked goes on.
+    fn probe_answer<T>(&self, answer: &Receiver<T>, deadline: Instant) -> Option<T> {
+        let answer = answer.recv_deadline(deadline).ok();
+        if answer.is_none() {
+            let mut place = self.probe.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(probe) = place.as_mut() {
+                probe.stuck += 1;
+            }
+        }
+        answer
+    }
+
+    /// Reads what disks carry: side by side, each with its own problem. One that hangs holds up no other.
     pub(crate) fn probe(&self, paths: Vec<String>, fds: Vec<OwnedFd>) -> TargetReply {
         if paths.len() != fds.len() {
             let what = format!("{} paths, but {} descriptors", paths.len(), fds.len());
             return Err(ApiError::new(ErrorKind::Usage, what));
         }
-        let disks = self.with_probe(|owner| {
-            owner.call(async move |local| probe_all(&local, paths, fds).await)
+        let mut asked = Vec::with_capacity(paths.len());
+        for (path, fd) in paths.into_iter().zip(fds) {
+            let named = path.clone();
+            let answer = self.ask_probe(async move |local| match open(&local, &path, fd) {
+                Ok(disk) => {
+                    let probe = label::probe(&disk, &path, &local.pool);
+                    local.counted(probe).await
+                }
+                Err(error) => unusable(path, one_line(&error)),
+            })?;
+            asked.push((named, answer));
+        }
+        let deadline = Instant::now() + PROBE_LIMIT;
+        let disks = asked.into_iter().map(|(path, answer)| {
+            self.probe_answer(&answer, deadline).unwrap_or_else(|| {
+                let seconds = PROBE_LIMIT.as_secs();
+                unusable(
+                    path,
+                    format!("cannot be read: no answer in {seconds} s, its I/O hangs"),
+                )
+            })
+        });
+        Ok(TargetAnswer::Probed {
+            disks: disks.collect(),
+        })
+    }
+
+    /// Does something with one disk that is in no group.
+    fn with_disk(
+        &self,
+        path: String,
+        fd: OwnedFd,
+        work: impl AsyncFnOnce(&MemberFile, &Rc<Pool>) -> Result<(), ApiError> + Send + 'static,
+    ) -> TargetReply {
+        let named = path.clone();
+        let answer = self.ask_probe(async move |local| {
+            let disk = open(&local, &path, fd)?;
+            local.counted(work(&disk, &local.pool)).await
         })?;
-        Ok(TargetAnswer::Probed { disks: disks? })
+        self.probe_answer(&answer, Instant::now() + DISK_LIMIT)
+            .unwrap_or_else(|| {
+                let what = format!("{named} does not answer");
+                let why = format!("its I/O hangs since {} s", DISK_LIMIT.as_secs());
+                Err(ApiError::new(ErrorKind::Failed, what)
+                    .because(why)
+                    .hint("dmesg | tail"))
+            })?;
+        Ok(TargetAnswer::Done)
     }
 
     /// Labels a free disk.
@@ -235,61 +352,64 @@ impl Groups {
         system: SystemUuid,
         uuid: DiskUuid,
     ) -> TargetReply {
-        self.with_probe(|owner| {
-            owner.call(async move |local| {
-                let disk = open(&local, &path, fd)?;
-                label::label(&disk, &local.pool, system, uuid).await
-            })?
-        })?;
-        Ok(TargetAnswer::Done)
+        self.with_disk(path, fd, async move |disk, pool| {
+            label::label(disk, pool, system, uuid).await
+        })
     }
 
     /// Overwrites the superblocks of a disk.
     pub(crate) fn wipe(&self, path: String, fd: OwnedFd) -> TargetReply {
-        self.with_probe(|owner| {
-            owner.call(async move |local| {
-                let disk = open(&local, &path, fd)?;
-                label::wipe(&disk, &local.pool).await
-            })?
-        })?;
+        self.with_disk(path, fd, async |disk, pool| label::wipe(disk, pool).await)
+    }
+
+    /// Marks the superblocks of members of a group that does not run deleted.
+    pub(crate) fn erase(
+        &self,
+        uuid: GroupUuid,
+        members: Vec<MemberSpec>,
+        fds: Vec<OwnedFd>,
+    ) -> TargetReply {
+        if members.len() != fds.len() {
+            let what = format!("{} members, but {} descriptors", members.len(), fds.len());
+            return Err(ApiError::new(ErrorKind::Usage, what));
+        }
+        if self.map().contains_key(&uuid) {
+            let what = format!("group {uuid} runs, or is being started or stopped");
+            return Err(ApiError::new(ErrorKind::Busy, what));
+        }
+        for (member, fd) in members.into_iter().zip(fds) {
+            self.with_disk(member.path, fd, async move |disk, pool| {
+                label::mark_deleted(disk, pool, uuid).await
+            })?;
+        }
         Ok(TargetAnswer::Done)
     }
 }
 
-/// Probes disks on a thread; what hangs goes on there until the kernel answers, with its descriptor.
-async fn probe_all(
-    local: &Rc<Local>,
-    paths: Vec<String>,
-    fds: Vec<OwnedFd>,
-) -> Result<Vec<Probe>, ApiError> {
-    let found: Rc<RefCell<Vec<Option<Probe>>>> = Rc::new(RefCell::new(vec![None; paths.len()]));
-    for (i, (path, fd)) in paths.iter().zip(fds).enumerate() {
-        let disk = open(local, path, fd)?;
-        let (path, pool, found) = (path.clone(), Rc::clone(&local.pool), Rc::clone(&found));
-        local.executor.spawn(async move {
-            let probe = label::probe(&disk, &path, &pool).await;
-            if let Some(place) = found.borrow_mut().get_mut(i) {
-                *place = Some(probe);
-            }
-        });
+/// An error in one line.
+fn one_line(error: &ApiError) -> String {
+    let parts: Vec<&str> = std::iter::once(&error.message)
+        .chain(&error.causes)
+        .map(String::as_str)
+        .collect();
+    parts.join(": ")
+}
+
+/// What is said of a disk that nothing could be read from.
+fn unusable(path: String, problem: String) -> Probe {
+    Probe {
+        path,
+        capacity: 0,
+        logical_block: 0,
+        label: None,
+        problem: Some(problem),
     }
-    let end = local.clock.now().0 + PROBE_LIMIT;
-    while found.borrow().iter().any(Option::is_none) && local.clock.now().0 < end {
-        local.clock.sleep(MILLISECOND).await;
-    }
-    let found = found.take();
-    for (path, _) in paths
-        .iter()
-        .zip(&found)
-        .filter(|(_, probe)| probe.is_none())
-    {
-        tracing::warn!(path, "a disk does not answer and is left out");
-    }
-    Ok(found.into_iter().flatten().collect())
 }
 
 /// Takes a disk onto a thread's ring.
 pub(crate) fn open(local: &Local, path: &str, fd: OwnedFd) -> Result<MemberFile, ApiError> {
-    MemberFile::new(&local.ring, fd)
-        .map_err(|error| api_error(ErrorKind::Failed, &format!("{path} cannot be used"), &error))
+    let disk = MemberFile::new(&local.ring, fd)
+        .map_err(|error| api_error(ErrorKind::Failed, &format!("{path} cannot be used"), &error))?;
+    local.dma_mask.set(local.dma_mask.get() | disk.dma_mask());
+    Ok(disk)
 }

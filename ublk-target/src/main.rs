@@ -7,6 +7,7 @@
 
 mod allocations;
 mod bench_loop;
+mod breadcrumb;
 mod buffers;
 mod clock;
 mod control;
@@ -137,6 +138,7 @@ fn run(serve: &Serve) -> Result<(), Box<dyn Error>> {
 fn become_server(run_dir: &Path) -> Result<control_helper::Forked, sandbox::SandboxError> {
     sandbox::block_signals()?;
     sandbox::raise_limits()?;
+    sandbox::step("the breadcrumb file", breadcrumb::open(run_dir))?;
     sandbox::detach_mounts(run_dir)?;
     let helper = control_helper::fork_helper()?;
     sandbox::lock_memory()?;

@@ -62,6 +62,7 @@ pub(crate) struct MemberFile {
     who: u32,
     capacity: u64,
     logical_block: u32,
+    dma_mask: u32,
     cache: Rc<Cache>,
     limit: Limit,
     abandoned: Cell<bool>,
@@ -72,6 +73,7 @@ pub(crate) struct MemberFile {
 struct Shape {
     capacity: u64,
     logical_block: u32,
+    dma_mask: u32,
     volatile_cache: bool,
     limit: Limit,
 }
@@ -94,6 +96,7 @@ impl MemberFile {
             who: ring.next_who(),
             capacity: shape.capacity,
             logical_block: shape.logical_block,
+            dma_mask: shape.dma_mask,
             cache: Rc::new(Cache {
                 volatile: shape.volatile_cache,
                 written: Cell::new(0),
@@ -102,6 +105,11 @@ impl MemberFile {
             limit: shape.limit,
             abandoned: Cell::new(false),
         })
+    }
+
+    /// Bits of a request's memory address that must be 0 for this member to take its pages as they are.
+    pub(crate) fn dma_mask(&self) -> u32 {
+        self.dma_mask
     }
 }
 
@@ -134,14 +142,17 @@ fn shape(file: &File) -> Result<Shape, MemberError> {
         Ok(Shape {
             capacity: bytes,
             logical_block: u32::try_from(block).unwrap_or(0),
+            dma_mask: dma_mask(meta.rdev()),
             // What lies below a device that is made of others may change while it is used: pvmove.
             volatile_cache: has_write_back(meta.rdev()) || is_stacked(meta.rdev()),
             limit: limit(meta.rdev()),
         })
     } else if kind.is_file() {
+        let (logical_block, dma_mask) = direct_alignment(file).map_err(MemberError::Stat)?;
         Ok(Shape {
             capacity: meta.len(),
-            logical_block: direct_block(file).map_err(MemberError::Stat)?,
+            logical_block,
+            dma_mask,
             // The disk below it may have one; only fdatasync says more.
             volatile_cache: true,
             limit: limit(meta.dev()),
@@ -151,8 +162,8 @@ fn shape(file: &File) -> Result<Shape, MemberError> {
     }
 }
 
-/// Alignment of direct I/O to a file: 512 if the file system says so, else 4096.
-fn direct_block(file: &File) -> io::Result<u32> {
+/// Alignment of direct I/O to a file: 512 if the file system says so, else 4096; and the mask of its memory.
+fn direct_alignment(file: &File) -> io::Result<(u32, u32)> {
     // SAFETY: all-zero bytes are a valid statx.
     let mut stat: libc::statx = unsafe { std::mem::zeroed() };
     // SAFETY: an empty path with AT_EMPTY_PATH means the descriptor; the result is a local variable.
@@ -169,11 +180,15 @@ fn direct_block(file: &File) -> io::Result<u32> {
         return Err(io::Error::last_os_error());
     }
     let known = stat.stx_mask & libc::STATX_DIOALIGN != 0;
-    Ok(if known && (1..=512).contains(&stat.stx_dio_offset_align) {
+    if !known {
+        return Ok((4096, 4095));
+    }
+    let block = if (1..=512).contains(&stat.stx_dio_offset_align) {
         512
     } else {
         4096
-    })
+    };
+    Ok((block, stat.stx_dio_mem_align.max(1) - 1))
 }
 
 /// Reads an attribute of a block device's queue. A partition's queue is its disk's.
@@ -183,11 +198,18 @@ fn queue_attribute(device: u64, name: &str) -> Option<String> {
     ["queue", "../queue"]
         .iter()
         .find_map(|queue| std::fs::read_to_string(format!("{base}/{queue}/{name}")).ok())
+        .map(|text| text.trim().to_owned())
 }
 
 /// Says whether a block device has a write-back cache; yes if the kernel does not say.
 fn has_write_back(device: u64) -> bool {
-    queue_attribute(device, "write_cache").is_none_or(|text| text.trim() != "write through")
+    queue_attribute(device, "write_cache").is_none_or(|text| text != "write through")
+}
+
+/// Mask of the addresses that a block device takes memory at; that of a sector if the kernel does not say.
+fn dma_mask(device: u64) -> u32 {
+    let mask = queue_attribute(device, "dma_alignment").and_then(|text| text.parse().ok());
+    mask.unwrap_or(511)
 }
 
 /// Folder of a block device, or of the disk that a partition is on.
@@ -219,7 +241,7 @@ fn limit(device: u64) -> Limit {
     if takes_all(device) {
         return Limit::MAX;
     }
-    let number = |name: &str| -> Option<u64> { queue_attribute(device, name)?.trim().parse().ok() };
+    let number = |name: &str| -> Option<u64> { queue_attribute(device, name)?.parse().ok() };
     let grain = lunar_engine::limits::GRAIN;
     let bytes = number("max_sectors_kb").map_or(Limit::MAX, |kib| kib << 10);
     let pages =

@@ -17,13 +17,14 @@ use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
 use lunar_api::target::TargetEvent;
-use lunar_api::{ApiError, ErrorKind, LuUuid};
+use lunar_api::{ApiError, ErrorKind, GroupUuid, LuUuid};
 use lunar_engine::pool::Pool;
-use lunar_engine::raid_group::{RaidGroup, WORKERS};
-use lunar_engine::traits::{Clock, Env, MILLISECOND};
+use lunar_engine::raid_group::{Errno, RaidGroup, WORKERS};
+use lunar_engine::traits::{Clock, Env, HostRequest, MILLISECOND};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::allocations;
+use crate::breadcrumb::{self, Crumb};
 use crate::buffers::Mapping;
 use crate::clock::{RingClock, Timers};
 use crate::executor::Executor;
@@ -55,6 +56,9 @@ pub(crate) struct Local {
     pub(crate) pool: Rc<Pool>,
     pub(crate) clock: RingClock,
     pub(crate) devices: Rc<Devices>,
+    crumb: Option<Crumb>,
+    /// Of all members that were opened: what every one takes.
+    pub(crate) dma_mask: Cell<u32>,
     served: RefCell<BTreeMap<LuUuid, Rc<Device>>>,
     /// Devices that somebody else stopped, and how.
     lost: RefCell<BTreeMap<LuUuid, String>>,
@@ -97,9 +101,11 @@ fn gone() -> ApiError {
 }
 
 impl Owner {
-    /// Starts a thread over a memory that `memory` makes on it; `events` gets what happens in its group.
+    /// Starts a thread over a memory that `memory` makes on it; `events` gets what happens in its group. A crash of
+    /// the thread names `group`.
     pub(crate) fn spawn(
         name: &str,
+        group: Option<GroupUuid>,
         memory: impl FnOnce() -> Result<Mapping, crate::buffers::BufferError> + Send + 'static,
         events: impl Fn(Vec<TargetEvent>) + Send + 'static,
     ) -> Result<Self, ApiError> {
@@ -113,13 +119,19 @@ impl Owner {
         let thread = std::thread::Builder::new()
             .name(name.into())
             .stack_size(STACK_BYTES)
-            .spawn(move || match Local::new(memory) {
-                Ok(local) => {
-                    let _ = started.send(Ok(()));
-                    run(&local, received, rung, events);
+            .spawn(move || {
+                let crumb = group.and_then(breadcrumb::claim);
+                match Local::new(memory, crumb) {
+                    Ok(local) => {
+                        let _ = started.send(Ok(()));
+                        run(&local, received, rung, events);
+                    }
+                    Err(error) => {
+                        let _ = started.send(Err(error));
+                    }
                 }
-                Err(error) => {
-                    let _ = started.send(Err(error));
+                if let Some(crumb) = crumb {
+                    crumb.release();
                 }
             })
             .map_err(|e| failed("a thread cannot be started", &e))?;
@@ -153,17 +165,7 @@ impl Owner {
         T: Send + 'static,
         F: Future<Output = T> + 'static,
     {
-        let (to, answer) = bounded(1);
-        let job: Job = Box::new(move |local| {
-            let future = ask(Rc::clone(local));
-            local.executor.spawn(async move {
-                let _ = to.send(future.await);
-            });
-        });
-        self.jobs.send(job).map_err(|_| gone())?;
-        self.bell
-            .write(1)
-            .map_err(|e| failed("the thread cannot be rung", &io::Error::from(e)))?;
+        let answer = self.ask(ask)?;
         match limit {
             None => answer.recv().map_err(|_| gone()),
             Some(limit) => answer.recv_timeout(limit).map_err(|_| {
@@ -173,6 +175,39 @@ impl Owner {
                 )
             }),
         }
+    }
+
+    /// Runs `ask` on the thread; what it answers comes by the channel.
+    pub(crate) fn ask<T, F>(
+        &self,
+        ask: impl FnOnce(Rc<Local>) -> F + Send + 'static,
+    ) -> Result<Receiver<T>, ApiError>
+    where
+        T: Send + 'static,
+        F: Future<Output = T> + 'static,
+    {
+        let (to, answer) = bounded(1);
+        self.send(Box::new(move |local| {
+            let future = ask(Rc::clone(local));
+            local.executor.spawn(async move {
+                let _ = to.send(future.await);
+            });
+        }))?;
+        Ok(answer)
+    }
+
+    fn send(&self, job: Job) -> Result<(), ApiError> {
+        self.jobs.send(job).map_err(|_| gone())?;
+        self.bell
+            .write(1)
+            .map_err(|e| failed("the thread cannot be rung", &io::Error::from(e)))?;
+        Ok(())
+    }
+
+    /// Lets the thread end once everything counted has ended, without waiting for that.
+    pub(crate) fn leave(mut self) {
+        drop(self.thread.take());
+        let _ = self.send(Box::new(|local| local.ending.set(true)));
     }
 
     /// Ends the thread; its members and devices are closed when this returns.
@@ -187,6 +222,7 @@ impl Owner {
 impl Local {
     fn new(
         memory: impl FnOnce() -> Result<Mapping, crate::buffers::BufferError>,
+        crumb: Option<Crumb>,
     ) -> Result<Rc<Self>, ApiError> {
         const WHAT: &str = "the group's thread cannot be set up";
         sandbox::become_io_flusher().map_err(|e| failed(WHAT, &e))?;
@@ -201,6 +237,8 @@ impl Local {
             pool: Pool::new(Box::new(memory)),
             clock: RingClock(timers),
             devices: Rc::default(),
+            crumb,
+            dma_mask: Cell::new(0),
             served: RefCell::default(),
             lost: RefCell::default(),
             group: OnceCell::new(),
@@ -252,12 +290,16 @@ impl Local {
         self: &Rc<Self>,
         task: impl Future<Output = ()> + 'static,
     ) -> impl Future<Output = ()> + 'static {
-        self.running.set(self.running.get() + 1);
         let local = Rc::clone(self);
-        async move {
-            task.await;
-            local.running.set(local.running.get() - 1);
-        }
+        async move { local.counted(task).await }
+    }
+
+    /// Keeps the thread from ending before `task` has.
+    pub(crate) async fn counted<T>(&self, task: impl Future<Output = T>) -> T {
+        self.running.set(self.running.get() + 1);
+        let done = task.await;
+        self.running.set(self.running.get() - 1);
+        done
     }
 
     /// Serves a device as LU `handle`: fetches every tag.
@@ -269,13 +311,39 @@ impl Local {
         shape: Shape,
     ) -> Result<(), ApiError> {
         let group = Rc::clone(self.group()?);
+        let crumb = self.crumb;
+        self.attach_with(lu, file, shape, async move |request| {
+            if let Some(crumb) = crumb {
+                crumb.note(handle, &request);
+            }
+            group.serve(handle, request).await
+        })
+    }
+
+    /// Serves a device by answering EIO to everything.
+    pub(crate) fn attach_refusing(
+        self: &Rc<Self>,
+        lu: LuUuid,
+        file: OwnedFd,
+        shape: Shape,
+    ) -> Result<(), ApiError> {
+        self.attach_with(lu, file, shape, async |_| Err(Errno(libc::EIO)))
+    }
+
+    fn attach_with(
+        self: &Rc<Self>,
+        lu: LuUuid,
+        file: OwnedFd,
+        shape: Shape,
+        serve: impl AsyncFn(HostRequest) -> Result<(), Errno> + 'static,
+    ) -> Result<(), ApiError> {
         let device = Device::new(&self.ring, &self.devices, file, shape)
             .map_err(|e| failed("the device cannot be served", &e))?;
+        let serve = Rc::new(serve);
         for tag in 0..shape.depth {
-            let (device, group) = (Rc::clone(&device), Rc::clone(&group));
+            let (device, serve) = (Rc::clone(&device), Rc::clone(&serve));
             self.executor.spawn_serving(async move {
-                let serve = |request| group.serve(handle, request);
-                device.serve_tag(tag, serve).await;
+                device.serve_tag(tag, |request| serve(request)).await;
             });
         }
         self.executor

@@ -20,12 +20,12 @@ use std::time::Duration;
 
 use io_uring::squeue::{Flags, SubmissionQueue};
 use io_uring::{IoUring, Probe, opcode};
-use libublk::sys;
 use lunar_engine::traits::{DiskError, RequestId};
 
 use crate::clock::Timers;
 use crate::executor::Executor;
-use crate::op::{Act, Limit, Place, Slab, Spec, State, Vectors};
+use crate::op::{Limit, Place, Slab, Spec, State, Vectors};
+use crate::ublk::device::Tags;
 
 /// Entries of the submission queue: what one turn hands over at once.
 const SUBMISSIONS: u32 = 1024;
@@ -75,7 +75,7 @@ pub(crate) struct Ring {
     unsent: RefCell<Unsent>,
     in_flight: Cell<u32>,
     tables: RefCell<Tables>,
-    /// Of each device slot.
+    /// By device slot.
     requests: RefCell<Vec<Requests>>,
     who: Cell<u32>,
     /// Index of the ring's own descriptor among those registered with this thread.
@@ -118,40 +118,12 @@ impl Unsent {
     }
 }
 
-/// What the requests of a device need.
+/// The requests of a device.
 #[derive(Debug, Default)]
-pub(crate) struct Requests {
-    /// First buffer.
-    pub(crate) base: u16,
-    /// Registered file.
-    pub(crate) file: u32,
-    /// The kernel registers each request's pages.
-    pub(crate) registers: bool,
-    /// By tag: the command that is chained to its I/O, until it is taken.
-    pub(crate) answers: Vec<Option<(u32, u32)>>,
-}
-
-impl Requests {
-    fn command(&self, op: u32, tag: u16, result: i32) -> Spec {
-        let mut bytes = [0; 16];
-        // struct ublksrv_io_cmd: q_id 0, tag, result, addr 0 (user copy).
-        bytes[2..4].copy_from_slice(&tag.to_ne_bytes());
-        bytes[4..8].copy_from_slice(&result.to_ne_bytes());
-        let addr = if self.registers {
-            u64::from(self.base + tag) | u64::from(sys::UBLK_AUTO_BUF_REG_FALLBACK) << 16
-        } else {
-            0
-        };
-        Spec {
-            who: 0,
-            file: self.file,
-            act: Act::Command { op, bytes, addr },
-            at: 0,
-            len: 0,
-            place: Place::None,
-            lease: None,
-        }
-    }
+struct Requests {
+    tags: Tags,
+    /// By tag: place and generation of the command that is chained to its I/O, until it is taken.
+    answers: Vec<Option<(u32, u32)>>,
 }
 
 #[repr(C)]
@@ -520,23 +492,19 @@ impl Ring {
             .retain(|range| range.start != base);
     }
 
-    /// Sets what a device slot's requests need.
-    pub(crate) fn set_requests(&self, device: u16, requests: Requests) {
+    /// Sets what the commands of a device slot are made of.
+    pub(crate) fn set_tags(&self, device: u16, tags: Tags, depth: u16) {
         let mut all = self.requests.borrow_mut();
         if all.len() <= usize::from(device) {
             all.resize_with(usize::from(device) + 1, Requests::default);
         }
-        all[usize::from(device)] = requests;
-    }
-
-    /// A command of a device's tag.
-    pub(crate) fn command(&self, device: u16, op: u32, tag: u16, result: i32) -> Spec {
-        self.requests.borrow()[usize::from(device)].command(op, tag, result)
+        let answers = vec![None; usize::from(depth)];
+        all[usize::from(device)] = Requests { tags, answers };
     }
 
     /// Buffer of a request.
     pub(crate) fn request_buffer(&self, id: RequestId) -> u16 {
-        self.requests.borrow()[usize::from(id.device)].base + id.tag
+        self.requests.borrow()[usize::from(id.device)].tags.base + id.tag
     }
 
     /// Starts an operation on all the bytes of a request, and lets the kernel answer the host as it succeeds:
@@ -548,10 +516,10 @@ impl Ring {
         vectors: impl Iterator<Item = (usize, usize)>,
     ) -> Handle {
         let result = i32::try_from(spec.len).expect("requests are at most IO_BYTES_MAX");
-        let op = sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ;
-        let command = self.command(id.device, op, id.tag, result);
+        let tags = self.requests.borrow()[usize::from(id.device)].tags;
         let handle = self.start(spec, vectors);
         let mut ops = self.ops.borrow_mut();
+        let command = tags.commit(id.tag, result);
         let then = ops.insert(command, std::iter::empty(), self.timers.now());
         ops.get(handle.index).then = Some(then.0);
         let requests = &mut self.requests.borrow_mut()[usize::from(id.device)];

@@ -16,8 +16,9 @@ use nix::unistd::{ForkResult, Pid, chdir, fork, pivot_root};
 
 /// Descriptors: 3 a LU, one a member, and those of the control socket.
 const FILES_MAX: u64 = 65_536;
-/// Arenas of the allocator; each keeps memory of its own.
-const ARENAS_MAX: i32 = 2;
+/// Arenas of the allocator: each but the first is 64 MiB of address space, all of which counts as locked. The I/O
+/// path does not allocate, so nobody waits.
+const ARENAS_MAX: i32 = 1;
 /// prctl numbers that libc does not have.
 const SET_IO_FLUSHER: i32 = 57;
 const GET_IO_FLUSHER: i32 = 58;
@@ -108,9 +109,13 @@ pub(crate) fn lock_memory() -> Result<(), SandboxError> {
     step("memory cannot be locked", mlockall(all))
 }
 
-/// Blocks every signal of this thread and of those it starts.
+/// Blocks every signal of this thread and of those it starts, but for those that end a thread for what it did.
 pub(crate) fn block_signals() -> Result<(), SandboxError> {
-    step("signals cannot be blocked", SigSet::all().thread_block())
+    let mut set = SigSet::all();
+    for fatal in crate::breadcrumb::FATAL {
+        set.remove(fatal);
+    }
+    step("signals cannot be blocked", set.thread_block())
 }
 
 /// Makes the calling thread one whose allocations never wait for I/O, and reads it back.

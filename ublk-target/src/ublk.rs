@@ -23,8 +23,10 @@ const _: () = assert!(IO_BYTES_MAX as u64 == lunar_engine::limits::MAX_IO);
 const PHYSICAL_BLOCK: u32 = lunar_engine::plan::GRAIN;
 /// Sectors of a discard or zeroing request; kernels before 6.11 cut what does not fit 32 bits of bytes.
 const ZEROES_SECTORS_MAX: u32 = u32::MAX >> 9;
-/// Least alignment of a request's pages that members take: the block layer's own default.
-const DMA_ALIGN: u32 = 511;
+/// Least mask of a request's memory: the block layer's own default.
+const DMA_MASK_MIN: u32 = 511;
+/// Largest that ublk takes: a page's; memory of members that want more is not theirs to choose.
+const DMA_MASK_MAX: u32 = 4095;
 /// Parameter the sys crate does not know yet.
 const PARAM_DMA_ALIGN: u32 = 1 << 4;
 /// Bytes of the kernel's `struct ublk_params`, up to and with the integrity part.
@@ -141,11 +143,13 @@ pub(crate) struct Geometry {
     pub(crate) io_opt: u64,
     /// The members take discards and zeroing.
     pub(crate) discard: bool,
+    /// Bits of a memory address that are 0: so that every member takes a request's own pages.
+    pub(crate) dma_mask: u32,
 }
 
 impl Geometry {
     /// Reads it off a group. A full stripe that is no power of two cannot be said: the power of two below it.
-    pub(crate) fn of(group: &GroupStatus, bytes: u64, discard: bool) -> Self {
+    pub(crate) fn of(group: &GroupStatus, bytes: u64, discard: bool, members_mask: u32) -> Self {
         let members = u64::try_from(group.members.len()).unwrap_or(1);
         let data = match group.level {
             Level::Raid0 => members,
@@ -163,6 +167,7 @@ impl Geometry {
             io_min,
             io_opt: 1 << stripe.max(1).ilog2(),
             discard,
+            dma_mask: (members_mask | DMA_MASK_MIN).min(DMA_MASK_MAX),
         }
     }
 
@@ -194,7 +199,7 @@ impl Geometry {
             put(52, &ZEROES_SECTORS_MAX.to_ne_bytes());
             put(56, &1_u16.to_ne_bytes());
         }
-        put(108, &DMA_ALIGN.to_ne_bytes());
+        put(108, &self.dma_mask.to_ne_bytes());
         put(0, &u32::try_from(PARAMS_BYTES).expect("152").to_ne_bytes());
         put(4, &types.to_ne_bytes());
         to
@@ -293,13 +298,14 @@ mod tests {
             io_min: 65536,
             io_opt: 131_072,
             discard: true,
+            dma_mask: 4095,
         };
         let params = geometry.params();
         let u32_at = |at: usize| u32::from_ne_bytes(params[at..at + 4].try_into().unwrap());
         assert_eq!((u32_at(0), u32_at(4)), (152, 0b1_0011));
         assert_eq!(params[12..16], [9, 12, 17, 16]);
         assert_eq!((u32_at(16), u32_at(24)), (2048, 1 << 21));
-        assert_eq!((u32_at(44), u32_at(108)), (4096, 511));
+        assert_eq!((u32_at(44), u32_at(108)), (4096, 4095));
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod breadcrumb;
 pub mod error;
 pub mod ids;
 pub mod mgmt;

@@ -117,6 +117,8 @@ requests! {
     /// Starts a stopped group.
     GroupStart {
         group: String,
+        /// Starts a quarantined group again.
+        again: bool,
         /// Starts although data may be old or wrong.
         force: bool,
         dry_run: bool,

@@ -167,6 +167,8 @@ rows! {
         uuid: GroupUuid,
         /// Why it is not optimal; empty when it is.
         reason: String,
+        /// What to type about it; empty when there is nothing to do.
+        action: String,
         capacity: u64,
         free: u64,
         logical_block: u32,
@@ -288,6 +290,12 @@ rows! {
         device: Option<String>,
         problem: String,
     }
+    /// A known disk that cannot be read.
+    BadDisk {
+        disk: u32,
+        path: String,
+        problem: String,
+    }
     /// `data` of `lunar status --json`.
     StatusData {
         health: Health,
@@ -298,6 +306,8 @@ rows! {
         groups: Vec<GroupHealth>,
         /// Disks in no group that need a look.
         disks: Vec<DiskRow>,
+        /// Known disks that could not be read when they were last looked at.
+        bad_disks: Vec<BadDisk>,
     }
     /// Answer to `Status`.
     StatusReply {

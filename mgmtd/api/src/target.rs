@@ -67,6 +67,8 @@ pub enum GroupState {
     Failed,
     /// Not started; the reason stands beside it.
     Stopped,
+    /// It made ublk-target crash again and again: its devices answer EIO, its members are left alone.
+    Quarantined,
 }
 
 /// A request to ublk-target.
@@ -111,6 +113,18 @@ pub enum TargetRequest {
     GroupStop { group: GroupUuid },
     /// As `GroupStop`, then marks the members' superblocks deleted. Answer: `Done`.
     GroupDelete { group: GroupUuid },
+    /// Recovers the devices of a group that makes the process crash, and answers EIO on them; its members are not
+    /// opened. `GroupStart` ends it. Answer: `Group`.
+    GroupQuarantine {
+        /// The group as it was seen last, with the reason.
+        seen: Box<GroupStatus>,
+        ublk_devices: Vec<u32>,
+    },
+    /// Marks the superblocks of the attached members of a group that does not run deleted. Answer: `Done`.
+    GroupErase {
+        group: GroupUuid,
+        members: Vec<MemberSpec>,
+    },
     /// Renames the group. Answer: `Group`.
     GroupRename { group: GroupUuid, name: String },
     /// Sets tunables that are not on disk. Answer: `Group`.
@@ -263,7 +277,7 @@ pub struct Label {
 }
 
 /// A group, live.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GroupStatus {
     pub group: GroupUuid,
@@ -292,7 +306,7 @@ pub struct GroupStatus {
 }
 
 /// A slot, live.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemberStatus {
     pub slot: u16,
@@ -313,7 +327,7 @@ pub struct MemberStatus {
 }
 
 /// Background work of a group.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct SyncStatus {
@@ -340,7 +354,7 @@ pub enum SyncAction {
 }
 
 /// A LU, live.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LuStatus {
     pub lu: LuUuid,

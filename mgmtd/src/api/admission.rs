@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use lunar_api::target::{Label, Probe};
 use lunar_api::units::format_size;
@@ -10,11 +11,14 @@ use lunar_api::{ApiError, DiskUuid, ErrorKind};
 use crate::boot::probe_paths;
 use crate::daemon::Daemon;
 use crate::limits::DISK_MIN;
-use crate::opener::open_exclusive;
+use crate::opener::open_patiently;
 use crate::probe::{Identity, capacity, identify};
 use crate::tables::DiskSave;
 use crate::views::View;
 use crate::{holders, signature};
+
+/// In the problem of a disk whose superblock is there, but cannot be believed.
+const NOT_VALID: &str = "superblock not valid";
 
 /// One path of `disk add` that passed every check.
 #[derive(Debug)]
@@ -70,10 +74,8 @@ pub(super) async fn check_fresh(
     daemon: &Daemon,
     view: &View,
     path: &Path,
-    identity: Identity,
     force: Option<&str>,
 ) -> Result<Fresh, ApiError> {
-    check_unused(path, identity)?;
     let probe = probe_paths(daemon, &[path.to_path_buf()])
         .await?
         .into_iter()
@@ -84,6 +86,10 @@ pub(super) async fn check_fresh(
                 .hint("use a block device or a file on ext4, xfs or btrfs"),
         );
     };
+    let invalid = probe.problem.clone();
+    if let Some(problem) = invalid.as_ref().filter(|p| !p.contains(NOT_VALID)) {
+        return Err(error(path, ErrorKind::Failed, format!("it {problem}")).hint("dmesg | tail"));
+    }
     let capacity = probe.capacity;
     let path = path.to_path_buf();
     if let Some(known) = own_label(view, &path, &probe)? {
@@ -102,7 +108,12 @@ pub(super) async fn check_fresh(
     {
         found.insert(signature::LUNAR.into());
     }
-    let erase = check_signatures(&path, &found, force, probe.label.as_ref())?;
+    if invalid.is_some() {
+        // It was a disk of a Lunar system; what it holds may be wanted back.
+        found.insert(signature::LUNAR.into());
+    }
+    let erase = check_signatures(&path, &found, force, probe.label.as_ref())
+        .map_err(|error| invalid.into_iter().fold(error, ApiError::because))?;
     Ok(Fresh {
         path,
         capacity,
@@ -111,10 +122,10 @@ pub(super) async fn check_fresh(
     })
 }
 
-fn check_unused(path: &Path, identity: Identity) -> Result<(), ApiError> {
+pub(super) async fn check_unused(path: &Path, identity: Identity) -> Result<(), ApiError> {
     if let Identity::Block(dev) = identity {
         let real = std::fs::canonicalize(path).unwrap_or_else(|_| path.into());
-        let held = holders::of_block(dev, &real.display().to_string());
+        let held = holders::Look::now().of_block(dev, &real.display().to_string());
         if !held.is_empty() {
             let mut busy = error(path, ErrorKind::Busy, "it is in use");
             busy.causes.extend(held);
@@ -141,7 +152,8 @@ fn check_unused(path: &Path, identity: Identity) -> Result<(), ApiError> {
             .hint("use a block device or a file on ext4, xfs or btrfs"));
         }
     }
-    let opened = open_exclusive(path);
+    // Not on this thread: the open of a sick disk can hang.
+    let opened = open_patiently(path, Duration::ZERO).await;
     opened.map(drop).map_err(|e| match e.kind() {
         std::io::ErrorKind::ResourceBusy => {
             error(path, ErrorKind::Busy, "somebody holds it exclusively").hint(format!(
@@ -180,8 +192,9 @@ fn own_label(view: &View, path: &Path, probe: &Probe) -> Result<Option<DiskUuid>
         .groups
         .get(&label.group)
         .is_some_and(|g| g.members.iter().any(|m| m.disk == label.disk));
-    let free = label.group.is_nil() && !label.deleted;
-    Ok((free || in_group).then_some(label.disk))
+    // A member whose row was lost with the tables is taken back like a free disk: its group finds it again.
+    let ours = !label.deleted;
+    Ok((ours || in_group).then_some(label.disk))
 }
 
 /// A superblock of ours that says the disk is free for reuse.
@@ -199,22 +212,20 @@ fn check_signatures(
     let at = path.display();
     match (found.len(), force) {
         (0, None) => Ok(None),
-        (0, Some(name)) => Err(error(
-            path,
-            ErrorKind::Usage,
-            format!("--force={name} names what is not there"),
-        )
-        .hint(format!("lunar disk add {at}"))),
+        // Nothing dies: it was erased by an earlier try that did not come to the label, or was never there.
+        (0, Some(_)) => Ok(None),
         (1, Some(name)) if found.contains(name) => {
             Ok(Some(name.to_string()).filter(|name| name != signature::LUNAR))
         }
         (1, _) => {
             let mut refused = error(path, ErrorKind::Refused, format!("it carries data: {all}"));
             if let Some(label) = label.filter(|_| found.contains(signature::LUNAR)) {
-                refused = refused.because(format!(
-                    "it belongs to group {} of Lunar system {}",
-                    label.group_name, label.system
-                ));
+                let what = match (&label.deleted, label.group.is_nil()) {
+                    (_, true) => "it is a free disk".to_string(),
+                    (true, _) => format!("it was a member of group {}, deleted,", label.group),
+                    (false, _) => format!("it is a member of group {}", label.group),
+                };
+                refused = refused.because(format!("{what} of Lunar system {}", label.system));
             }
             Err(refused.hint(format!(
                 "lunar disk add --force={all} {at}, if that data may die"
@@ -242,7 +253,7 @@ mod tests {
             check_signatures(Path::new("/dev/x"), &set(names), force, None).map_err(|e| e.kind)
         };
         assert_eq!(check(&[], None), Ok(None));
-        assert_eq!(check(&[], Some("ext4")), Err(ErrorKind::Usage));
+        assert_eq!(check(&[], Some("ext4")), Ok(None));
         assert_eq!(check(&["ext4"], None), Err(ErrorKind::Refused));
         assert_eq!(check(&["ext4"], Some("xfs")), Err(ErrorKind::Refused));
         assert_eq!(check(&["ext4"], Some("ext4")), Ok(Some("ext4".into())));

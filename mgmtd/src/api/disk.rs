@@ -9,7 +9,7 @@ use lunar_api::target::{MemberSpec, TargetAnswer, TargetRequest};
 use lunar_api::units::format_size;
 use lunar_api::{ApiError, DiskUuid, ErrorKind};
 
-use super::admission::{Fresh, check_fresh, check_kind, error, known_disk};
+use super::admission::{Fresh, check_fresh, check_kind, check_unused, error, known_disk};
 use super::{last_view, view};
 use crate::boot::{look_again, probe_paths};
 use crate::daemon::{About, Daemon};
@@ -41,6 +41,10 @@ pub async fn show(daemon: &Daemon, name: &str) -> Result<DiskOne, ApiError> {
     let row = view.disk_row(save);
     let member = view.member(save.uuid).map(|(_, m)| m);
     let group = view.group_of(save).and_then(|g| view.tables.group(g));
+    let bad = view.live.bad_paths.get(&save.path).filter(|_| {
+        // The group's own reason comes first.
+        member.is_none_or(|m| m.reason.is_empty())
+    });
     let disk = DiskShow {
         disk: row.disk,
         path: row.path,
@@ -52,7 +56,7 @@ pub async fn show(daemon: &Daemon, name: &str) -> Result<DiskOne, ApiError> {
         uuid: save.uuid,
         group_name: group.map(|g| g.name_seen.clone()),
         slot: member.map(|m| m.slot),
-        reason: member.map_or(String::new(), |m| m.reason.clone()),
+        reason: member.map_or(String::new(), |m| m.reason.clone()) + bad.map_or("", |b| b),
         read_errors: member.map_or(0, |m| m.read_errors),
         write_errors: member.map_or(0, |m| m.write_errors),
     };
@@ -94,7 +98,7 @@ pub async fn add(daemon: &Daemon, ask: DiskAdd) -> Result<Changed, ApiError> {
     }
     let view = view(daemon).await;
     let mut seen = BTreeSet::new();
-    let (mut fresh, mut numbers) = (Vec::new(), Vec::new());
+    let (mut unknown, mut numbers) = (Vec::new(), Vec::new());
     for path in &ask.paths {
         let path = PathBuf::from(path);
         let identity = check_kind(&path)?;
@@ -104,12 +108,20 @@ pub async fn add(daemon: &Daemon, ask: DiskAdd) -> Result<Changed, ApiError> {
                     .hint("name each disk once"),
             );
         }
-        if let Some(known) = known_disk(&view, identity) {
-            numbers.push(known.number);
-            continue;
+        match known_disk(&view, identity) {
+            Some(known) => numbers.push(known.number),
+            None => unknown.push((path, identity)),
         }
-        fresh.push(check_fresh(daemon, &view, &path, identity, ask.force.as_deref()).await?);
     }
+    // Usage first, then who holds it, then what would die: of all paths each.
+    for (path, identity) in &unknown {
+        check_unused(path, *identity).await?;
+    }
+    let mut fresh = Vec::new();
+    for (path, _) in &unknown {
+        fresh.push(check_fresh(daemon, &view, path, ask.force.as_deref()).await?);
+    }
+    let there = numbers.clone();
     if fresh.is_empty() {
         let plan = Plan::unchanged("these disks are already given to Lunar");
         if let Gate::Answer(mut answer) = plan.gate(ask.dry_run, ask.yes)? {
@@ -142,7 +154,15 @@ pub async fn add(daemon: &Daemon, ask: DiskAdd) -> Result<Changed, ApiError> {
     answer.text = answer
         .disks
         .iter()
-        .map(|d| format!("disk {}: {} ({})", d.disk, d.path, format_size(d.capacity)))
+        .map(|d| {
+            let unchanged = if there.contains(&d.disk) {
+                ", unchanged"
+            } else {
+                ""
+            };
+            let size = format_size(d.capacity);
+            format!("disk {}: {} ({size}){unchanged}", d.disk, d.path)
+        })
         .collect();
     Ok(answer)
 }
@@ -202,10 +222,7 @@ async fn take(daemon: &Daemon, fresh: Fresh, role: Role) -> Result<u32, ApiError
     for probe in probe_paths(daemon, &[path]).await? {
         daemon.live().probes.insert(uuid, probe);
     }
-    let about = About {
-        disk: Some(uuid),
-        ..About::default()
-    };
+    let about = About::disk(uuid);
     daemon.event("DiskAdded", about, format!("disk {number} is {shown}"));
     daemon.save().await?;
     Ok(number)
@@ -282,6 +299,8 @@ pub async fn replace(daemon: &Daemon, ask: DiskReplace) -> Result<Changed, ApiEr
     let (group, member) = view
         .member(old.uuid)
         .ok_or_else(|| not_member(old.number))?;
+    // Usage and who holds it first: what asks for a confirmation comes last.
+    let new = choose_new(&view, &ask, old, group.member_bytes)?.clone();
     if matches!(member.state, lunar_api::target::MemberState::InSync) {
         return Err(ApiError::new(
             ErrorKind::Refused,
@@ -293,7 +312,6 @@ pub async fn replace(daemon: &Daemon, ask: DiskReplace) -> Result<Changed, ApiEr
             old.number
         )));
     }
-    let new = choose_new(&view, &ask, group.member_bytes)?.clone();
     look_again(daemon, std::slice::from_ref(&new)).await?;
     let fresh = last_view(daemon);
     let new = choose_new(
@@ -302,8 +320,15 @@ pub async fn replace(daemon: &Daemon, ask: DiskReplace) -> Result<Changed, ApiEr
             new: Some(new.number.to_string()),
             ..ask.clone()
         },
+        old,
         group.member_bytes,
     )?;
+    if let Some(why) = (fresh.live.bad_paths.get(&new.path)).filter(|_| new.uuid == old.uuid) {
+        let what = format!("disk {} cannot take its place again", new.number);
+        return Err(ApiError::new(ErrorKind::Failed, what)
+            .because(format!("it {why}"))
+            .hint(format!("lunar disk replace {} NEW", old.number)));
+    }
     let (n, slot) = (new.number, member.slot);
     let plan = Plan::step(format!(
         "put disk {n} into slot {slot} of group {} and rebuild it",
@@ -354,7 +379,12 @@ pub async fn replace(daemon: &Daemon, ask: DiskReplace) -> Result<Changed, ApiEr
     Ok(answer)
 }
 
-fn choose_new<'a>(view: &'a View, ask: &DiskReplace, need: u64) -> Result<&'a DiskSave, ApiError> {
+fn choose_new<'a>(
+    view: &'a View,
+    ask: &DiskReplace,
+    old: &DiskSave,
+    need: u64,
+) -> Result<&'a DiskSave, ApiError> {
     let free = |d: &DiskSave| {
         matches!(view.disk_row(d).state, DiskState::Free | DiskState::Spare) && d.capacity > need
     };
@@ -370,6 +400,17 @@ fn choose_new<'a>(view: &'a View, ask: &DiskReplace, need: u64) -> Result<&'a Di
         });
     };
     let new = find(view, name)?;
+    // A disk that was away comes back into its slot: what it holds is stale and written over.
+    if new.uuid == old.uuid {
+        return Ok(new);
+    }
+    if let Some(group) = view.group_of(new) {
+        let group = (view.tables.group(group)).map_or(group.to_string(), |g| g.name_seen.clone());
+        let what = format!("disk {} cannot take its place", new.number);
+        return Err(ApiError::new(ErrorKind::Busy, what)
+            .because(format!("it is a member of group {group}"))
+            .hint("lunar disk list"));
+    }
     if !free(new) {
         let row = view.disk_row(new);
         let why = format!(
@@ -423,13 +464,14 @@ pub async fn remove(daemon: &Daemon, ask: DiskRemove) -> Result<Changed, ApiErro
                 .because(format!("it is a member of group {name}"))
                 .hint(format!("lunar disk replace {} NEW", disk.number)));
         }
-        if ask.wipe && !view.live.probes.contains_key(&disk.uuid) {
-            let what = format!("disk {} is not wiped", disk.number);
-            return Err(ApiError::new(ErrorKind::Refused, what)
-                .because(format!("{} does not carry its identity now", disk.path))
-                .hint(format!("lunar disk remove {}", disk.number)));
-        }
         disks.push(disk.clone());
+    }
+    let blank = |disk: &&DiskSave| !view.live.probes.contains_key(&disk.uuid);
+    if let Some(disk) = disks.iter().find(blank).filter(|_| ask.wipe) {
+        let what = format!("disk {} is not wiped", disk.number);
+        return Err(ApiError::new(ErrorKind::Refused, what)
+            .because(format!("{} does not carry its identity now", disk.path))
+            .hint(format!("lunar disk remove {}", disk.number)));
     }
     let mut plan = Plan::default();
     for disk in &disks {
@@ -465,10 +507,7 @@ pub async fn remove(daemon: &Daemon, ask: DiskRemove) -> Result<Changed, ApiErro
                 )
                 .await?;
         }
-        let about = About {
-            disk: Some(disk.uuid),
-            ..About::default()
-        };
+        let about = About::disk(disk.uuid);
         daemon.event(
             "DiskRemoved",
             about,

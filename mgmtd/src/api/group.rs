@@ -2,20 +2,26 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::time::Duration;
 
 use lunar_api::mgmt::{GroupCreate, GroupEnd, GroupSet, GroupStart, Rename, Role};
 use lunar_api::rows::{Changed, DiskState, GroupList, GroupOne};
-use lunar_api::target::{Consistency, GroupStatus, Level, MemberSpec, TargetAnswer, TargetRequest};
+use lunar_api::target::{
+    Consistency, GroupState, GroupStatus, Level, MemberSpec, TargetAnswer, TargetRequest,
+};
 use lunar_api::units::format_size;
 use lunar_api::{ApiError, ErrorKind, GroupUuid};
 
 use super::{check_not_held, disk, last_view, name_openers, view};
-use crate::boot::{find_disks, look_again, members_of, probe_paths, start_group};
-use crate::daemon::{About, Daemon};
+use crate::boot::{
+    OpenedMembers, find_disks, inflight, look_again, members_of, open_members, probe_paths,
+    start_group,
+};
+use crate::daemon::{About, Daemon, Problem};
 use crate::limits::{CHUNK, PATHS_MAX};
 use crate::link::unexpected;
 use crate::names::{check_name, expand};
-use crate::opener::{open_exclusive, open_inflight};
+use crate::opener::open_patiently;
 use crate::planner::{Gate, Plan};
 use crate::probe::{boot_id, random};
 use crate::tables::DiskSave;
@@ -96,7 +102,8 @@ pub async fn create(daemon: &Daemon, ask: GroupCreate) -> Result<Changed, ApiErr
     let group = GroupUuid::from_bytes(uuid);
     let mut fds = Vec::new();
     for member in &members {
-        fds.push(open_exclusive(Path::new(&member.path)).map_err(|e| {
+        let opened = open_patiently(Path::new(&member.path), Duration::ZERO).await;
+        fds.push(opened.map_err(|e| {
             ApiError::new(
                 ErrorKind::Busy,
                 format!("disk {} cannot be opened", member.number),
@@ -143,13 +150,6 @@ pub async fn create(daemon: &Daemon, ask: GroupCreate) -> Result<Changed, ApiErr
 
 fn usage(why: &str, hint: &str) -> ApiError {
     ApiError::new(ErrorKind::Usage, why).hint(hint)
-}
-
-fn inflight(daemon: &Daemon, group: GroupUuid) -> Result<std::os::fd::OwnedFd, ApiError> {
-    open_inflight(&daemon.config.run_dir, group).map_err(|e| {
-        ApiError::new(ErrorKind::Failed, "the in-flight log cannot be opened")
-            .because(e.to_string())
-    })
 }
 
 fn choose_members<'a>(view: &'a View, names: &[String]) -> Result<Vec<&'a DiskSave>, ApiError> {
@@ -226,14 +226,7 @@ fn group_answer(answer: TargetAnswer) -> Result<GroupStatus, ApiError> {
 }
 
 fn about(daemon: &Daemon, name: &str, group: GroupUuid, text: String) {
-    daemon.event(
-        name,
-        About {
-            group: Some(group),
-            ..About::default()
-        },
-        text,
-    );
+    daemon.event(name, About::group(group), text);
 }
 
 /// Takes a group as answered and makes the answer of the verb.
@@ -270,10 +263,9 @@ fn started<'a>(view: &'a View, name: &str) -> Result<&'a GroupStatus, ApiError> 
             view.live
                 .problems
                 .get(&save.uuid)
-                .cloned()
-                .unwrap_or("it was stopped".into()),
+                .map_or("it was stopped".into(), |p| p.why.clone()),
         )
-        .hint(format!("lunar group start {}", save.name_seen))
+        .hint(crate::text::action(view, save))
     })
 }
 
@@ -329,7 +321,14 @@ pub async fn start(daemon: &Daemon, ask: GroupStart) -> Result<Changed, ApiError
     let view = view(daemon).await;
     let save = view.find_group(&ask.group)?;
     let (group, name) = (save.uuid, save.name_seen.clone());
-    let plan = if view.live.groups.contains_key(&group) {
+    let quarantined = quarantine_of(&view, group);
+    if let Some(why) = quarantined.as_ref().filter(|_| !ask.again) {
+        let what = format!("group {name} is quarantined");
+        return Err(ApiError::new(ErrorKind::NoService, what)
+            .because(why.clone())
+            .hint(crate::text::again(&name)));
+    }
+    let plan = if view.live.groups.contains_key(&group) && quarantined.is_none() {
         Plan::unchanged(format!("group {name} is started"))
     } else {
         let plan = Plan::step(format!("start group {name}"));
@@ -342,7 +341,13 @@ pub async fn start(daemon: &Daemon, ask: GroupStart) -> Result<Changed, ApiError
         return Ok(*answer);
     }
     find_disks(daemon).await?;
-    start_group(daemon, group, members_of(daemon, group), ask.force).await?;
+    let begun = start_group(daemon, group, members_of(daemon, group), ask.force).await;
+    begun.inspect_err(|error| {
+        if quarantined.is_none() {
+            daemon.live().problems.insert(group, Problem::from(error));
+        }
+    })?;
+    daemon.live().quarantined.remove(&group);
     by_hand(daemon, group, None);
     about(
         daemon,
@@ -353,6 +358,14 @@ pub async fn start(daemon: &Daemon, ask: GroupStart) -> Result<Changed, ApiError
     let status = daemon.live().groups.get(&group).cloned();
     let status = status.ok_or_else(|| ApiError::new(ErrorKind::Failed, "the group went away"))?;
     finish(daemon, &plan, status, format!("group {name} is up")).await
+}
+
+/// Why a group is quarantined, if it is; an adopted ublk-target knows it better than we do.
+fn quarantine_of(view: &View, group: GroupUuid) -> Option<String> {
+    let live = view.live.groups.get(&group);
+    live.filter(|g| g.state == GroupState::Quarantined)
+        .map(|g| g.reason.clone())
+        .or_else(|| view.live.quarantined.get(&group).cloned())
 }
 
 fn by_hand(daemon: &Daemon, group: GroupUuid, stopped_in: Option<String>) {
@@ -386,6 +399,7 @@ pub async fn stop(daemon: &Daemon, ask: GroupEnd) -> Result<Changed, ApiError> {
     end(daemon, &TargetRequest::GroupStop { group }, live).await?;
     by_hand(daemon, group, Some(boot_id()));
     daemon.live().groups.remove(&group);
+    daemon.live().quarantined.remove(&group);
     reprobe(daemon, &view, live).await?;
     about(
         daemon,
@@ -468,15 +482,26 @@ pub async fn rename(daemon: &Daemon, ask: Rename) -> Result<Changed, ApiError> {
     .await
 }
 
-/// Answers `GroupDelete`.
+/// Answers `GroupDelete`; a group that is not started is deleted on the disks of it that are here.
 ///
 /// # Errors  `Busy` with who holds a LU; `Refused` without a yes
 pub async fn delete(daemon: &Daemon, ask: GroupEnd) -> Result<Changed, ApiError> {
     let _turn = daemon.turn().await?;
     let view = view(daemon).await;
-    let live = started(&view, &ask.group)?;
+    let save = view.find_group(&ask.group)?;
+    let Some(live) = view.live.groups.get(&save.uuid) else {
+        return delete_stopped(daemon, save.uuid, &ask).await;
+    };
     let (group, name) = (live.group, live.name.clone());
     check_not_held(live, &format!("group {name} is not deleted"))?;
+    if live.state == GroupState::Quarantined {
+        let what = format!("group {name} is not deleted: it is quarantined");
+        return Err(ApiError::new(ErrorKind::NoService, what)
+            .because(live.reason.clone())
+            .hint(format!(
+                "lunar group stop {name}, then the same command again"
+            )));
+    }
     let mut plan = Plan::step(format!("stop group {name}, mark its superblocks deleted"));
     let what = format!(
         "group {name}: {} {}",
@@ -494,6 +519,97 @@ pub async fn delete(daemon: &Daemon, ask: GroupEnd) -> Result<Changed, ApiError>
         return Ok(*answer);
     }
     end(daemon, &TargetRequest::GroupDelete { group }, Some(live)).await?;
+    forget(daemon, group, &name);
+    reprobe(daemon, &view, Some(live)).await?;
+    daemon.absorb().await?;
+    Ok(plan.done(format!("group {name} is deleted; its disks are free")))
+}
+
+/// Deletes a group that is not started, and does not start it for that.
+///
+/// # Crash  member by member: those that were reached are free, the same command goes on with the others
+async fn delete_stopped(
+    daemon: &Daemon,
+    group: GroupUuid,
+    ask: &GroupEnd,
+) -> Result<Changed, ApiError> {
+    // What was last seen may be old: look at the disks now.
+    find_disks(daemon).await?;
+    let view = last_view(daemon);
+    let show = view.group_show(view.find_group(&group.to_string())?);
+    let name = show.name.clone();
+    let here = members_of(daemon, group);
+    let away: Vec<String> = show
+        .members
+        .iter()
+        .filter(|m| m.state == DiskState::Missing)
+        .map(|m| {
+            m.disk
+                .map_or(format!("slot {}", m.slot), |d| format!("disk {d}"))
+        })
+        .collect();
+    let mut plan = Plan::default();
+    for member in &here {
+        let path = &member.path;
+        plan.steps
+            .push(format!("mark the superblocks of {path} deleted"));
+    }
+    plan.steps.push(format!("forget group {name}"));
+    let level = show.level.map_or("level unknown", level_word);
+    plan = plan.dies(format!("group {name}: {level}, not started"), &name);
+    for lu in view.tables.lus.values().filter(|l| l.group == group) {
+        plan = plan.dies(format!("LU {} of it", lu.name_seen), &name);
+    }
+    if !away.is_empty() {
+        let away = away.join(", ");
+        plan.steps.push(format!(
+            "leave {away}, which is not here, a member of {name}"
+        ));
+    }
+    if let Gate::Answer(answer) = plan.gate(ask.dry_run, ask.yes)? {
+        return Ok(*answer);
+    }
+    let wanted = here.len();
+    let OpenedMembers {
+        specs: members,
+        fds,
+        ..
+    } = open_members(daemon, group, here).await;
+    if members.len() < wanted {
+        return Err(ApiError::new(
+            ErrorKind::Busy,
+            format!("group {name} is not deleted: a disk of it cannot be opened"),
+        )
+        .because("somebody holds it, or a dead ublk-target's last I/O is not over")
+        .hint("lunar events"));
+    }
+    let disks: Vec<_> = members.iter().map(|m| m.disk).collect();
+    if !members.is_empty() {
+        let request = TargetRequest::GroupErase { group, members };
+        match daemon.ask(&request, fds).await? {
+            TargetAnswer::Done => {}
+            other => return Err(unexpected(&other)),
+        }
+    }
+    forget(daemon, group, &name);
+    let saves: Vec<DiskSave> = disks
+        .iter()
+        .filter_map(|d| view.tables.disk(*d).cloned())
+        .collect();
+    look_again(daemon, &saves).await?;
+    daemon.absorb().await?;
+    let mut text = format!("group {name} is deleted; its disks are free");
+    if !away.is_empty() {
+        text += &format!(
+            ", but for {}: a disk that comes back brings what is left of the group with it",
+            away.join(", ")
+        );
+    }
+    Ok(plan.done(text))
+}
+
+/// Drops the rows of a group that is no more.
+fn forget(daemon: &Daemon, group: GroupUuid, name: &str) {
     about(
         daemon,
         "GroupDeleted",
@@ -526,18 +642,12 @@ pub async fn delete(daemon: &Daemon, ask: GroupEnd) -> Result<Changed, ApiError>
         if let Some(number) = tables.group(group).map(|g| g.number) {
             tables.drop_group(number);
         }
-        daemon.live().groups.remove(&group);
     }
-    let _ = std::fs::remove_file(
-        daemon
-            .config
-            .run_dir
-            .join("inflight")
-            .join(group.to_string()),
-    );
-    reprobe(daemon, &view, Some(live)).await?;
-    daemon.absorb().await?;
-    Ok(plan.done(format!("group {name} is deleted; its disks are free")))
+    let mut live = daemon.live();
+    live.groups.remove(&group);
+    live.problems.remove(&group);
+    let log = (daemon.config.run_dir.join("inflight")).join(group.to_string());
+    let _ = std::fs::remove_file(log);
 }
 
 #[cfg(test)]

@@ -219,13 +219,16 @@ pub(crate) enum Group {
     },
     /// Start a stopped group
     #[command(
-        after_help = "Examples:\n  lunar group start data\n  lunar group start data --force     (old or wrong data is accepted)"
+        after_help = "Examples:\n  lunar group start data\n  lunar group start data --force     (old or wrong data is accepted)\n  lunar group start data --again     (out of quarantine, once the reason is gone)"
     )]
     Start {
         group: String,
         /// Start although data may be old or wrong
         #[arg(long)]
         force: bool,
+        /// Start a group that is quarantined
+        #[arg(long)]
+        again: bool,
     },
     /// Stop a group and its LUs
     #[command(after_help = "Examples:\n  lunar group stop data")]

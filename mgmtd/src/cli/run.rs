@@ -312,11 +312,16 @@ fn group(args: &Args, client: &mut Client, verb: &Group) -> Result<u8, ApiError>
             };
             change(args, client, "group.set", ask, yes)
         }
-        Group::Start { group, force } => {
+        Group::Start {
+            group,
+            force,
+            again,
+        } => {
             let ask = |yes| {
-                let (group, force) = (group.clone(), *force);
+                let (group, force, again) = (group.clone(), *force, *again);
                 Request::GroupStart(mgmt::GroupStart {
                     group,
+                    again,
                     force,
                     dry_run,
                     yes,

@@ -63,6 +63,7 @@ pub(crate) fn groups(rows: &[GroupRow]) -> String {
             GroupState::Degraded => "degraded",
             GroupState::Failed => "failed",
             GroupState::Stopped => "stopped",
+            GroupState::Quarantined => "quarantined",
         };
         vec![
             g.group.to_string(),

@@ -78,8 +78,10 @@ fn member_dies(kind: &'static str, how: &'static str, level: &str) -> Result<(),
              || {{ cat /tmp/fio.out; exit 1; }}"
         )
     };
+    let name = device.trim_start_matches("/dev/").to_owned();
     let dying = std::thread::spawn(move || {
-        pause(2000);
+        let written = format!("awk '$5 > 200 {{print \"yes\"}}' /sys/block/{name}/stat");
+        until("writes run", 120, || Ok(sh(&written)? == "yes"))?;
         sh(&format!("dm_{how} member1"))?;
         if how == "hang" {
             // Past the limit of 30 s; then what hung comes back, and its late writes land on a stale disk.

@@ -74,7 +74,7 @@ fn commands() -> Result<(), Failure> {
         ),
         (&["lu", "delete", "nosuch", "--yes"], 2, "nosuch"),
         (&["group", "delete", "data"], 6, ""),
-        (&["disk", "replace", "1", "2"], 6, ""),
+        (&["disk", "replace", "1", "2"], 7, "data"),
     ];
     for (args, code, contains) in table {
         let output = rig.run(args)?;

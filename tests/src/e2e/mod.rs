@@ -11,6 +11,7 @@ mod failing;
 mod hostile;
 mod layout;
 mod life;
+mod manage;
 
 use shell::Failure;
 
@@ -26,6 +27,7 @@ pub fn tests() -> Vec<Test> {
     layout::tests(&mut all);
     life::tests(&mut all);
     hostile::tests(&mut all);
+    manage::tests(&mut all);
     all
 }
 

@@ -180,23 +180,46 @@ pub async fn label<D: Disk>(
         generation,
         member: None,
     };
+    write_both(disk, pool, &block).await.map_err(failed)
+}
+
+/// Marks a member of a group that does not run as one of a deleted group: its disk is free for reuse.
+///
+/// # Crash  copy 0 is durable before copy 1 is begun: the disk is what it was, or deleted
+/// # Errors  the disk is no member of that group, or does not take the writes
+pub async fn mark_deleted<D: Disk>(
+    disk: &D,
+    pool: &Rc<Pool>,
+    group: GroupUuid,
+) -> Result<(), ApiError> {
+    let failed = |cause: String| {
+        ApiError::new(ErrorKind::Failed, "the disk could not be marked deleted").because(cause)
+    };
+    let mut block = read_superblock(disk, pool)
+        .await
+        .map_err(|error| failed(error.to_string()))?;
+    match &mut block.member {
+        Some(member) if member.group.uuid == group => member.group.flags.deleted = true,
+        Some(_) | None => return Err(failed("it is no member of that group".into())),
+    }
+    block.generation += 1;
+    write_both(disk, pool, &block).await.map_err(failed)
+}
+
+/// Writes both copies, the first one durable before the second is begun.
+async fn write_both<D: Disk>(disk: &D, pool: &Rc<Pool>, block: &Superblock) -> Result<(), String> {
     let lease = pool.lease(Quota::Work, BYTES).await;
     for copy in Copy::BOTH {
         let mut bytes = [0; BYTES];
         block
             .encode(copy, &mut bytes)
-            .map_err(|error| failed(error.to_string()))?;
+            .map_err(|error| error.to_string())?;
         parity::copy_in(lease.cells(0..BYTES), &bytes);
         let verb = DiskVerb::Write { fua: true };
-        disk.submit(
-            verb,
-            block.copy_at(copy),
-            BYTES as u64,
-            Buf::Pool(&lease),
-            &[PIECE],
-        )
-        .await
-        .map_err(|error| failed(error.to_string()))?;
+        let (at, len) = (block.copy_at(copy), BYTES as u64);
+        disk.submit(verb, at, len, Buf::Pool(&lease), &[PIECE])
+            .await
+            .map_err(|error| error.to_string())?;
     }
     Ok(())
 }

@@ -20,7 +20,7 @@ use lunar_engine::traits::{DiskError, Front, HostRequest, HostVerb, RequestId};
 use memmap2::{MmapOptions, MmapRaw};
 
 use crate::op::{Act, Place, Spec};
-use crate::ring::{Handle, Requests, Ring, RingError};
+use crate::ring::{Handle, Ring, RingError};
 
 /// What the kernel answers on a tag that it takes back.
 const ABORT: i32 = -libc::ENODEV;
@@ -70,6 +70,49 @@ impl Devices {
     }
 }
 
+/// What the commands of a device are made of.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Tags {
+    /// First registered buffer.
+    pub(crate) base: u16,
+    /// Registered file.
+    file: u32,
+    /// The kernel registers each request's pages.
+    registers: bool,
+}
+
+impl Tags {
+    /// The command that answers a tag's request and fetches the next.
+    pub(crate) fn commit(&self, tag: u16, result: i32) -> Spec {
+        self.command(sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, tag, result)
+    }
+
+    fn fetch(&self, tag: u16) -> Spec {
+        self.command(sys::UBLK_U_IO_FETCH_REQ, tag, 0)
+    }
+
+    fn command(&self, op: u32, tag: u16, result: i32) -> Spec {
+        let mut bytes = [0; 16];
+        // struct ublksrv_io_cmd: q_id 0, tag, result, addr 0 (user copy).
+        bytes[2..4].copy_from_slice(&tag.to_ne_bytes());
+        bytes[4..8].copy_from_slice(&result.to_ne_bytes());
+        let addr = if self.registers {
+            u64::from(self.base + tag) | u64::from(sys::UBLK_AUTO_BUF_REG_FALLBACK) << 16
+        } else {
+            0
+        };
+        Spec {
+            who: 0,
+            file: self.file,
+            act: Act::Command { op, bytes, addr },
+            at: 0,
+            len: 0,
+            place: Place::None,
+            lease: None,
+        }
+    }
+}
+
 /// A device being served.
 pub(crate) struct Device {
     pub(crate) shape: Shape,
@@ -78,9 +121,8 @@ pub(crate) struct Device {
     descriptors: MmapRaw,
     /// Closed after the registered copy, which drop() releases first.
     _file: OwnedFd,
-    file: u32,
+    commands: Tags,
     slot: u16,
-    base: u16,
     tags: Cell<u16>,
     ended: Waiters,
     problem: RefCell<String>,
@@ -114,24 +156,20 @@ impl Device {
             .inspect_err(|_| ring.remove_requests(base));
         let registered = registered.map_err(DeviceError::Ring)?;
         let slot = devices.add(registered);
-        ring.set_requests(
-            slot,
-            Requests {
-                base,
-                file: registered,
-                registers: shape.registers,
-                answers: vec![None; usize::from(shape.depth)],
-            },
-        );
+        let commands = Tags {
+            base,
+            file: registered,
+            registers: shape.registers,
+        };
+        ring.set_tags(slot, commands, shape.depth);
         Ok(Rc::new(Self {
             shape,
             ring: Rc::clone(ring),
             devices: Rc::clone(devices),
             descriptors,
             _file: file,
-            file: registered,
+            commands,
             slot,
-            base,
             tags: Cell::new(shape.depth),
             ended: Waiters::default(),
             problem: RefCell::default(),
@@ -143,7 +181,7 @@ impl Device {
     where
         F: Future<Output = Result<(), Errno>>,
     {
-        let mut answer = self.command(sys::UBLK_U_IO_FETCH_REQ, tag, 0).await;
+        let mut answer = self.command(self.commands.fetch(tag)).await;
         while answer == 0 {
             let result = match self.request(tag) {
                 Ok(request) => match serve(request).await {
@@ -160,9 +198,7 @@ impl Device {
                     continue;
                 }
             }
-            answer = self
-                .command(sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, tag, result)
-                .await;
+            answer = self.command(self.commands.commit(tag, result)).await;
         }
         if answer != ABORT {
             let error = io::Error::from_raw_os_error(-answer);
@@ -175,8 +211,7 @@ impl Device {
         }
     }
 
-    async fn command(&self, op: u32, tag: u16, result: i32) -> i32 {
-        let spec = self.ring.command(self.slot, op, tag, result);
+    async fn command(&self, spec: Spec) -> i32 {
         self.ring
             .start(spec, std::iter::empty())
             .await
@@ -243,8 +278,8 @@ impl Device {
 impl Drop for Device {
     fn drop(&mut self) {
         self.devices.files.borrow_mut()[usize::from(self.slot)] = None;
-        self.ring.remove_file(self.file);
-        self.ring.remove_requests(self.base);
+        self.ring.remove_file(self.commands.file);
+        self.ring.remove_requests(self.commands.base);
     }
 }
 

@@ -21,6 +21,8 @@ use crate::control_helper::{ControlError, ControlHelper};
 /// How long udev may hold a new device, or a dead predecessor take to be noticed.
 const BUSY_LIMIT: Duration = Duration::from_secs(30);
 const BUSY_PAUSE: Duration = Duration::from_millis(5);
+/// How long a device may take until no request is in flight.
+const QUIESCE_MS: u64 = 5000;
 /// Bytes of `struct ublksrv_ctrl_dev_info`.
 const INFO_BYTES: usize = 64;
 
@@ -295,6 +297,12 @@ impl Lifecycle<'_> {
             Err(error) if error.errno() == Some(libc::ENODEV) => Ok(()),
             other => Ok(other?),
         }
+    }
+
+    /// Takes the tags of a live device back, for another server to recover it: its requests wait meanwhile.
+    pub(crate) fn quiesce(&self, number: u32) -> Result<(), LifecycleError> {
+        let op = sys::UBLK_U_CMD_QUIESCE_DEV;
+        Ok(self.run(op, "QUIESCE_DEV", number, QUIESCE_MS)?)
     }
 
     /// Deletes a stopped device whose server let go of it.
