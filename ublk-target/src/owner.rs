@@ -361,7 +361,8 @@ impl Local {
         if served.get(&lu).is_some_and(|now| Rc::ptr_eq(now, &device)) {
             served.remove(&lu);
             let problem = device.problem();
-            tracing::warn!(%lu, number = device.shape.number, problem, "a LU went down");
+            // Usual before a detach; otherwise status names the problem.
+            tracing::info!(%lu, number = device.shape.number, "the kernel device of a LU has ended");
             self.lost.borrow_mut().insert(lu, problem);
         }
     }

@@ -130,12 +130,6 @@ pub async fn create(daemon: &Daemon, ask: GroupCreate) -> Result<Changed, ApiErr
         members: specs,
     };
     let status = group_answer(daemon.ask(&request, fds).await?)?;
-    about(
-        daemon,
-        "NewArray",
-        group,
-        format!("group {} was made", ask.name),
-    );
     {
         let mut tables = daemon.tables();
         for member in &members {

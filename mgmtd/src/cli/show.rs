@@ -7,6 +7,7 @@ use lunar_api::rows::{
 use lunar_api::target::GroupState;
 use lunar_api::units::format_size;
 use mgmtd::text::{duration, level_word, word};
+use serde_json::Value;
 
 fn table(head: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
@@ -174,8 +175,9 @@ pub(crate) fn event(event: &EventRow) -> String {
     let (year, month, day) = date(days);
     let (h, m, s) = (ms / 3_600_000, ms / 60_000 % 60, ms / 1000 % 60);
     let (name, text) = (&event.name, &event.text);
+    let group = event.group.map_or(String::new(), |n| format!(" group {n}"));
     format!(
-        "{} {year}-{month:02}-{day:02}T{h:02}:{m:02}:{s:02}Z {name}: {text}",
+        "{} {year}-{month:02}-{day:02}T{h:02}:{m:02}:{s:02}Z {name}{group}: {text}",
         event.event
     )
 }
@@ -195,32 +197,88 @@ fn date(days: u64) -> (u64, u64, u64) {
     )
 }
 
-/// `key: value`, a line each, of any row.
+/// `key: value`, a line each, of any row; what is in it once more is a table or lines of its own.
 pub(crate) fn object(row: &impl serde::Serialize) -> String {
     let value = serde_json::to_value(row).unwrap_or_default();
-    let fields = value.as_object().into_iter().flatten();
+    fields(value.as_object().into_iter().flatten())
+}
+
+fn fields<'a>(fields: impl Iterator<Item = (&'a String, &'a Value)>) -> String {
     let mut out = String::new();
     for (key, value) in fields {
-        let line = match (key.as_str(), value) {
-            ("capacity" | "free" | "chunk", v) => format_size(v.as_u64().unwrap_or_default()),
-            (_, serde_json::Value::String(text)) => text.clone(),
-            (_, serde_json::Value::Null) => "-".into(),
-            (_, serde_json::Value::Array(list)) => {
-                let items = list.iter().map(|item| match item.as_str() {
-                    Some(text) => format!("\n    {text}"),
-                    None => format!("\n    {item}"),
-                });
-                items.collect()
+        out += &match value {
+            Value::Array(list) if list.first().is_some_and(Value::is_object) => {
+                let lines = rows(list);
+                format!("{key:>16}:\n{}", indented(&lines))
             }
-            (_, v) => v.to_string(),
+            Value::Array(list) if list.iter().all(|item| !item.is_string()) => {
+                let items: Vec<String> = list.iter().map(|item| scalar(key, item)).collect();
+                format!("{key:>16}: {}\n", or_none(items.join(", ")))
+            }
+            Value::Array(list) => {
+                let lines: String = list.iter().map(|item| scalar(key, item) + "\n").collect();
+                format!("{key:>16}:\n{}", indented(&lines))
+            }
+            Value::Object(inner) => {
+                let items = inner.iter();
+                let items: Vec<String> = items
+                    .map(|(key, value)| format!("{key} {}", scalar(key, value)))
+                    .collect();
+                format!("{key:>16}: {}\n", items.join(", "))
+            }
+            _ => format!("{key:>16}: {}\n", scalar(key, value)),
         };
-        out += &format!("{key:>16}: {line}\n");
     }
     out
 }
 
+/// Rows as a table; their keys are its head.
+fn rows(list: &[Value]) -> String {
+    let keys: Vec<&String> = list
+        .iter()
+        .filter_map(Value::as_object)
+        .next()
+        .into_iter()
+        .flat_map(|first| first.keys())
+        .collect();
+    let head: Vec<String> = keys.iter().map(|key| key.to_uppercase()).collect();
+    let head: Vec<&str> = head.iter().map(String::as_str).collect();
+    let line = |item: &Value| {
+        keys.iter()
+            .map(|key| scalar(key, item.get(key.as_str()).unwrap_or(&Value::Null)))
+            .collect()
+    };
+    table(&head, list.iter().map(line))
+}
+
+fn indented(lines: &str) -> String {
+    lines.lines().map(|line| format!("    {line}\n")).collect()
+}
+
+fn or_none(text: String) -> String {
+    if text.is_empty() { "-".into() } else { text }
+}
+
+/// One value; sizes as people say them.
+fn scalar(key: &str, value: &Value) -> String {
+    const SIZES: [&str; 6] = ["capacity", "free", "chunk", "done", "total", "rate"];
+    match value {
+        Value::Number(number) if SIZES.contains(&key) || key.ends_with("_bytes") => {
+            format_size(number.as_u64().unwrap_or_default())
+        }
+        Value::String(text) => or_none(text.clone()),
+        Value::Null => "-".into(),
+        other => other.to_string(),
+    }
+}
+
 pub(crate) fn lu(row: &LuShow) -> String {
-    let mut out = object(row);
+    let mut value = serde_json::to_value(row).unwrap_or_default();
+    if let Some(fields) = value.as_object_mut() {
+        // Said below, as lines to copy.
+        fields.retain(|key, _| key != "mkfs" && key != "fstab");
+    }
+    let mut out = object(&value);
     out += "\nmake a file system of the right geometry:\n";
     row.mkfs
         .iter()
@@ -242,6 +300,26 @@ pub(crate) fn changed(reply: &Changed) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn object_has_tables_lists_and_sizes() {
+        let row = serde_json::json!({
+            "capacity": 1024, "disks": [1, 2], "mkfs": ["a", "b"], "none": [], "counters": {"reads": 1},
+            "members": [{"slot": 0, "read_bytes": 4096}], "reason": "",
+        });
+        let text = object(&row);
+        for line in [
+            "        capacity: 1 KiB\n",
+            "           disks: 1, 2\n",
+            "            mkfs:\n    a\n    b\n",
+            "            none: -\n",
+            "        counters: reads 1\n",
+            "          reason: -\n",
+        ] {
+            assert!(text.contains(line), "{line}{text}");
+        }
+        assert!(text.contains("4 KiB"), "{text}");
+    }
 
     #[test]
     fn date_table() {

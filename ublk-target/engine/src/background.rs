@@ -122,6 +122,26 @@ impl<E: Env> RaidGroup<E> {
             && self.has_sync_redundancy()
     }
 
+    /// A resync or rebuild that has not begun yet, or waits to be tried again.
+    pub(crate) fn waiting_sync(&self) -> Option<SyncStatus> {
+        if self.failed.get() || self.stopping.get() || !self.has_sync_work() {
+            return None;
+        }
+        let (action, slot, done) = match self.rebuild.get() {
+            Some(rebuild) => (SyncAction::Recover, Some(rebuild.slot), rebuild.done),
+            None => (SyncAction::Resync, None, self.synced.get()),
+        };
+        let done = done.saturating_sub(self.holes.borrow().len() as u64);
+        let chunk = self.geometry.chunk();
+        Some(SyncStatus {
+            action,
+            done: done * chunk,
+            total: self.geometry.stripes() * chunk,
+            rate: 0,
+            slot,
+        })
+    }
+
     /// Says whether there is something that a resync can compare, or a slot to fill.
     fn has_sync_redundancy(&self) -> bool {
         let in_sync = self.in_sync.get().count_ones();
@@ -272,7 +292,8 @@ impl<E: Env> RaidGroup<E> {
                 self.save_cursor(slot, wanted, done).await
             };
             if result.is_ok() && is_whole {
-                self.event(&format!("{name}Finished"), slot, "");
+                let text = format!("{stripes} of {stripes} stripes");
+                self.event(&format!("{name}Finished"), slot, &text);
             } else if result.is_ok() && done == stripes {
                 why = self.holes_text(if slot.is_some() { "rebuilt" } else { "synced" });
                 if let Some(slot) = slot {

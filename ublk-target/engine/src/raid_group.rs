@@ -366,7 +366,11 @@ impl<E: Env> RaidGroup<E> {
                 .map(|member| member.status())
                 .collect(),
             lus: self.lus().into_iter().map(|(_, status)| status).collect(),
-            sync: self.sync_status.borrow().clone(),
+            sync: self
+                .sync_status
+                .borrow()
+                .clone()
+                .or_else(|| self.waiting_sync()),
             zero_copy: false,
             allocations: 0,
         }

@@ -109,7 +109,7 @@ impl<E: Env> RaidGroup<E> {
             return Err(failed(what, group.reason()));
         }
         group.log.begin();
-        group.event("NewArray", None, &spec.name);
+        group.event("NewArray", None, &format!("group {} was made", spec.name));
         Ok(group)
     }
 
