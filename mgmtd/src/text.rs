@@ -52,10 +52,11 @@ pub fn status(
     for disk in &disks {
         let _ = writeln!(
             text,
-            "disk {} is {} and in no group: {}",
+            "disk {} is {} and in no group: {}. Take it out: lunar disk remove {}",
             disk.disk,
             word(disk.state),
-            disk.path
+            disk.path,
+            disk.disk
         );
     }
     let bad_disks = view.bad_disks();
@@ -274,6 +275,10 @@ fn group_text(
         .filter(|d| d.was.is_some_and(|w| w.0 == save.uuid))
     {
         let slot = was.was.map_or(0, |w| w.1);
+        let is_filled = |m: &MemberHealth| m.slot == slot && m.state == DiskState::InSync;
+        if group.members.iter().any(is_filled) {
+            continue;
+        }
         let (n, path) = (was.number, &was.path);
         let _ = writeln!(
             text,
