@@ -133,22 +133,31 @@ fn killed_with_hung_disk() -> Result<(), Failure> {
     Ok(())
 }
 
+/// Fills the first 32 MiB of the LU from `/tmp/content`.
+fn write_content(rig: &Rig) -> Result<(), Failure> {
+    let device = rig.device()?;
+    sh(&format!(
+        "dd if=/dev/urandom of=/tmp/content bs=1M count=32 2>/dev/null; dd if=/tmp/content of={device} bs=1M oflag=direct 2>/dev/null"
+    ))?;
+    Ok(())
+}
+
+/// Waits for the LU's device.
+fn is_up() -> Result<(), Failure> {
+    until("the LU is up", 60, || {
+        Ok(run("test", &["-b", "/dev/lunar/vol"], 5)?.code == 0)
+    })
+}
+
 /// Given a group with data that was shut down, when one of its disks hangs at the start, then the group and its LU come
 /// up without it, and every byte is there.
 fn boot_with_hung_disk() -> Result<(), Failure> {
     let mut rig = Rig::new()?;
     rig.array("dm", 4, 256, &["--level", "raid5", "--assume-clean"])?;
-    let device = rig.device()?;
-    sh(&format!(
-        "dd if=/dev/urandom of=/tmp/content bs=1M count=32 2>/dev/null; dd if=/tmp/content of={device} bs=1M oflag=direct 2>/dev/null"
-    ))?;
+    write_content(&rig)?;
     rig.shutdown()?;
     sh("dm_hang member1")?;
-    let result = rig.start().and_then(|()| {
-        until("the LU is up", 60, || {
-            Ok(run("test", &["-b", "/dev/lunar/vol"], 5)?.code == 0)
-        })
-    });
+    let result = rig.start().and_then(|()| is_up());
     let result = result.and_then(|()| {
         sh("cmp -n $((32 << 20)) /tmp/content /dev/lunar/vol")?;
         let (state, _) = rig.state()?;
@@ -262,18 +271,12 @@ fn mgmtd_restarts() -> Result<(), Failure> {
 fn new_boot() -> Result<(), Failure> {
     let mut rig = Rig::new()?;
     rig.array("dm", 4, 256, &["--level", "raid5", "--assume-clean"])?;
-    let device = rig.device()?;
-    sh(&format!(
-        "dd if=/dev/urandom of=/tmp/content bs=1M count=32 2>/dev/null; dd if=/tmp/content of={device} bs=1M oflag=direct 2>/dev/null"
-    ))?;
+    write_content(&rig)?;
     rig.shutdown()?;
     sh("for i in 0 1 2 3; do dmsetup remove member$i; done
         for i in 0 1 2 3; do dmsetup create member$i --table \"0 $(blockdev --getsz /dev/ram$(( (i + 1) % 4 ))) linear /dev/ram$(( (i + 1) % 4 )) 0\"; done")?;
     rig.start()?;
-    until("the LU is up", 60, || {
-        Ok(run("test", &["-b", "/dev/lunar/vol"], 5)?.code == 0)
-    })
-    .map_err(|why| format!("{why}\n{}", rig.log_tail()))?;
+    is_up().map_err(|why| format!("{why}\n{}", rig.log_tail()))?;
     sh("cmp -n $((32 << 20)) /tmp/content /dev/lunar/vol")?;
     let (state, _) = rig.state()?;
     ensure(state == "optimal", || format!("state is {state}"))
