@@ -4,13 +4,13 @@
 #
 #   tests/long.sh            all of it
 #   tests/long.sh PART..     parts of tests/run.sh, `stock` included
-#   LUNAR_SIM_SEEDS=N        runs of each simulator storm, default 200 (tests/run.sh: 1)
+#   LUNAR_SIM_SEEDS=N        sets of seeds of the simulator's storms, default 200
 #   PROPTEST_CASES=N         cases of each property, default 20000 (tests/run.sh: 256)
 set -u -o pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 export LUNAR_SIM_SEEDS=${LUNAR_SIM_SEEDS:-200} PROPTEST_CASES=${PROPTEST_CASES:-20000} LUNAR_E2E_LONG=1
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(unit lab e2e demo stock)
+[ ${#parts[@]} -gt 0 ] || parts=(unit storms lab e2e demo stock)
 
 commit=$(git rev-parse --short=12 HEAD)
 [ -z "$(git status --porcelain)" ] || commit+=' with changes that are not committed'
@@ -27,7 +27,7 @@ code=${PIPESTATUS[0]}
   echo
   echo "- commit: $commit"
   echo "- started: $started, on $(nproc) CPUs"
-  echo "- simulator storms: $LUNAR_SIM_SEEDS runs each; properties: $PROPTEST_CASES cases each; end to end: whole matrices"
+  echo "- simulator storms: $LUNAR_SIM_SEEDS sets of seeds; properties: $PROPTEST_CASES cases each; end to end: whole matrices"
   echo "- exit code: $code"
   echo
   echo '```'

@@ -10,6 +10,7 @@
 #   demo               the README's demo, and that it fails, and where, when bytes are flipped behind Lunar's back
 #
 # Not run by default:
+#   storms             the simulator's storms with LUNAR_SIM_SEEDS (default 20) more sets of seeds
 #   stock              the demo on a stock Debian kernel in QEMU, emulated where KVM does not work: half an hour
 #
 # Each test's result goes to target/test-results.tsv (name<TAB>passed|failed|skipped). The last line is
@@ -83,6 +84,20 @@ part_demo() {
   done
   return "$code"
 }
+part_storms() {
+  local round code=0
+  for ((round = 1; round <= ${LUNAR_SIM_SEEDS:-20}; round++)); do
+    if LUNAR_SIM_ROUND=$round cargo test --locked -q -p lunar-engine --test group -- --test-threads 2 write_and_read_equal_the_model \
+      member_lost_under_writes_then killed_process_loses_nothing > "$target/storm.log" 2>&1; then
+      echo "test storms_round_$round ... ok"
+    else
+      cat "$target/storm.log"
+      echo "test storms_round_$round ... FAILED"
+      code=1
+    fi
+  done
+  return "$code"
+}
 part_stock() {
   local log=$target/stock.log
   LUNAR_KERNEL=stock DEMO_TREE=/usr/include/linux DEMO_TIMEOUT=3600 fixtures/demo.sh > "$log" 2>&1
@@ -92,8 +107,8 @@ part_stock() {
     *) cat "$log"; echo 'test stock_kernel_runs_the_demo ... FAILED'; return 1 ;;
   esac
 }
-declare -A limits=([unit]=30m [lab]=10m [e2e]=60m [stock]=70m) # the others: 20m
-[ "${LUNAR_E2E_LONG:-}" != 1 ] || { limits[unit]=6h limits[e2e]=8h LUNAR_E2E_TIMEOUT=${LUNAR_E2E_TIMEOUT:-7200} && export LUNAR_E2E_TIMEOUT; }
+declare -A limits=([unit]=30m [lab]=10m [e2e]=60m [stock]=70m [storms]=6h) # the others: 20m
+[ "${LUNAR_E2E_LONG:-}" != 1 ] || { limits[unit]=2h limits[e2e]=8h LUNAR_E2E_TIMEOUT=${LUNAR_E2E_TIMEOUT:-7200} && export LUNAR_E2E_TIMEOUT; }
 
 # Reads the output of cargo test, nextest, libtest-mimic or the lab's self-test; prints name<TAB>status.
 # A name is BINARY::TEST for cargo's tests, so that it is the same under nextest.
@@ -130,7 +145,7 @@ mkdir -p "$target"
 results=$target/test-results.tsv
 : > "$results"
 
-export -f "${parts[@]/#/part_}" part_tidy part_stock
+export -f "${parts[@]/#/part_}" part_tidy part_stock part_storms
 export target
 summary=''
 for part in "${selected[@]}"; do
