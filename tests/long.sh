@@ -1,44 +1,42 @@
 #!/usr/bin/env bash
-# The full counts: what tests/run.sh runs in its corners, here whole. Writes what was run, on which commit, with
-# which seeds and how long it took to tests/PROOF.md, whatever comes of it. Hours; exit 1 if anything failed.
+# The full counts: what tests/run.sh runs, and what it leaves out. Each part's section of tests/PROOF.md is written
+# anew: on which commit, with which seeds, how long, what came of it. Hours; exit 1 if anything failed.
 #
 #   tests/long.sh            all of it
-#   tests/long.sh PART..     parts of tests/run.sh, `stock` included
+#   tests/long.sh PART..     parts of tests/run.sh; the sections of the others stay as they are
 #   LUNAR_SIM_SEEDS=N        sets of seeds of the simulator's storms, default 200
 #   PROPTEST_CASES=N         cases of each property, default 20000 (tests/run.sh: 256)
 set -u -o pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
-export LUNAR_SIM_SEEDS=${LUNAR_SIM_SEEDS:-200} PROPTEST_CASES=${PROPTEST_CASES:-20000} LUNAR_E2E_LONG=1
+export LUNAR_SIM_SEEDS=${LUNAR_SIM_SEEDS:-200} PROPTEST_CASES=${PROPTEST_CASES:-20000}
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(unit storms lab e2e demo stock)
+[ ${#parts[@]} -gt 0 ] || parts=(unit storms lab e2e matrix demo stock)
+target=${CARGO_TARGET_DIR:-target}
+proof=tests/PROOF.md
+[ -e "$proof" ] || printf '# Proof\n\nThe last full run of each part of `tests/long.sh`, written by it.\n' > "$proof"
 
-commit=$(git rev-parse --short=12 HEAD)
-[ -z "$(git status --porcelain)" ] || commit+=' with changes that are not committed'
-started=$(date -u +'%Y-%m-%d %H:%M UTC')
-log=${CARGO_TARGET_DIR:-target}/long.log
-mkdir -p "$(dirname "$log")"
-tests/run.sh "${parts[@]}" 2>&1 | tee "$log"
-code=${PIPESTATUS[0]}
-
-{
-  echo '# Proof'
-  echo
-  echo 'The last full run of `tests/long.sh`, written by it.'
-  echo
-  echo "- commit: $commit"
-  echo "- started: $started, on $(nproc) CPUs"
-  echo "- simulator storms: $LUNAR_SIM_SEEDS sets of seeds; properties: $PROPTEST_CASES cases each; end to end: whole matrices"
-  echo "- exit code: $code"
-  echo
-  echo '```'
-  # From the summary on: minutes and counts of each part, what failed or was skipped, the sum.
-  awk '/^[a-z0-9]+ +[0-9.]+ min +[0-9]+ passed/ { on = 1 } on' "$log"
-  echo '```'
-  echo
-  echo 'Tests that ran:'
-  echo
-  echo '```'
-  sed 's/\t/  /' "${CARGO_TARGET_DIR:-target}/test-results.tsv"
-  echo '```'
-} > tests/PROOF.md
-exit "$code"
+failed=0
+for part in "${parts[@]}"; do
+  commit=$(git rev-parse --short=12 HEAD)
+  [ -z "$(git status --porcelain | grep -v " $proof$")" ] || commit+=' with changes that are not committed'
+  started=$(date -u +'%Y-%m-%d %H:%M UTC') start=$SECONDS
+  tests/run.sh "$part" || failed=1
+  awk -v part="$part" '/^## / { skip = $2 == part } !skip' "$proof" > "$target/proof.md"
+  {
+    printf '\n## %s\n\n' "$part"
+    printf -- '- commit %s, %s, %d minutes on %d CPUs\n' "$commit" "$started" $(((SECONDS - start + 30) / 60)) "$(nproc)"
+    case $part in
+      storms) printf -- '- %d sets of seeds: LUNAR_SIM_ROUND 1 to %d\n' "$LUNAR_SIM_SEEDS" "$LUNAR_SIM_SEEDS" ;;
+      unit) printf -- '- %d cases of each property\n' "$PROPTEST_CASES" ;;
+    esac
+    printf -- '- %d passed, %d failed, %d skipped\n' "$(grep -c $'\tpassed$' "$target/test-results.tsv")" \
+      "$(grep -c $'\tfailed$' "$target/test-results.tsv")" "$(grep -c $'\tskipped$' "$target/test-results.tsv")"
+    # Those of the storms and units are counted; the others have names that say something.
+    case $part in
+      storms | unit) grep -v $'\tpassed$' "$target/test-results.tsv" ;;
+      *) cat "$target/test-results.tsv" ;;
+    esac | sed -E 's/(.*)\t(.*)/    - \2: \1/'
+  } | cat -s >> "$target/proof.md"
+  cat -s "$target/proof.md" > "$proof"
+done
+exit "$failed"

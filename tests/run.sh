@@ -5,11 +5,11 @@
 #   unit               unit, property, simulator and tidy tests: nothing but a file system needed
 #   tidy               only the house rules out of `unit` (not run twice by default)
 #   lab                the machine harness itself
-#   e2e                real /dev/ublkbN in a real kernel, see fixtures/lab.sh; with LUNAR_E2E_LONG=1 the whole of each
-#                      matrix instead of its corners: hours
+#   e2e                real /dev/ublkbN in a real kernel, see fixtures/lab.sh; of large matrices the corners
 #   demo               the README's demo, and that it fails, and where, when bytes are flipped behind Lunar's back
 #
 # Not run by default:
+#   matrix             what e2e leaves out of its matrices: half an hour
 #   storms             the simulator's storms with LUNAR_SIM_SEEDS (default 20) more sets of seeds
 #   stock              the demo on a stock Debian kernel in QEMU, emulated where KVM does not work: half an hour
 #
@@ -40,24 +40,27 @@ part_unit() {
 }
 part_tidy() { cargo test --locked -p lunar-tests --test tidy; }
 part_lab() { fixtures/selftest.sh; }
-part_e2e() {
-  if ! grep -qs '"lunar-e2e"' tests/Cargo.toml && [ ! -e tests/src/bin/lunar-e2e.rs ]; then
-    echo 'skipped: this tree has no lunar-e2e yet'
-    return 77
-  fi
+# Boots once for each group of end-to-end tests: what one leaves behind in device-mapper does not meet the next.
+e2e_groups() { # e2e_groups GROUP..: all tests whose names contain GROUP
   cargo build --locked --release --workspace || return 1
   if [ "${LUNAR_TEST_ON_HOST:-}" != 1 ]; then
     fixtures/kernel/find.sh > /dev/null || return 77
   fi
   # 16 RAM disks of 256 MiB take memory only as they are written; ext4-file members lie on the scratch disk.
-  # A boot for each group: what one leaves behind in device-mapper does not meet the next.
   local group code=0
-  for group in data_verified data_survives_member_error data_survives_member_hang data_survives_member_vanish \
-    data_file data_counters data_overlapping data_requests layout_ life_ hostile_; do
-    fixtures/lab.sh --timeout "${LUNAR_E2E_TIMEOUT:-1500}" --mem 4G --ram-disks-kib 262144 --new-disk 8G \
-      --env "KUBLK=${KUBLK:-}" --env "LUNAR_E2E_LONG=${LUNAR_E2E_LONG:-}" -- "$(realpath "$target")/release/lunar-e2e" "$group" || code=1
+  for group in "$@"; do
+    fixtures/lab.sh --timeout 1800 --mem 4G --ram-disks-kib 262144 --new-disk 8G --env "KUBLK=${KUBLK:-}" \
+      --env "LUNAR_E2E_LONG=${LUNAR_E2E_LONG:-}" -- "$(realpath "$target")/release/lunar-e2e" "$group" || code=1
   done
   return "$code"
+}
+part_e2e() {
+  e2e_groups data_verified data_survives_member_error data_survives_member_hang data_survives_member_vanish \
+    data_file data_counters data_overlapping data_requests layout_ life_ hostile_ manage_
+}
+part_matrix() {
+  LUNAR_E2E_LONG=1 e2e_groups long_data_survives_member_error long_data_survives_member_hang long_data_survives_member_vanish \
+    long_data_file long_data_requests long_layout_raid0 long_layout_raid5
 }
 part_demo() {
   if [ "${LUNAR_TEST_ON_HOST:-}" != 1 ]; then
@@ -107,8 +110,7 @@ part_stock() {
     *) cat "$log"; echo 'test stock_kernel_runs_the_demo ... FAILED'; return 1 ;;
   esac
 }
-declare -A limits=([unit]=30m [lab]=10m [e2e]=60m [stock]=70m [storms]=6h) # the others: 20m
-[ "${LUNAR_E2E_LONG:-}" != 1 ] || { limits[unit]=2h limits[e2e]=8h LUNAR_E2E_TIMEOUT=${LUNAR_E2E_TIMEOUT:-7200} && export LUNAR_E2E_TIMEOUT; }
+declare -A limits=([unit]=30m [lab]=10m [e2e]=60m [stock]=70m [storms]=6h [matrix]=3h) # the others: 20m
 
 # Reads the output of cargo test, nextest, libtest-mimic or the lab's self-test; prints name<TAB>status.
 # A name is BINARY::TEST for cargo's tests, so that it is the same under nextest.
@@ -145,7 +147,7 @@ mkdir -p "$target"
 results=$target/test-results.tsv
 : > "$results"
 
-export -f "${parts[@]/#/part_}" part_tidy part_stock part_storms
+export -f "${parts[@]/#/part_}" part_tidy part_matrix part_storms part_stock e2e_groups
 export target
 summary=''
 for part in "${selected[@]}"; do
