@@ -48,7 +48,7 @@ fn thirty() -> Result<(), Failure> {
     }
     rig.lunar(&["lu", "delete", "y29", "--yes"])?;
     rig.shutdown()?;
-    let left = sh("ls /dev/lunar /dev/ublkb* 2>/dev/null || true")?;
+    let left = sh("ls -d /dev/lunar/* /dev/ublkb* 2>/dev/null || true")?;
     ensure(left.is_empty(), || format!("left after shutdown: {left}"))?;
     rig.start()?;
     until("29 LUs are up", 30, || {
