@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use lunar_api::mgmt::{self, Role};
 use lunar_api::rows::{self, *};
 use lunar_api::target::{
-    Consistency, Features, GroupState, Level, LuCounters, SyncAction, SyncStatus,
+    Consistency, Features, GroupState, Level, LuCounters, ScrubState, SyncAction, SyncStatus,
 };
 use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid, History, LuUuid, SystemUuid};
 use schemars::{JsonSchema, SchemaGenerator};
@@ -70,6 +70,7 @@ fn methods() -> Methods {
     m.add::<mgmt::One, rows::GroupOne>("GroupShow");
     m.add::<mgmt::GroupCreate, rows::Changed>("GroupCreate");
     m.add::<mgmt::GroupSet, rows::Changed>("GroupSet");
+    m.add::<mgmt::GroupScrub, rows::Changed>("GroupScrub");
     m.add::<mgmt::GroupStart, rows::Changed>("GroupStart");
     m.add::<mgmt::GroupEnd, rows::Changed>("GroupStop");
     m.add::<mgmt::Rename, rows::Changed>("GroupRename");
@@ -295,6 +296,35 @@ fn sync() -> SyncStatus {
     }
 }
 
+fn scrub() -> ScrubRow {
+    ScrubRow {
+        state: ScrubState::Done,
+        repair: false,
+        from: 0,
+        done: 1 << 30,
+        total: 1 << 30,
+        rate: 0,
+        rate_max: None,
+        bad: 1,
+        repaired: 0,
+        unreadable: 0,
+        rewritten: 4096,
+        started: 1_700_000_000_000,
+        ended: Some(1_700_000_060_000),
+        stripes: vec![BadStripeRow {
+            stripe: 7,
+            at: 459_264,
+            len: 512,
+            slots: Vec::new(),
+            lu: Some(1),
+            lu_name: Some("vol".into()),
+            lu_at: 917_504,
+            lu_len: 131_072,
+            repaired: false,
+        }],
+    }
+}
+
 #[test]
 fn golden_answers() {
     golden(
@@ -343,6 +373,7 @@ fn golden_answers() {
         members: vec![member()],
         lus: vec![1],
         sync: Some(sync()),
+        scrub: Some(scrub()),
     };
     golden("group.show", &GroupOne { group });
     let lu = LuShow {

@@ -12,6 +12,7 @@ mod hostile;
 mod layout;
 mod life;
 mod manage;
+mod scrub;
 
 use shell::Failure;
 
@@ -28,6 +29,7 @@ pub fn tests() -> Vec<Test> {
     life::tests(&mut all);
     hostile::tests(&mut all);
     manage::tests(&mut all);
+    scrub::tests(&mut all);
     all
 }
 

@@ -157,6 +157,26 @@ impl<E: Env> RaidGroup<E> {
         Ok(())
     }
 
+    /// Copies a span to a mirror leg that cannot be read, from the first that can. The lease has room for it twice.
+    pub(super) async fn copy_from_leg(
+        &self,
+        stripe: u64,
+        slot: u16,
+        span: Span,
+        lease: &Lease,
+    ) -> Result<(), Errno> {
+        let at = self.chunk_at(stripe) + u64::from(span.start);
+        let len = (span.end - span.start) as usize;
+        for leg in bits(self.readable(stripe) & !(1 << slot)) {
+            if self.read_one(leg, at, lease, piece(0, len)).await.is_ok() {
+                return self
+                    .rewrite(slot, at, lease, piece(0, len), Some((lease, len)))
+                    .await;
+            }
+        }
+        Err(EIO)
+    }
+
     /// A read of `slot` failed under a write: computes its rows, writes them back.
     pub(super) async fn repair(
         &self,
