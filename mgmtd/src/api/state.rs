@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use lunar_api::mgmt::{EventsAsk, GroupScrub, ScrubAsk, ShutdownAsk, StatusAsk};
+use lunar_api::mgmt::{EventsAsk, GroupScrub, JobEnd, ScrubAsk, ShutdownAsk, StatusAsk};
 use lunar_api::rows::{Changed, EventsReply, JobKind, JobList, JobOneReply, PathList, StatusReply};
 use lunar_api::target::TargetRequest;
 use lunar_api::{ApiError, ErrorKind};
@@ -80,11 +80,12 @@ pub async fn job_show(daemon: &Daemon, job: u32) -> Result<JobOneReply, ApiError
 /// Answers `JobCancel`: what restores redundancy is never ended early, a scrub is.
 ///
 /// # Errors  `Refused` while it runs
-pub async fn job_cancel(daemon: &Daemon, job: u32) -> Result<Changed, ApiError> {
+pub async fn job_cancel(daemon: &Daemon, ask: JobEnd) -> Result<Changed, ApiError> {
+    let job = ask.job;
     let row = job_show(daemon, job).await?.job;
     if row.ended.is_some() {
         let plan = Plan::unchanged(format!("job {job} has ended"));
-        if let Gate::Answer(answer) = plan.gate(false, true)? {
+        if let Gate::Answer(answer) = plan.gate(ask.dry_run, ask.yes)? {
             return Ok(*answer);
         }
     }
@@ -93,6 +94,8 @@ pub async fn job_cancel(daemon: &Daemon, job: u32) -> Result<Changed, ApiError> 
         let ask = GroupScrub {
             group,
             order,
+            dry_run: ask.dry_run,
+            yes: ask.yes,
             ..GroupScrub::default()
         };
         return super::group::scrub(daemon, ask).await;
