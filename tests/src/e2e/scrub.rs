@@ -128,7 +128,10 @@ fn damage(kind: &str, level: &str, count: usize) -> Result<(), Failure> {
             format!("no `{what}`: {}", status.stdout)
         })?;
     }
-    content_is_right(&rig)?;
+    // A mirror may be read from a damaged leg until it is repaired; parity is not read at all.
+    if level != "raid1" {
+        content_is_right(&rig)?;
+    }
     let (code, row) = scrub(&rig, &["--repair"])?;
     ensure(code == 0 && row["bad"] == 6 && row["repaired"] == 6, || {
         format!("repair: {code} {row}")
@@ -217,6 +220,9 @@ fn restarts() -> Result<(), Failure> {
     rig.start()?;
     rig.shutdown()?;
     rig.start()?;
+    until("the group is up", 60, || {
+        Ok(rig.state().is_ok_and(|(state, _)| state == "optimal"))
+    })?;
     let jobs = rig.json(&["job", "list"])?;
     let scrubs: Vec<&Value> = jobs.as_array().into_iter().flatten().collect();
     ensure(
