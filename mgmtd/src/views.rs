@@ -358,42 +358,6 @@ impl View {
             text: save.text.clone(),
         }
     }
-
-    /// Finds a group by number or name.
-    ///
-    /// # Errors  `Usage` if there is none
-    pub fn find_group(&self, name: &str) -> Result<&GroupSave, ApiError> {
-        let same = |g: &&GroupSave| {
-            g.number.to_string() == name
-                || self.group_row(g).name == name
-                || g.uuid.to_string() == name
-        };
-        self.tables
-            .groups
-            .values()
-            .find(same)
-            .ok_or_else(|| unknown("group", name))
-    }
-
-    /// Finds a LU by number, name or device.
-    ///
-    /// # Errors  `Usage` if there is none
-    pub fn find_lu(&self, name: &str) -> Result<&LuSave, ApiError> {
-        let name_ = name
-            .strip_prefix(&format!("{}/", self.nodes))
-            .unwrap_or(name);
-        let same = |l: &&LuSave| {
-            let row = self.lu_row(l);
-            l.number.to_string() == name_
-                || row.name == name_
-                || row.paths.iter().any(|p| p.device.as_deref() == Some(name))
-        };
-        self.tables
-            .lus
-            .values()
-            .find(same)
-            .ok_or_else(|| unknown("lu", name))
-    }
 }
 
 /// The error for a name that nothing has.
@@ -516,16 +480,6 @@ pub(crate) mod tests {
         view.tables.number_lu(group.lus[0].lu, group.group, "vol");
         view.live.groups.insert(group.group, group);
         view
-    }
-
-    #[test]
-    fn find_takes_number_name_and_device() {
-        let view = view();
-        for name in ["1", "vol", "/dev/lunar/vol", "/dev/ublkb0"] {
-            assert_eq!(view.find_lu(name).unwrap().number, 1, "{name}");
-        }
-        assert!(view.find_lu("2").is_err());
-        assert_eq!(view.find_group("data").unwrap().number, 1);
     }
 
     #[test]
