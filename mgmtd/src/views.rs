@@ -5,8 +5,8 @@ use lunar_api::rows::{
     JobState, LuRow, LuShow, MemberRow, PathRow, PathState, ScrubRow,
 };
 use lunar_api::target::{
-    BadStripe, Consistency, GroupState, GroupStatus, Label, Level, LuStatus, MemberState,
-    MemberStatus, ScrubStatus,
+    BadStripe, Consistency, GroupState, GroupStatus, Label, LuStatus, MemberState, MemberStatus,
+    ScrubStatus,
 };
 use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid};
 
@@ -427,29 +427,20 @@ pub fn member_state(state: MemberState) -> DiskState {
 
 /// Parity without a log: a power loss while degraded can damage old data.
 pub fn is_write_hole_open(group: &GroupStatus) -> bool {
-    group.level == Level::Raid5 && group.consistency == Consistency::None
-}
-
-/// Members that hold data of one stripe.
-pub fn data_members(level: Level, members: usize) -> usize {
-    match level {
-        Level::Raid0 => members,
-        Level::Raid1 => 1,
-        Level::Raid5 => members.saturating_sub(1),
-    }
+    group.level.has_parity() && group.consistency == Consistency::None
 }
 
 /// Command lines that make file systems of the group's geometry.
 pub fn mkfs_lines(group: &GroupStatus, node: &str) -> Vec<String> {
-    let data = data_members(group.level, group.members.len());
-    if group.level == Level::Raid1 {
+    if !group.level.is_striped() {
         return vec![
             format!("mkfs.ext4 -b 4096 {node}"),
             format!("mkfs.xfs {node}"),
         ];
     }
     let (stride, kib) = (group.chunk / 4096, group.chunk / 1024);
-    let width = stride * data as u64;
+    let data = group.stripe_bytes / group.chunk.max(1);
+    let width = stride * data;
     vec![
         format!("mkfs.ext4 -b 4096 -E stride={stride},stripe_width={width} {node}"),
         format!("mkfs.xfs -d su={kib}k,sw={data} {node}"),
@@ -460,7 +451,7 @@ pub fn mkfs_lines(group: &GroupStatus, node: &str) -> Vec<String> {
 pub(crate) mod tests {
     use super::*;
     use lunar_api::mgmt::Role;
-    use lunar_api::target::{LuCounters, ScrubState};
+    use lunar_api::target::{Level, LuCounters, ScrubState};
     use lunar_api::{History, LuUuid};
 
     /// A raid5 of three disks with one LU.
@@ -485,6 +476,8 @@ pub(crate) mod tests {
             name: "data".into(),
             level: Level::Raid5,
             chunk: 65536,
+            stripe_bytes: 131_072,
+            can_lose: 1,
             consistency: Consistency::None,
             state: GroupState::Optimal,
             reason: String::new(),
@@ -564,5 +557,31 @@ pub(crate) mod tests {
             "mkfs.ext4 -b 4096 -E stride=16,stripe_width=32 /dev/lunar/vol"
         );
         assert_eq!(lines[1], "mkfs.xfs -d su=64k,sw=2 /dev/lunar/vol");
+    }
+
+    #[test]
+    fn mkfs_lines_say_a_stripe_that_is_no_power_of_two() {
+        let group = GroupStatus {
+            level: Level::Raid10,
+            stripe_bytes: 5 * 65536,
+            ..group()
+        };
+        let lines = mkfs_lines(&group, "/dev/lunar/vol");
+        assert!(
+            lines[0].contains("stride=16,stripe_width=80"),
+            "{}",
+            lines[0]
+        );
+        assert!(lines[1].contains("su=64k,sw=5"), "{}", lines[1]);
+    }
+
+    #[test]
+    fn mkfs_lines_of_a_level_without_chunks_name_none() {
+        for level in [Level::Raid1, Level::Linear] {
+            let group = GroupStatus { level, ..group() };
+            for line in mkfs_lines(&group, "/dev/lunar/vol") {
+                assert!(!line.contains("su=") && !line.contains("stride"), "{line}");
+            }
+        }
     }
 }

@@ -62,10 +62,10 @@ impl Pace {
     }
 
     /// Stripes to work on at once.
-    pub(crate) fn room(&self, busy: bool, chunk: u64) -> u64 {
+    pub(crate) fn room(&self, busy: bool, unit: u64) -> u64 {
         match busy {
-            true => (64 * 1024 / chunk).clamp(1, 8),
-            false => (WINDOW_BYTES / chunk).clamp(2, WINDOW_MAX),
+            true => (64 * 1024 / unit).clamp(1, 8),
+            false => (WINDOW_BYTES / unit).clamp(2, WINDOW_MAX),
         }
     }
 
@@ -74,10 +74,10 @@ impl Pace {
     }
 
     /// Bytes a second of a member, over the last second that is whole.
-    pub(crate) fn rate(&mut self, now: Tick, done: u64, chunk: u64) -> u64 {
+    pub(crate) fn rate(&mut self, now: Tick, done: u64, unit: u64) -> u64 {
         if self.is_second(now) {
             let (mark, at) = std::mem::replace(&mut self.mark, (done, now));
-            let bytes = u128::from(done.saturating_sub(mark)) * u128::from(chunk);
+            let bytes = u128::from(done.saturating_sub(mark)) * u128::from(unit);
             let rate = bytes * u128::from(SECOND) / u128::from(now.0 - at.0);
             self.rate = u64::try_from(rate).unwrap_or(u64::MAX);
         }
@@ -200,11 +200,11 @@ impl<E: Env> RaidGroup<E> {
             None => (SyncAction::Resync, None, self.synced.get()),
         };
         let done = done.saturating_sub(self.holes.borrow().len() as u64);
-        let chunk = self.geometry.chunk();
+        let unit = self.geometry.stripe_on_member();
         Some(SyncStatus {
             action,
-            done: done * chunk,
-            total: self.geometry.stripes() * chunk,
+            done: done * unit,
+            total: self.geometry.stripes() * unit,
             rate: 0,
             slot,
         })
@@ -215,7 +215,7 @@ impl<E: Env> RaidGroup<E> {
         let in_sync = self.in_sync.get().count_ones();
         self.rebuilding().is_some()
             || in_sync == u32::from(self.geometry.members())
-            || self.geometry.parity_slot(0).is_none() && in_sync > 1
+            || self.geometry.is_mirrored() && in_sync > 1
     }
 
     /// Runs one resync or rebuild to its end. Stripes that nobody can read are left out, and are all that is done
@@ -231,7 +231,7 @@ impl<E: Env> RaidGroup<E> {
         };
         let wanted = self.sync_wanted.get();
         let stripes = self.geometry.stripes();
-        let chunk = self.geometry.chunk();
+        let unit = self.geometry.stripe_on_member();
         let mut next = match slot {
             Some(_) => self.rebuild.get().map_or(0, |r| r.done),
             None => self.synced.get(),
@@ -258,7 +258,7 @@ impl<E: Env> RaidGroup<E> {
         loop {
             let busy = pace.is_busy(self.clock.now(), self.requests.get());
             let gone = self.stopping.get() || !self.is_current(slot, wanted);
-            let room = pace.room(busy, chunk);
+            let room = pace.room(busy, unit);
             while !gone && result.is_ok() && (window.len() as u64) < room {
                 let stripe = match next < stripes {
                     true => {
@@ -313,19 +313,19 @@ impl<E: Env> RaidGroup<E> {
             if pace.is_second(now) || self.sync_status.borrow().is_none() {
                 let status = SyncStatus {
                     action,
-                    done: done * chunk,
-                    total: stripes * chunk,
-                    rate: pace.rate(now, done, chunk),
+                    done: done * unit,
+                    total: stripes * unit,
+                    rate: pace.rate(now, done, unit),
                     slot,
                 };
                 *self.sync_status.borrow_mut() = Some(status);
             }
-            let due = (done - saved) * chunk >= CURSOR_BYTES || now.0 - saved_at.0 >= CURSOR_AFTER;
+            let due = (done - saved) * unit >= CURSOR_BYTES || now.0 - saved_at.0 >= CURSOR_AFTER;
             if due && result.is_ok() && !gone {
                 result = self.save_cursor(slot, wanted, done).await;
                 (saved, saved_at) = (done, self.clock.now());
             }
-            self.throttle(busy, chunk, None).await;
+            self.throttle(busy, unit, None).await;
         }
         let mut why = "an I/O error on what it reads; tried again in 60 s".to_owned();
         if result.is_ok() && self.is_current(slot, wanted) {
@@ -371,7 +371,7 @@ impl<E: Env> RaidGroup<E> {
         let holes = self.holes.borrow();
         let first = holes
             .first()
-            .map_or(0, |stripe| stripe * self.geometry.chunk());
+            .map_or(0, |stripe| stripe * self.geometry.stripe_on_member());
         format!(
             "{} stripes could not be {what}: what they need cannot be read (the first is at byte {first} of the \
              members' data); tried again every 60 s, or write over it",
@@ -431,8 +431,9 @@ impl<E: Env> RaidGroup<E> {
             self.member(slot).state.set(MemberState::InSync);
             self.member(slot).reason.borrow_mut().clear();
             let whole = self.in_sync.get().count_ones() == u32::from(self.geometry.members());
-            if whole && self.geometry.parity_slot(0).is_some() {
-                // Every row was read and written: parity is right wherever the rebuilt slot is.
+            if whole && self.geometry.parities() == 1 {
+                // Every row was read and written: parity is right wherever the rebuilt slot is. (Of two parities only
+                // one is sure to fit what was computed.)
                 self.synced.set(self.geometry.stripes());
             }
         }

@@ -161,13 +161,14 @@ impl ScrubRecord {
     fn check(&self, geometry: &Geometry) -> Result<(), ConfigError> {
         let bytes = geometry.member_bytes();
         let within = |bad: &BadRecord| {
-            let chunk = bad.stripe.checked_mul(geometry.chunk());
-            let end = bad.at.checked_add(bad.len);
-            chunk.zip(end).is_some_and(|(chunk, end)| {
-                chunk <= bad.at && end <= bytes && end <= chunk + geometry.chunk()
-            })
+            let unit = geometry.stripe_on_member();
+            let start = bad.stripe.checked_mul(unit);
+            let end = bad.at.checked_add(bad.len).filter(|end| *end > bad.at);
+            start
+                .zip(end)
+                .is_some_and(|(start, end)| start <= bad.at && end <= bytes && end - start <= unit)
         };
-        let known = u64::MAX >> (64 - u32::from(geometry.members()));
+        let known = geometry.slots();
         let rules = [
             (self.from <= self.next && self.next <= bytes, "its place"),
             (self.rate != Some(0), "its rate"),

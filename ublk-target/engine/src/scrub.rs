@@ -4,8 +4,9 @@
 //! resync, rebuild and scrub runs at a time: a scrub gives way, and goes on after.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 
-use lunar_api::target::{BadStripe, ScrubOrder, ScrubState, ScrubStatus};
+use lunar_api::target::{BadStripe, Level, ScrubOrder, ScrubState, ScrubStatus};
 use lunar_api::{ApiError, ErrorKind, LuUuid};
 
 use crate::background::{Pace, WINDOW_MAX};
@@ -87,7 +88,8 @@ impl<E: Env> RaidGroup<E> {
             .hint(format!("lunar group scrub {name} --cancel"))),
             (ScrubOrder::Start { repair, from, rate }, None) => {
                 self.check_scrub(name, from, rate)?;
-                let from = from / self.geometry.chunk() * self.geometry.chunk();
+                let unit = self.geometry.stripe_on_member();
+                let from = from / unit * unit;
                 Ok(ScrubRecord {
                     state: ScrubState::Running,
                     repair,
@@ -149,9 +151,9 @@ impl<E: Env> RaidGroup<E> {
 
     /// Says whether there is redundancy to compare.
     pub(crate) fn can_scrub(&self) -> bool {
-        let in_sync = self.in_sync.get().count_ones();
-        in_sync == u32::from(self.geometry.members())
-            || self.geometry.parity_slot(0).is_none() && in_sync > 1
+        let in_sync = self.in_sync.get();
+        in_sync == self.geometry.slots()
+            || self.geometry.level() == Level::Raid1 && in_sync.count_ones() > 1
     }
 
     /// Says whether a scrub is to run now, apart from what goes before it.
@@ -197,12 +199,12 @@ impl<E: Env> RaidGroup<E> {
             orders: self.scrub_orders.get(),
             in_sync: self.in_sync.get(),
         };
-        let (stripes, chunk) = (self.geometry.stripes(), self.geometry.chunk());
+        let (stripes, unit) = (self.geometry.stripes(), self.geometry.stripe_on_member());
         let Some((mut next, repair, rate)) = self
             .scrub
             .borrow()
             .as_ref()
-            .map(|scrub| (scrub.next / chunk, scrub.repair, scrub.rate))
+            .map(|scrub| (scrub.next / unit, scrub.repair, scrub.rate))
         else {
             return;
         };
@@ -213,7 +215,7 @@ impl<E: Env> RaidGroup<E> {
         loop {
             let busy = pace.is_busy(self.clock.now(), self.requests.get());
             let goes_on = !self.stopping.get() && !self.is_sync_due() && self.is_scrubbing(began);
-            let room = pace.room(busy, chunk).min(WINDOW_MAX);
+            let room = pace.room(busy, unit).min(WINDOW_MAX);
             while goes_on && counts && next < stripes && (window.len() as u64) < room {
                 window.push_back((next, self.push_scrub(next, false)));
                 next += 1;
@@ -231,19 +233,19 @@ impl<E: Env> RaidGroup<E> {
                     .await;
             }
             if counts {
-                self.change_scrub(|scrub| scrub.next = (stripe + 1) * chunk);
+                self.change_scrub(|scrub| scrub.next = (stripe + 1) * unit);
                 self.scrub_rate
-                    .set(pace.rate(self.clock.now(), stripe + 1, chunk));
+                    .set(pace.rate(self.clock.now(), stripe + 1, unit));
             }
             let done = stripe + 1;
             let now = self.clock.now();
-            let due = done.saturating_sub(saved) * chunk >= SAVE_BYTES
-                || now.0 - saved_at.0 >= SAVE_AFTER;
+            let due =
+                done.saturating_sub(saved) * unit >= SAVE_BYTES || now.0 - saved_at.0 >= SAVE_AFTER;
             if due && counts {
                 counts = self.save_scrub().await.is_ok();
                 (saved, saved_at) = (done, self.clock.now());
             }
-            self.throttle(busy, chunk, rate).await;
+            self.throttle(busy, unit, rate).await;
         }
         self.scrub_rate.set(0);
         if self.scrub_orders.get() != began.orders {
@@ -307,11 +309,11 @@ impl<E: Env> RaidGroup<E> {
     }
 
     /// Notes a bad stripe; true if it is in the list.
-    fn list_bad(&self, stripe: u64, wrong: &std::ops::Range<u32>, slots: u64) -> bool {
+    fn list_bad(&self, stripe: u64, wrong: &Range<u64>, slots: u64) -> bool {
         let bad = BadRecord {
             stripe,
-            at: stripe * self.geometry.chunk() + u64::from(wrong.start),
-            len: u64::from(wrong.end - wrong.start),
+            at: wrong.start,
+            len: wrong.end - wrong.start,
             slots,
             repaired: false,
         };
@@ -350,14 +352,14 @@ impl<E: Env> RaidGroup<E> {
             ),
             None => "no LU has data there".to_owned(),
         };
-        let who = match (self.geometry.parity_slot(bad.stripe), &shown.slots[..]) {
-            (None, slots) => format!(
-                "the copies on slots {slots:?} are not that of the lowest slot; which is right cannot be told"
-            ),
-            (Some(_), []) => {
+        let who = match (self.geometry.is_mirrored(), &shown.slots[..]) {
+            (true, slots) => {
+                format!("slots {slots:?} are unlike the first copy; which is right cannot be told")
+            }
+            (false, []) => {
                 "data and parity do not fit; which of them is wrong cannot be told".to_owned()
             }
-            (Some(_), slots) => format!("slots {slots:?} are wrong"),
+            (false, slots) => format!("slots {slots:?} are wrong"),
         };
         format!(
             "stripe {}, bytes {} to {} of the members' data ({lu}): {who}",
@@ -457,14 +459,17 @@ impl<E: Env> RaidGroup<E> {
 
     /// The LU that has data in a bad stripe, and which bytes of it. LUs are whole stripes, so there is at most one.
     fn lu_of(&self, bad: &BadRecord) -> Option<(LuUuid, u64, u64)> {
-        let (at, len) = match self.geometry.data_slots() {
-            1 => (bad.at, bad.len),
-            // Any of its chunks may be the wrong one.
-            _ => (
-                self.geometry.address(bad.stripe, 0, 0),
-                self.geometry.stripe_bytes(),
-            ),
-        };
+        let whole = (
+            self.geometry.address(bad.stripe, 0, 0),
+            self.geometry.stripe_bytes(),
+        );
+        let chunk = self.geometry.chunk();
+        let is_in_one_chunk = bad.at / chunk == (bad.at + bad.len - 1) / chunk;
+        let slot = crate::serve::bits(bad.slots).next();
+        // Where it is not known which chunk is wrong, any may be.
+        let known = slot.filter(|_| is_in_one_chunk);
+        let known = known.and_then(|slot| self.geometry.address_of_member(slot, bad.at));
+        let (at, len) = known.map_or(whole, |at| (at, bad.len));
         let config = self.config.borrow();
         config.lus.iter().find_map(|lu| {
             let mut start = 0;

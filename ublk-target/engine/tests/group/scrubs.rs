@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use lunar_api::target::{ScrubOrder, ScrubState, ScrubStatus};
+use lunar_engine::geometry::{Geometry, Spot};
 
 use super::*;
 
@@ -64,7 +65,9 @@ impl Rig {
     }
 }
 
-const SHAPES: [(Level, u8, u64); 5] = [
+const SHAPES: [(Level, u8, u64); 7] = [
+    (Level::Raid10, 4, 65536),
+    (Level::Raid10, 5, 16384),
     (Level::Raid1, 2, 65536),
     (Level::Raid1, 3, 65536),
     (Level::Raid5, 3, 4096),
@@ -72,12 +75,29 @@ const SHAPES: [(Level, u8, u64); 5] = [
     (Level::Raid5, 5, 1 << 20),
 ];
 
-/// The slot whose damage of a stripe is made good by md's rule: parity, or a leg that is not the lowest.
-fn redundant_slot(level: Level, n: u8, stripe: u64) -> usize {
-    match level {
-        Level::Raid5 => (u64::from(n) - 1 - stripe % u64::from(n)) as usize,
-        _ => 1 + (stripe % u64::from(n - 1)) as usize,
+fn geometry(rig: &Rig, level: Level, n: u8, chunk: u64) -> Geometry {
+    let bytes = rig.group.status().member_bytes;
+    Geometry::new(level, usize::from(n), chunk, bytes).unwrap()
+}
+
+/// Where damage of a stripe is made good by md's rule: its parity, or a copy that is not the first.
+fn redundant(geometry: &Geometry, stripe: u64, d: u16) -> Spot {
+    let parity = geometry.parity_slots(stripe).next();
+    match parity {
+        Some(slot) => Spot {
+            slot,
+            member_at: stripe * geometry.stripe_on_member(),
+        },
+        None => {
+            let c = 1 + stripe % u64::from(geometry.copies_of_each() - 1);
+            geometry.copy(stripe, d % geometry.data_slots(), c as u16)
+        }
     }
+}
+
+/// The same of a raid5 of 4 with chunks of 64 KiB.
+fn parity_slot(stripe: u64) -> usize {
+    (3 - stripe % 4) as usize
 }
 
 /// Given k stripes damaged behind the engine's back, when it is scrubbed, then exactly those are told, with their place
@@ -89,35 +109,36 @@ fn planted_flips_are_found_exactly_and_repaired() {
         rig.storm(60, || ());
         let clean = rig.scrub(CHECK);
         assert_eq!((clean.bad, clean.unreadable), (0, 0), "before: {clean:?}");
-        let stripes = rig.group.status().member_bytes / chunk;
+        let geometry = geometry(&rig, level, n, chunk);
+        let stripes = geometry.stripes();
         let mut planted = BTreeSet::from([0, stripes - 1]);
         while planted.len() < 7 {
             planted.insert(rig.world.random(stripes));
         }
+        let mut places = Vec::new();
         for stripe in &planted {
-            let at = rig.world.random(chunk);
-            rig.flip(redundant_slot(level, n, *stripe), stripe * chunk + at);
+            let spot = redundant(&geometry, *stripe, rig.world.random(8) as u16);
+            let at = spot.member_at + rig.world.random(geometry.chunk());
+            rig.flip(usize::from(spot.slot), at);
+            places.push((spot.slot, at));
         }
         let found = rig.scrub(CHECK);
         let told: BTreeSet<u64> = found.stripes.iter().map(|bad| bad.stripe).collect();
         assert_eq!((&told, found.bad, found.repaired), (&planted, 7, 0));
-        for bad in &found.stripes {
-            assert!(bad.len == 512 && bad.at / chunk == bad.stripe, "{bad:?}");
+        for (bad, (slot, at)) in found.stripes.iter().zip(&places) {
+            assert_eq!((bad.at, bad.len), (at / 512 * 512, 512));
             // Only the start of the group has a LU.
-            let data = if level == Level::Raid1 {
-                1
+            let start = bad.stripe * geometry.stripe_bytes();
+            assert_eq!(bad.lu.is_some(), start < LU_BYTES, "{bad:?}");
+            if geometry.is_mirrored() {
+                let address = geometry.address_of_member(*slot, bad.at).unwrap();
+                assert_eq!(bad.slots, [*slot]);
+                assert!(bad.lu.is_none() || (bad.lu_at, bad.lu_len) == (address, 512));
             } else {
-                u64::from(n) - 1
-            };
-            let in_lu = bad.stripe * data * chunk < LU_BYTES;
-            assert_eq!(bad.lu.is_some(), in_lu, "{bad:?}");
-            let slot = u16::try_from(redundant_slot(level, n, bad.stripe)).unwrap();
-            let expected = if level == Level::Raid1 {
-                vec![slot]
-            } else {
-                vec![]
-            };
-            assert_eq!(bad.slots, expected);
+                assert!(bad.slots.is_empty());
+                let whole = (start, geometry.stripe_bytes());
+                assert!(bad.lu.is_none() || (bad.lu_at, bad.lu_len) == whole);
+            }
         }
         assert_eq!(rig.events("ScrubMismatch"), 7);
         // A check changed nothing.
@@ -135,7 +156,7 @@ fn planted_flips_are_found_exactly_and_repaired() {
 fn damaged_data_of_a_raid5_is_found_and_not_attributed() {
     let rig = rig(710, Level::Raid5, 4, 65536, true);
     rig.storm(60, || ());
-    let parity = redundant_slot(Level::Raid5, 4, 3);
+    let parity = parity_slot(3);
     rig.flip((parity + 1) % 4, 3 * 65536 + 1000);
     let found = rig.scrub(REPAIR);
     let bad = &found.stripes[0];
@@ -214,7 +235,7 @@ fn scrub_goes_on_after_a_restart() {
         rig.storm(30, || ());
         let planted = [2, 3, 900, 1000];
         for stripe in planted {
-            rig.flip(redundant_slot(Level::Raid5, 4, stripe), stripe * 65536);
+            rig.flip(parity_slot(stripe), stripe * 65536);
         }
         let order = ScrubOrder::Start {
             repair: true,
@@ -260,10 +281,7 @@ fn repair_killed_anywhere_tells_every_stripe() {
         rig.storm(20, || ());
         let planted: BTreeSet<u64> = (0..6).map(|i| i * 3 + 1).collect();
         for stripe in &planted {
-            rig.flip(
-                redundant_slot(Level::Raid5, 4, *stripe),
-                stripe * 65536 + 77,
-            );
+            rig.flip(parity_slot(*stripe), stripe * 65536 + 77);
         }
         rig.order(REPAIR).unwrap();
         rig.world.crash_in.set(Some(1 + rig.world.random(400)));
