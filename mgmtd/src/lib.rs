@@ -22,6 +22,7 @@ pub mod probe;
 pub mod quarantine;
 pub mod server;
 pub mod signature;
+pub mod spares;
 pub mod store;
 pub mod supervisor;
 pub mod tables;

@@ -12,6 +12,7 @@ mod hostile;
 mod layout;
 mod life;
 mod manage;
+mod spares;
 
 use shell::Failure;
 
@@ -28,6 +29,7 @@ pub fn tests() -> Vec<Test> {
     life::tests(&mut all);
     hostile::tests(&mut all);
     manage::tests(&mut all);
+    spares::tests(&mut all);
     all
 }
 
