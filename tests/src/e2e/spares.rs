@@ -1,5 +1,6 @@
 //! Hot spares, and disks that come back: who takes which place, and that nothing is lost by it.
 
+use super::disks::identity;
 use super::rig::{Rig, members, text};
 use super::shell::{Failure, pause, sh, sh_in, until};
 use super::{Test, add, ensure};
@@ -381,9 +382,8 @@ fn back() -> Result<(), Failure> {
     rig.lunar(&["disk", "replace", "2", "2"])?;
     rig.wait_optimal(120)?;
     let path = text(&rig.json(&["disk", "show", "2"])?["path"]);
-    let same = sh(&format!(
-        "readlink -f {path} /dev/mapper/member9 | sort -u | wc -l"
-    ))?;
-    ensure(same == "1", || format!("its path is {path}"))?;
+    ensure(identity(&path)? == identity("/dev/mapper/member9")?, || {
+        format!("its path is {path}")
+    })?;
     each_other_away(&rig, 1)
 }
