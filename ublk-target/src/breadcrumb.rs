@@ -113,7 +113,7 @@ impl Crumb {
             HostVerb::Write { .. } => 2,
             HostVerb::Flush => 3,
             HostVerb::Discard => 4,
-            HostVerb::WriteZeroes => 5,
+            HostVerb::WriteZeroes { .. } => 5,
         };
         let words = [
             (OP, u64::from(request.id.tag) << 32 | op),

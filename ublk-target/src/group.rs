@@ -23,8 +23,6 @@ use crate::ublk::{Geometry, identity};
 
 /// How long the tags of a stopped device may take to come back: member I/O in flight ends or is given up.
 const DETACH_LIMIT: Duration = Duration::from_secs(60);
-/// The engine answers discards and zeroing with EOPNOTSUPP, which makes mkfs fail where they are announced.
-const ENGINE_DISCARDS: bool = false;
 /// LUs brought up or taken down at a time: each waits for a handful of control commands, which wait for the kernel.
 const LUS_AT_ONCE: usize = 32;
 /// Most requests of a LU at a time.
@@ -481,8 +479,9 @@ impl Group {
         let found = group.lus.iter().find(|status| status.lu == lu);
         let status = found
             .ok_or_else(|| ApiError::new(ErrorKind::NoService, format!("there is no LU {lu}")))?;
-        let mask = (self.owner()?).call(async |local: Rc<Local>| local.dma_mask.get())?;
-        let geometry = Geometry::of(&group, status.capacity, ENGINE_DISCARDS, mask);
+        let (mask, unmaps) = (self.owner()?)
+            .call(async |local: Rc<Local>| (local.dma_mask.get(), local.unmaps.get()))?;
+        let geometry = Geometry::of(&group, status.capacity, unmaps, mask);
         let info = kernel
             .add(again, identity(lu), status.depth, &geometry)
             .map_err(say("the device cannot be made"))?;

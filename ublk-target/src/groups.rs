@@ -412,5 +412,6 @@ pub(crate) fn open(local: &Local, path: &str, fd: OwnedFd) -> Result<MemberFile,
     let disk = MemberFile::new(&local.ring, fd)
         .map_err(|error| api_error(ErrorKind::Failed, &format!("{path} cannot be used"), &error))?;
     local.dma_mask.set(local.dma_mask.get() | disk.dma_mask());
+    local.unmaps.set(local.unmaps.get() && disk.unmaps());
     Ok(disk)
 }

@@ -64,6 +64,7 @@ pub(crate) struct MemberFile {
     logical_block: u32,
     dma_mask: u32,
     cache: Rc<Cache>,
+    unmaps: bool,
     limit: Limit,
     abandoned: Cell<bool>,
 }
@@ -75,6 +76,7 @@ struct Shape {
     logical_block: u32,
     dma_mask: u32,
     volatile_cache: bool,
+    unmaps: bool,
     limit: Limit,
 }
 
@@ -102,6 +104,7 @@ impl MemberFile {
                 written: Cell::new(0),
                 flushed: Cell::new(None),
             }),
+            unmaps: shape.unmaps,
             limit: shape.limit,
             abandoned: Cell::new(false),
         })
@@ -110,6 +113,11 @@ impl MemberFile {
     /// Bits of a request's memory address that must be 0 for this member to take its pages as they are.
     pub(crate) fn dma_mask(&self) -> u32 {
         self.dma_mask
+    }
+
+    /// It gives space back and reads as zero there afterwards.
+    pub(crate) fn unmaps(&self) -> bool {
+        self.unmaps
     }
 }
 
@@ -145,6 +153,7 @@ fn shape(file: &File) -> Result<Shape, MemberError> {
             dma_mask: dma_mask(meta.rdev()),
             // What lies below a device that is made of others may change while it is used: pvmove.
             volatile_cache: has_write_back(meta.rdev()) || is_stacked(meta.rdev()),
+            unmaps: gives_back(meta.rdev()),
             limit: limit(meta.rdev()),
         })
     } else if kind.is_file() {
@@ -155,6 +164,8 @@ fn shape(file: &File) -> Result<Shape, MemberError> {
             dma_mask,
             // The disk below it may have one; only fdatasync says more.
             volatile_cache: true,
+            // A file system that cannot says so, and zeroes are written.
+            unmaps: true,
             limit: limit(meta.dev()),
         })
     } else {
@@ -204,6 +215,13 @@ fn queue_attribute(device: u64, name: &str) -> Option<String> {
 /// Says whether a block device has a write-back cache; yes if the kernel does not say.
 fn has_write_back(device: u64) -> bool {
     queue_attribute(device, "write_cache").is_none_or(|text| text != "write through")
+}
+
+/// Says whether a block device gives space back and reads as zero there: it has discards, and zeroing of its own. A
+/// device with discards alone may read as anything, and one with zeroing alone would write it all.
+fn gives_back(device: u64) -> bool {
+    let has = |name: &str| queue_attribute(device, name).is_some_and(|text| text != "0");
+    has("discard_max_bytes") && has("write_zeroes_max_bytes")
 }
 
 /// Mask of the addresses that a block device takes memory at; that of a sector if the kernel does not say.
@@ -339,7 +357,7 @@ impl Disk for MemberFile {
             DiskVerb::Flush if self.cache.is_durable() => return MemberIo(Kind::Nothing),
             DiskVerb::Flush => Note::Flush(Rc::clone(&self.cache), written),
             DiskVerb::Read => Note::None,
-            DiskVerb::Write { .. } | DiskVerb::Discard | DiskVerb::WriteZeroes => {
+            DiskVerb::Write { .. } | DiskVerb::WriteZeroes { .. } => {
                 Note::Write(Rc::clone(&self.cache))
             }
         };
@@ -347,8 +365,8 @@ impl Disk for MemberFile {
             DiskVerb::Read => Act::Read,
             DiskVerb::Write { fua } => Act::Write { fua },
             DiskVerb::Flush => Act::Flush,
-            DiskVerb::Discard => Act::Allocate { mode: PUNCH },
-            DiskVerb::WriteZeroes => Act::Allocate { mode: ZERO },
+            DiskVerb::WriteZeroes { unmap: true } => Act::Allocate { mode: PUNCH },
+            DiskVerb::WriteZeroes { unmap: false } => Act::Allocate { mode: ZERO },
         };
         let (place, base, lease) = match buf {
             Buf::None => (Place::None, 0, None),

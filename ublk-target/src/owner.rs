@@ -59,6 +59,8 @@ pub(crate) struct Local {
     crumb: Option<Crumb>,
     /// Of all members that were opened: what every one takes.
     pub(crate) dma_mask: Cell<u32>,
+    /// Every member that was opened gives space back.
+    pub(crate) unmaps: Cell<bool>,
     served: RefCell<BTreeMap<LuUuid, Rc<Device>>>,
     /// Devices that somebody else stopped, and how.
     lost: RefCell<BTreeMap<LuUuid, String>>,
@@ -239,6 +241,7 @@ impl Local {
             devices: Rc::default(),
             crumb,
             dma_mask: Cell::new(0),
+            unmaps: Cell::new(true),
             served: RefCell::default(),
             lost: RefCell::default(),
             group: OnceCell::new(),

@@ -13,7 +13,7 @@ use io_uring::squeue::Entry128;
 use io_uring::{IoUring, cqueue, opcode, types};
 use libublk::sys;
 use lunar_api::LuUuid;
-use lunar_api::target::{Features, GroupStatus};
+use lunar_api::target::{Features, GroupStatus, Level};
 use lunar_engine::raid_group;
 
 /// Largest request: what one private copy takes, and 1/16 of the pool's part for them.
@@ -21,8 +21,8 @@ pub(crate) const IO_BYTES_MAX: u32 = 1 << 20;
 const _: () = assert!(IO_BYTES_MAX as u64 == lunar_engine::limits::MAX_IO);
 /// The engine's grain: what is smaller it reads, merges and writes back.
 const PHYSICAL_BLOCK: u32 = lunar_engine::plan::GRAIN;
-/// Sectors of a discard or zeroing request; kernels before 6.11 cut what does not fit 32 bits of bytes.
-const ZEROES_SECTORS_MAX: u32 = u32::MAX >> 9;
+/// Sectors of a discard or zeroing request, 128 MiB: each ends soon even where zeroes have to be written.
+const ZEROES_SECTORS_MAX: u32 = 128 << 11;
 /// Least mask of a request's memory: the block layer's own default.
 const DMA_MASK_MIN: u32 = 511;
 /// Largest that ublk takes: a page's; memory of members that want more is not theirs to choose.
@@ -141,8 +141,10 @@ pub(crate) struct Geometry {
     /// Bytes, powers of two.
     pub(crate) io_min: u64,
     pub(crate) io_opt: u64,
-    /// The members take discards and zeroing.
+    /// Every member gives space back: discards are announced. Zeroing always is.
     pub(crate) discard: bool,
+    /// Bytes of which discards are whole multiples, as others are ignored.
+    pub(crate) discard_grain: u32,
     /// Bits of a memory address that are 0: so that every member takes a request's own pages.
     pub(crate) dma_mask: u32,
 }
@@ -161,6 +163,10 @@ impl Geometry {
             io_min,
             io_opt: 1 << stripe.max(1).ilog2(),
             discard,
+            discard_grain: match group.level {
+                Level::Raid0 | Level::Linear => PHYSICAL_BLOCK,
+                _ => u32::try_from(group.stripe_bytes).unwrap_or(PHYSICAL_BLOCK),
+            },
             dma_mask: (members_mask | DMA_MASK_MIN).min(DMA_MASK_MAX),
         }
     }
@@ -170,7 +176,7 @@ impl Geometry {
         let shift = |bytes: u64| u8::try_from(bytes.max(512).ilog2()).expect("a logarithm");
         let mut to = vec![0; PARAMS_BYTES];
         let mut put = |at: usize, bytes: &[u8]| to[at..at + bytes.len()].copy_from_slice(bytes);
-        let mut types = sys::UBLK_PARAM_TYPE_BASIC | PARAM_DMA_ALIGN;
+        let types = sys::UBLK_PARAM_TYPE_BASIC | sys::UBLK_PARAM_TYPE_DISCARD | PARAM_DMA_ALIGN;
         put(
             8,
             &(sys::UBLK_ATTR_VOLATILE_CACHE | sys::UBLK_ATTR_FUA).to_ne_bytes(),
@@ -186,13 +192,11 @@ impl Geometry {
         );
         put(16, &(IO_BYTES_MAX >> 9).to_ne_bytes());
         put(24, &(self.bytes >> 9).to_ne_bytes());
-        if self.discard {
-            types |= sys::UBLK_PARAM_TYPE_DISCARD;
-            put(44, &self.physical_block.to_ne_bytes());
-            put(48, &ZEROES_SECTORS_MAX.to_ne_bytes());
-            put(52, &ZEROES_SECTORS_MAX.to_ne_bytes());
-            put(56, &1_u16.to_ne_bytes());
-        }
+        let discards = if self.discard { ZEROES_SECTORS_MAX } else { 0 };
+        put(44, &self.discard_grain.to_ne_bytes());
+        put(48, &discards.to_ne_bytes());
+        put(52, &ZEROES_SECTORS_MAX.to_ne_bytes());
+        put(56, &1_u16.to_ne_bytes());
         put(108, &self.dma_mask.to_ne_bytes());
         put(0, &u32::try_from(PARAMS_BYTES).expect("152").to_ne_bytes());
         put(4, &types.to_ne_bytes());
@@ -292,6 +296,7 @@ mod tests {
             io_min: 65536,
             io_opt: 131_072,
             discard: true,
+            discard_grain: 196_608,
             dma_mask: 4095,
         };
         let params = geometry.params();
@@ -299,7 +304,8 @@ mod tests {
         assert_eq!((u32_at(0), u32_at(4)), (152, 0b1_0011));
         assert_eq!(params[12..16], [9, 12, 17, 16]);
         assert_eq!((u32_at(16), u32_at(24)), (2048, 1 << 21));
-        assert_eq!((u32_at(44), u32_at(108)), (4096, 4095));
+        assert_eq!((u32_at(44), u32_at(108)), (196_608, 4095));
+        assert_eq!((u32_at(48), u32_at(52)), (128 << 11, 128 << 11));
     }
 
     #[test]

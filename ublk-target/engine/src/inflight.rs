@@ -13,7 +13,7 @@
 //! # Layout
 //! Little endian. At 0 a header: magic (8; 0: nothing to say), group (16), generation (8), slots that did not take
 //! a replay (8). From 4096 on entries of 4096 bytes: live (1), 7 unused, count (8), then segments: address on the
-//! disk (8), length (4), place in the memory (4), disk (16).
+//! disk (8), length (4), place in the memory (4; ffffffff: zeroes), disk (16).
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -29,7 +29,9 @@ const ENTRY: usize = 4096;
 const UNREPLAYED: usize = 32;
 /// Entries.
 pub(crate) const ENTRIES: usize = (PREFIX - HEADER) / ENTRY;
-const MAGIC: u64 = u64::from_le_bytes(*b"LUNARIF2");
+const MAGIC: u64 = u64::from_le_bytes(*b"LUNARIF3");
+/// In place of a place in the memory: the range is zeroed.
+pub(crate) const ZEROES: u32 = u32::MAX;
 /// What the magic of every version begins with.
 const MAGIC_START: [u8; 7] = *b"LUNARIF";
 const SEGMENT: usize = 32;
@@ -186,6 +188,7 @@ impl Left {
         let mut named: Vec<_> = self
             .segments
             .iter()
+            .filter(|segment| segment.from != ZEROES)
             .map(|segment| segment.from as usize..(segment.from + segment.len) as usize)
             .collect();
         named.sort_unstable_by_key(|range| range.start);
@@ -263,7 +266,8 @@ pub(crate) fn read(pool: &Pool, group: GroupUuid, memory_len: u64) -> Option<Lef
                 from: u32::from_le_bytes(get(cells, at + 12)),
                 disk: DiskUuid::from_bytes(get(cells, at + 16)),
             };
-            if u64::from(segment.from) + u64::from(segment.len) > memory_len {
+            let end = u64::from(segment.from) + u64::from(segment.len);
+            if segment.from != ZEROES && end > memory_len {
                 return None;
             }
             segments.push(segment);

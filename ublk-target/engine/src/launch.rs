@@ -128,6 +128,7 @@ impl<E: Env> RaidGroup<E> {
             kept: RefCell::default(),
             requests: Cell::new(0),
             active_writes: Cell::new(0),
+            erasing: Cell::new(0),
             turn: Cell::new(0),
             stopping: Cell::new(false),
             background_ended: Cell::new(false),

@@ -11,7 +11,19 @@ use lunar_api::target::{MemberState, MemberStatus};
 
 use crate::pool::Lease;
 use crate::raid_group::{Given, MemberPlace};
+use crate::serve::erase::EOPNOTSUPP;
 use crate::traits::{Buf, Disk, DiskError, DiskVerb, Piece};
+
+/// How a member can be made to read as zero, the best first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Zeroing {
+    /// It gives the space back.
+    Unmaps,
+    /// It keeps the space.
+    Keeps,
+    /// Zeroes have to be written to it.
+    Writes,
+}
 
 /// A disk in a slot, or the lack of one. Another disk in the slot is another `Member`.
 pub(crate) struct Member<D> {
@@ -29,6 +41,8 @@ pub(crate) struct Member<D> {
     /// A write or flush of it failed. Whoever waited for that comes to `RaidGroup::fail` later: perhaps when
     /// another disk is in the slot, which is not to blame.
     pub to_blame: Cell<bool>,
+    /// How it zeroes, as far as is known.
+    pub zeroing: Cell<Zeroing>,
     pub state: Cell<MemberState>,
     pub reason: RefCell<String>,
     pub reads: Cell<u64>,
@@ -55,6 +69,7 @@ impl<D: Disk> Member<D> {
             meta: None,
             data_offset: 0,
             to_blame: Cell::new(false),
+            zeroing: Cell::new(Zeroing::Unmaps),
             state: Cell::new(state),
             reason: RefCell::default(),
             reads: Cell::new(0),
@@ -100,7 +115,7 @@ impl<D: Disk> Member<D> {
                 add(&self.writes, 1);
                 add(&self.write_bytes, len);
             }
-            DiskVerb::Flush | DiskVerb::Discard | DiskVerb::WriteZeroes => {}
+            DiskVerb::Flush | DiskVerb::WriteZeroes { .. } => {}
         }
         self.submit_meta(verb, self.data_offset + at, len, buf, pieces)
     }
@@ -168,8 +183,12 @@ impl<D: Disk> Future for MemberIo<D> {
             Some(io) => Pin::new(io).poll(cx),
             None => Poll::Ready(Err(DiskError::Abandoned)),
         };
-        if let Poll::Ready(Err(_)) = result {
-            self.member.note_error(self.verb);
+        if let Poll::Ready(Err(error)) = result {
+            // What it cannot do is no fault of it.
+            let is_asking = matches!(self.verb, DiskVerb::WriteZeroes { .. });
+            if !(is_asking && error == DiskError::Errno(EOPNOTSUPP)) {
+                self.member.note_error(self.verb);
+            }
         }
         result
     }

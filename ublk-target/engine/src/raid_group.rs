@@ -160,7 +160,7 @@ impl Lu {
     /// Where byte `at` of the LU is in the group, and how many bytes follow there.
     ///
     /// # Panics  if `at` is beyond the LU: requests are checked when they arrive
-    fn resolve(&self, at: u64) -> (u64, u64) {
+    pub(crate) fn resolve(&self, at: u64) -> (u64, u64) {
         self.extents
             .resolve(at)
             .expect("requests lie within the LU")
@@ -229,7 +229,7 @@ pub struct RaidGroup<E: Env> {
     pub(crate) configuring: Cell<bool>,
     pub(crate) dirty: Cell<bool>,
     pub(crate) dirty_durable: Cell<bool>,
-    /// `durable`, `publishing`, `configuring`, `background_ended` changed.
+    /// `durable`, `publishing`, `configuring`, `background_ended`, `erasing` changed.
     pub(crate) changed: Waiters,
 
     pub(crate) lus: RefCell<Vec<Option<Rc<Lu>>>>,
@@ -241,6 +241,8 @@ pub struct RaidGroup<E: Env> {
     pub(crate) kept: RefCell<Vec<Lease>>,
     pub(crate) requests: Cell<u64>,
     pub(crate) active_writes: Cell<u64>,
+    /// Requests that erase now.
+    pub(crate) erasing: Cell<u32>,
     pub(crate) turn: Cell<u32>,
     pub(crate) stopping: Cell<bool>,
     pub(crate) background_ended: Cell<bool>,

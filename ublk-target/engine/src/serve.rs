@@ -8,10 +8,14 @@ use crate::limits::MEMBERS_MAX;
 use crate::member::{MemberIo, add};
 use crate::plan::Span;
 use crate::pool::{LEASE_MAX, Lease, Quota};
-use crate::raid_group::{EIO, EOPNOTSUPP, Errno, Lu, RaidGroup};
+use crate::raid_group::{EIO, Errno, Lu, RaidGroup};
 use crate::stripe_table::{Item, JoinId, Task};
 use crate::sync::join_all;
 use crate::traits::{Buf, DiskVerb, Env, Front, HostRequest, HostVerb, PIECES_MAX, Piece};
+
+pub(crate) mod erase;
+
+use erase::Erase;
 
 /// Adjacent bytes of one member, scattered in the request.
 struct Run {
@@ -64,14 +68,28 @@ impl<E: Env> RaidGroup<E> {
                 add(&counters.flushes, 1);
                 self.flush().await
             }
-            HostVerb::Discard | HostVerb::WriteZeroes => {
+            HostVerb::Discard => {
                 add(&counters.discards, 1);
-                Err(EOPNOTSUPP)
+                self.erase(&lu, &request, Erase::Discard).await
+            }
+            HostVerb::WriteZeroes { unmap } => {
+                add(&counters.discards, 1);
+                self.erase(&lu, &request, Erase::Zero { unmap }).await
             }
         };
         if result.is_err() {
             add(&counters.errors, 1);
         }
+        result
+    }
+
+    async fn erase(&self, lu: &Lu, request: &HostRequest, erase: Erase) -> Result<(), Errno> {
+        if self.geometry.redundancy() == 0 {
+            return self.erase_plain(lu, request, erase).await;
+        }
+        self.active_writes.set(self.active_writes.get() + 1);
+        let result = self.erase_redundant(lu, request, erase).await;
+        self.active_writes.set(self.active_writes.get() - 1);
         result
     }
 

@@ -13,10 +13,11 @@ use crate::label::{read_superblock, read_superblock_to};
 use crate::launch::{Slot, split};
 use crate::limits::{CONFIG_PIECE, MEMBERS_MAX};
 use crate::parity;
-use crate::pool::{Pool, Quota};
+use crate::pool::{Lease, Pool, Quota};
 use crate::raid_group::{CreateSpec, Given, MemberPlace, Parts, RaidGroup, StartSpec};
 use crate::reserve::{Reserve, lay_out, region_bytes};
 use crate::serve::bits;
+use crate::serve::erase::EOPNOTSUPP;
 use crate::superblock::{BYTES, ConfigVersion, Flags, GroupRecord, MemberEntry, Superblock};
 use crate::traits::{Buf, Disk, DiskError, DiskVerb, Env, Piece};
 
@@ -215,7 +216,7 @@ impl<E: Env> RaidGroup<E> {
         // Replay comes first: what is read from here on may take the memory that it writes from.
         let mut unreplayed = 0;
         if let Some(left) = &left {
-            unreplayed = left.unreplayed | replay(&rest.pool, left, &record, &slots).await;
+            unreplayed = left.unreplayed | replay(&rest.pool, left, page, &record, &slots).await;
             inflight::replayed(&rest.pool, unreplayed);
         }
         let config = read_config(&rest.pool, &geometry, &record, &slots, &plan.slots).await?;
@@ -382,6 +383,7 @@ async fn read_pieces<D: Disk>(
 async fn replay<D: Disk>(
     pool: &Rc<Pool>,
     left: &Left,
+    page: usize,
     record: &GroupRecord,
     slots: &[Slot<D>],
 ) -> u64 {
@@ -406,16 +408,47 @@ async fn replay<D: Disk>(
             .at
             .checked_add(len)
             .is_some_and(|end| end <= given.disk.capacity());
-        let verb = DiskVerb::Write { fua: false };
-        if !fits
-            || given
-                .disk
-                .submit(verb, segment.at, len, Buf::Pool(&whole), &[piece])
-                .await
-                .is_err()
-        {
+        let is_done = fits
+            && if segment.from == inflight::ZEROES {
+                replay_zeroes(&given.disk, segment.at, len, (&whole, page)).await
+            } else {
+                let verb = DiskVerb::Write { fua: false };
+                let io = given
+                    .disk
+                    .submit(verb, segment.at, len, Buf::Pool(&whole), &[piece]);
+                io.await.is_ok()
+            };
+        if !is_done {
             failed |= 1 << slot;
         }
     }
     failed
+}
+
+/// Zeroes a range; where the disk does not do that itself, from a page of memory that nothing else is in.
+async fn replay_zeroes<D: Disk>(
+    disk: &D,
+    at: u64,
+    len: u64,
+    (whole, page): (&Lease, usize),
+) -> bool {
+    let verb = DiskVerb::WriteZeroes { unmap: false };
+    match disk.submit(verb, at, len, Buf::None, &[]).await {
+        Ok(()) => return true,
+        Err(DiskError::Errno(EOPNOTSUPP)) => {}
+        Err(_) => return false,
+    }
+    parity::zero(whole.cells(page..page + BYTES));
+    for start in (0..len).step_by(BYTES) {
+        let piece = Piece {
+            offset: u32::try_from(page).expect("the memory is below 4 GiB"),
+            len: u32::try_from(BYTES as u64).expect("4096"),
+        };
+        let verb = DiskVerb::Write { fua: false };
+        let io = disk.submit(verb, at + start, BYTES as u64, Buf::Pool(whole), &[piece]);
+        if io.await.is_err() {
+            return false;
+        }
+    }
+    true
 }

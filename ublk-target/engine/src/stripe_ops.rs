@@ -46,15 +46,18 @@ impl<E: Env> RaidGroup<E> {
                 }) => self.read_around(stripe, *span, lease, *to, *avoid).await,
                 Some(Task::Sync) => self.sync_stripe(stripe).await,
                 Some(Task::Scrub { repair }) => self.scrub_stripe(stripe, *repair).await,
-                None => Ok(()),
+                Some(Task::Hold) | None => Ok(()),
             };
             if batch.len() > 1 {
                 self.count(&batch, |lu| add(&lu.merged, 1));
             }
+            let is_handed_over = matches!(batch.first().map(|item| &item.task), Some(Task::Hold));
             for item in batch.drain(..) {
                 self.stripes.done(&item, result.map_err(|errno| errno.0));
             }
-            self.stripes.release(head);
+            if !is_handed_over {
+                self.stripes.release(head);
+            }
         }
     }
 

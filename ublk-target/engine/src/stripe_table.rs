@@ -35,6 +35,8 @@ pub(crate) enum Task {
     Sync,
     /// Compare the whole stripe, and make it fit.
     Scrub { repair: bool },
+    /// Give the stripe to whoever waits for it; `release_held` takes it back.
+    Hold,
 }
 
 /// A task with who waits for it.
@@ -257,6 +259,21 @@ impl StripeTable {
         inner.ready.push_back(head);
         drop(inner);
         self.work.wake_one();
+    }
+
+    /// Gives a stripe back that was handed over by [`Task::Hold`].
+    pub(crate) fn release_held(&self, stripe: u64) {
+        let head = {
+            let inner = self.inner.borrow();
+            let mut at = inner.buckets[bucket(stripe)];
+            while let Some(head) = at
+                && inner.heads[head as usize].stripe != stripe
+            {
+                at = inner.heads[head as usize].next;
+            }
+            at.expect("it is held")
+        };
+        self.release(head);
     }
 
     /// Lets the workers end once nothing is left to do.

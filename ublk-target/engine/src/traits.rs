@@ -54,10 +54,8 @@ pub enum DiskVerb {
     Write { fua: bool },
     /// All completed writes durable.
     Flush,
-    /// The range may forget its content.
-    Discard,
-    /// The range reads as zero afterwards.
-    WriteZeroes,
+    /// The range reads as zero afterwards; with `unmap` its space is given back. EOPNOTSUPP where the member cannot.
+    WriteZeroes { unmap: bool },
 }
 
 /// A piece of a buffer: bytes from the start of the request, or of the lease.
@@ -70,7 +68,7 @@ pub struct Piece {
 /// Where the bytes of a member I/O are.
 #[derive(Debug)]
 pub enum Buf<'a> {
-    /// None: flush, discard, zeroes.
+    /// None: flush, zeroes.
     None,
     /// The pages of a host request, registered with the ring: the CPU cannot touch them.
     Request(RequestId),
@@ -125,8 +123,10 @@ pub enum HostVerb {
     },
     Flush,
     Discard,
-    /// `unmap` false means that the space must stay allocated (it always is here).
-    WriteZeroes,
+    /// The range reads as zero afterwards; `unmap` false means that the space must stay allocated.
+    WriteZeroes {
+        unmap: bool,
+    },
 }
 
 /// A request of the host, by value.

@@ -25,6 +25,8 @@ use crate::ring::{Handle, Ring, RingError};
 /// What the kernel answers on a tag that it takes back.
 const ABORT: i32 = -libc::ENODEV;
 const PAGE: usize = 4096;
+/// Flag of a zeroing request: UBLK_IO_F_NOUNMAP, which the sys crate does not know.
+const NO_UNMAP: u32 = 1 << 15;
 const ANSWERED: &str = "commands are answered by their number";
 
 /// Why a device cannot be served.
@@ -239,15 +241,18 @@ impl Device {
             },
             sys::UBLK_IO_OP_FLUSH => HostVerb::Flush,
             sys::UBLK_IO_OP_DISCARD => HostVerb::Discard,
-            sys::UBLK_IO_OP_WRITE_ZEROES => HostVerb::WriteZeroes,
+            sys::UBLK_IO_OP_WRITE_ZEROES => HostVerb::WriteZeroes {
+                unmap: flags & NO_UNMAP == 0,
+            },
             _ => return Err(libc::EOPNOTSUPP),
         };
         // A flush has no place; what the kernel leaves there is beyond every device.
         let (sector, sectors) = match verb {
             HostVerb::Flush => (0, 0),
-            HostVerb::Read | HostVerb::Write { .. } | HostVerb::Discard | HostVerb::WriteZeroes => {
-                (descriptor.start_sector, descriptor.nr_sectors)
-            }
+            HostVerb::Read
+            | HostVerb::Write { .. }
+            | HostVerb::Discard
+            | HostVerb::WriteZeroes { .. } => (descriptor.start_sector, descriptor.nr_sectors),
         };
         Ok(HostRequest {
             id: self.id(tag),
@@ -289,7 +294,7 @@ fn done(request: &HostRequest) -> i32 {
         HostVerb::Read | HostVerb::Write { .. } => {
             i32::try_from(request.len).expect("requests are at most IO_BYTES_MAX")
         }
-        HostVerb::Flush | HostVerb::Discard | HostVerb::WriteZeroes => 0,
+        HostVerb::Flush | HostVerb::Discard | HostVerb::WriteZeroes { .. } => 0,
     }
 }
 

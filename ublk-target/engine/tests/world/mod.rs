@@ -250,6 +250,9 @@ pub(crate) struct Faults {
     /// Reads of them fail even after a write.
     pub worn: Cell<bool>,
     pub write_errors: Cell<bool>,
+    /// It zeroes but gives no space back; it does not even zero.
+    pub keeps: Cell<bool>,
+    pub no_zeroes: Cell<bool>,
     pub flush_errors: Cell<bool>,
 }
 
@@ -261,6 +264,8 @@ pub(crate) struct Store {
     pub faults: Faults,
     pub reads: Cell<u64>,
     pub writes: Cell<u64>,
+    /// Bytes that it was told to zero.
+    pub zeroed: Cell<u64>,
     /// What hangs, and what is slow.
     hung: RefCell<Vec<(Rc<Cell<bool>>, Action)>>,
     held: RefCell<Vec<(Rc<RefCell<IoState>>, Action)>>,
@@ -277,6 +282,7 @@ impl Store {
             faults: Faults::default(),
             reads: Cell::new(0),
             writes: Cell::new(0),
+            zeroed: Cell::new(0),
             hung: RefCell::default(),
             held: RefCell::default(),
         })
@@ -429,6 +435,16 @@ impl Disk for MemDisk {
                         }
                         pos += n as u64;
                     }
+                }
+                DiskVerb::WriteZeroes { unmap } => {
+                    if unmap && store.faults.keeps.get() || store.faults.no_zeroes.get() {
+                        return Err(DiskError::Errno(95));
+                    }
+                    if store.faults.write_errors.get() {
+                        return Err(DiskError::Errno(5));
+                    }
+                    store.zeroed.set(store.zeroed.get() + len);
+                    store.write(at, &vec![0; len as usize]);
                 }
                 DiskVerb::Flush if store.faults.flush_errors.get() => {
                     return Err(DiskError::Errno(5));

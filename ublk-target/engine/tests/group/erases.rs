@@ -1,0 +1,231 @@
+//! Discards and zeroing: reads are as they should be with every member and without each, and redundancy fits.
+
+use lunar_api::target::{ScrubOrder, ScrubState};
+
+use super::*;
+
+const SHAPES: [(Level, u8, u64); 7] = [
+    (Level::Raid0, 3, 16384),
+    (Level::Raid1, 2, 65536),
+    (Level::Raid5, 3, 4096),
+    (Level::Raid5, 4, 65536),
+    (Level::Raid5, 5, 1 << 18),
+    (Level::Raid10, 4, 65536),
+    (Level::Raid10, 5, 16384),
+];
+
+/// What members do when they are told to zero.
+#[derive(Debug, Clone, Copy)]
+enum Members {
+    GiveBack,
+    Keep,
+    /// They refuse, all but one.
+    Refuse,
+}
+
+impl Rig {
+    fn set(&self, members: Members) {
+        for store in self.stores.iter().skip(1) {
+            store.faults.keeps.set(matches!(members, Members::Keep));
+            store
+                .faults
+                .no_zeroes
+                .set(matches!(members, Members::Refuse));
+        }
+    }
+
+    /// A request of any kind at a drawn place, and the model as it will be.
+    fn draw(&self, tag: u16, stripe: u64) -> HostRequest {
+        let most = [8, 200, 2048, 4096][self.world.random(4) as usize];
+        let kind = self.world.random(4);
+        let sectors = (1 + self.world.random(most)).min(if kind < 2 { MAX_IO / 512 } else { most });
+        let at = self.world.random(LU_BYTES / 512 - sectors) * 512;
+        let len = sectors * 512;
+        let verb = match kind {
+            0 | 1 => HostVerb::Write { fua: false },
+            2 => HostVerb::Discard,
+            _ => HostVerb::WriteZeroes {
+                unmap: self.world.random(2) == 0,
+            },
+        };
+        // A discard is of whole stripes, or ignored.
+        let erased = match verb {
+            HostVerb::Discard => at.next_multiple_of(stripe)..(at + len) / stripe * stripe,
+            _ => at..at + len,
+        };
+        let mut bytes = vec![0; len as usize];
+        if matches!(verb, HostVerb::Write { .. }) {
+            for chunk in bytes.chunks_mut(8) {
+                chunk.copy_from_slice(&self.world.random(u64::MAX).to_le_bytes());
+            }
+        }
+        if !erased.is_empty() {
+            let range = erased.start as usize..erased.end as usize;
+            let n = range.len();
+            self.known.borrow_mut()[range.clone()].fill(true);
+            self.model.borrow_mut()[range].copy_from_slice(&bytes[..n]);
+        }
+        self.world.pages.borrow_mut()[usize::from(tag)] = bytes;
+        Self::request(tag, verb, at, len)
+    }
+
+    /// Rounds of requests side by side that do not overlap; answers those of a round that were cut short by a crash.
+    fn mixed(&self, rounds: u64, stripe: u64) -> Vec<HostRequest> {
+        for _ in 0..rounds {
+            let mut busy: Vec<(HostRequest, Rc<Cell<bool>>)> = Vec::new();
+            for tag in 0..6 {
+                let (model, known) = (self.model.borrow().clone(), self.known.borrow().clone());
+                let request = self.draw(tag, stripe);
+                let overlaps = |(b, _): &(HostRequest, _)| {
+                    request.at < b.at + b.len && b.at < request.at + request.len
+                };
+                if busy.iter().any(overlaps) {
+                    (*self.model.borrow_mut(), *self.known.borrow_mut()) = (model, known);
+                    continue;
+                }
+                let done = Rc::new(Cell::new(false));
+                busy.push((request, Rc::clone(&done)));
+                let group = Rc::clone(&self.group);
+                self.world.spawn(async move {
+                    assert_eq!(group.serve(0, request).await, Ok(()), "{request:?}");
+                    done.set(true);
+                });
+            }
+            let world = Rc::clone(&self.world);
+            self.world
+                .run_until(|| world.crashed() || busy.iter().all(|b| b.1.get()));
+            if self.world.crashed() {
+                busy.retain(|b| !b.1.get());
+                return busy.into_iter().map(|b| b.0).collect();
+            }
+        }
+        Vec::new()
+    }
+
+    fn redundancy_fits(&self) {
+        let order = ScrubOrder::Start {
+            repair: false,
+            from: 0,
+            rate: None,
+        };
+        let group = Rc::clone(&self.group);
+        let started = self.world.block_on(async move { group.scrub(order).await });
+        assert_eq!(started, Ok(()));
+        let group = Rc::clone(&self.group);
+        self.world.run_until(move || {
+            let scrub = group.status().scrub;
+            scrub.is_some_and(|scrub| scrub.state == ScrubState::Done)
+        });
+        let scrub = self.group.status().scrub.unwrap();
+        assert_eq!((scrub.bad, scrub.unreadable), (0, 0), "{:?}", scrub.stripes);
+    }
+}
+
+fn stripe_of(level: Level, n: u8, chunk: u64) -> u64 {
+    let geometry = lunar_engine::geometry::Geometry::new(level, usize::from(n), chunk, 64 << 20);
+    match level {
+        Level::Raid0 => 1,
+        _ => geometry.unwrap().stripe_bytes(),
+    }
+}
+
+/// Given members of every kind, when writes, discards and zeroing are mixed, then what is read is what the model says,
+/// redundancy fits, and it reads the same with a member that cannot be read.
+#[test]
+fn erased_and_written_reads_as_the_model_says() {
+    for (seed, (level, n, chunk)) in (800..).zip(SHAPES) {
+        for members in [Members::GiveBack, Members::Keep, Members::Refuse] {
+            // A discard of a raid0 whose member keeps its space leaves what is there.
+            if level == Level::Raid0 && !matches!(members, Members::GiveBack) {
+                continue;
+            }
+            eprintln!("{members:?}");
+            let rig = rig(seed + round(), level, n, chunk, true);
+            rig.set(members);
+            rig.mixed(40, stripe_of(level, n, chunk));
+            rig.check();
+            assert!(rig.stores[0].zeroed.get() > 0);
+            let status = rig.group.status();
+            assert!(status.members.iter().all(|m| m.write_errors == 0));
+            if level != Level::Raid0 {
+                rig.redundancy_fits();
+                rig.without_each(&[]);
+            }
+        }
+    }
+}
+
+/// Given a group that loses a member, when it is erased and written degraded and while the other disk is filled, then
+/// all reads as the model says, and redundancy fits in the end.
+#[test]
+fn erase_degraded_and_during_a_rebuild() {
+    for (seed, (level, n, chunk)) in (820..).zip(SHAPES.into_iter().skip(1)) {
+        for lost in [0, n - 1] {
+            let mut rig = rig(seed + round(), level, n, chunk, true);
+            let stripe = stripe_of(level, n, chunk);
+            rig.mixed(10, stripe);
+            rig.stores[usize::from(lost)].faults.dead.set(true);
+            rig.mixed(15, stripe);
+            rig.check();
+            let fresh = Store::new(DISK, 0x77);
+            rig.group.set_rebuild_rate(Some(1 << 20), Some(4 << 20));
+            rig.replace(u16::from(lost), 40, &fresh);
+            rig.stores[usize::from(lost)] = fresh;
+            rig.mixed(40, stripe);
+            rig.check();
+            rig.group.set_rebuild_rate(None, Some(1 << 40));
+            rig.wait_synced();
+            rig.redundancy_fits();
+            rig.check();
+            let other = usize::from((lost + 1) % n);
+            rig.stores[other].faults.dead.set(true);
+            rig.check();
+        }
+    }
+}
+
+/// Given a process that dies at a drawn I/O, when the next one comes up, then what nobody was changing is right before
+/// anything is issued again, redundancy fits, and afterwards all is as asked for.
+#[test]
+fn erase_killed_anywhere_leaves_redundancy_right() {
+    for (seed, (level, n, chunk)) in (840..).zip(SHAPES.into_iter().skip(1)) {
+        for (round_, members) in (0..).zip([Members::GiveBack, Members::Refuse].repeat(4)) {
+            let mut rig = rig(seed * 100 + round_ + round(), level, n, chunk, true);
+            rig.set(members);
+            let stripe = stripe_of(level, n, chunk);
+            rig.mixed(4, stripe);
+            rig.world.crash_in.set(Some(1 + rig.world.random(300)));
+            let cut = rig.mixed(1000, stripe);
+            rig.world.kill();
+            let memory = Rc::clone(&rig.memory);
+            rig.restart(&memory, false).unwrap();
+            let mut unknown = rig.known.borrow().clone();
+            for request in &cut {
+                unknown[request.at as usize..(request.at + request.len) as usize].fill(false);
+            }
+            let known = rig.known.replace(unknown);
+            rig.check();
+            rig.redundancy_fits();
+            *rig.known.borrow_mut() = known;
+            for request in cut {
+                let group = Rc::clone(&rig.group);
+                let result = rig
+                    .world
+                    .block_on(async move { group.serve(0, request).await });
+                assert_eq!(result, Ok(()));
+            }
+            rig.check();
+        }
+    }
+}
+
+/// Given a member whose zeroing fails, when it is erased, then that member is failed and the request succeeds.
+#[test]
+fn member_that_fails_to_zero_is_failed() {
+    let rig = rig(860, Level::Raid5, 4, 65536, true);
+    rig.mixed(10, 3 * 65536);
+    rig.stores[2].faults.write_errors.set(true);
+    rig.mixed(10, 3 * 65536);
+    rig.check();
+    assert_eq!(rig.group.status().members[2].state, MemberState::Faulty);
+}
