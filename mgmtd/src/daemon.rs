@@ -31,6 +31,9 @@ pub struct Config {
     pub socket: PathBuf,
     pub system: Option<u32>,
     pub target_bin: PathBuf,
+    /// Programs run when something happens.
+    pub hooks_dir: PathBuf,
+    pub hook_limit: Duration,
 }
 
 /// What was last seen; nothing of it is saved.

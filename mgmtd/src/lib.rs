@@ -11,6 +11,7 @@ pub mod boot;
 pub mod daemon;
 pub mod devnodes;
 pub mod holders;
+pub mod hooks;
 pub mod jobs;
 pub mod limits;
 pub mod link;

@@ -42,6 +42,7 @@ fn methods() -> Methods {
     };
     m.add::<mgmt::StatusAsk, rows::StatusReply>("Status");
     m.add::<mgmt::EventsAsk, rows::EventsReply>("Events");
+    m.add::<mgmt::EventsTestAsk, rows::Changed>("EventsTest");
     m.add::<mgmt::Nothing, rows::JobList>("JobList");
     m.add::<mgmt::JobOne, rows::JobOneReply>("JobShow");
     m.add::<mgmt::JobEnd, rows::Changed>("JobCancel");

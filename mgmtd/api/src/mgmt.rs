@@ -58,6 +58,11 @@ requests! {
         after: u64,
         wait_ms: u32,
     }
+    /// Records a test message.
+    EventsTestAsk {
+        dry_run: bool,
+        yes: bool,
+    }
     /// Names one job.
     JobOne {
         job: u32,
@@ -176,6 +181,9 @@ pub enum Request {
     /// What happened. Answer: `EventsReply`.
     #[serde(rename = "io.lunar.Events")]
     Events(EventsAsk),
+    /// Records a `TestMessage` for every group and runs the hooks with it. Answer: `Changed`.
+    #[serde(rename = "io.lunar.EventsTest")]
+    EventsTest(EventsTestAsk),
     /// Every job. Answer: `JobList`.
     #[serde(rename = "io.lunar.JobList")]
     JobList(Nothing),
@@ -254,6 +262,7 @@ pub enum Request {
 pub const VERBS: &[(&str, bool)] = &[
     ("io.lunar.Status", false),
     ("io.lunar.Events", false),
+    ("io.lunar.EventsTest", true),
     ("io.lunar.JobList", false),
     ("io.lunar.JobShow", false),
     ("io.lunar.JobCancel", true),

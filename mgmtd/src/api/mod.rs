@@ -23,6 +23,7 @@ pub async fn answer(daemon: &Daemon, request: Request) -> Result<Value, ApiError
     match request {
         Request::Status(ask) => json(state::status(daemon, ask).await?),
         Request::Events(ask) => json(state::events(daemon, ask).await?),
+        Request::EventsTest(ask) => json(state::events_test(daemon, ask)?),
         Request::JobList(_) => json(state::job_list(daemon).await?),
         Request::JobShow(ask) => json(state::job_show(daemon, ask.job).await?),
         Request::JobCancel(ask) => json(state::job_cancel(daemon, ask).await?),

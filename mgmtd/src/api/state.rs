@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use lunar_api::mgmt::{EventsAsk, JobEnd, ShutdownAsk, StatusAsk};
+use lunar_api::mgmt::{EventsAsk, EventsTestAsk, JobEnd, ShutdownAsk, StatusAsk};
 use lunar_api::rows::{
     Changed, EventsReply, JobList, JobOneReply, JobState, PathList, StatusReply,
 };
@@ -14,7 +14,8 @@ use super::{check_not_held, last_view, name_openers, view};
 use crate::daemon::{About, Daemon};
 use crate::planner::{Gate, Plan};
 use crate::probe::boot_id;
-use crate::{holders, text};
+use crate::tables::GroupSave;
+use crate::{holders, hooks, text};
 
 /// Longest wait of one `Events`.
 const WAIT_MAX: u32 = 10_000;
@@ -29,7 +30,7 @@ pub async fn status(daemon: &Daemon, ask: StatusAsk) -> Result<StatusReply, ApiE
     let view = last_view(daemon);
     let boot = boot_id();
     let look = holders::Look::now();
-    let by_hand = |g: &crate::tables::GroupSave| g.stopped_in.as_ref() == Some(&boot);
+    let by_hand = |g: &GroupSave| g.stopped_in.as_ref() == Some(&boot);
     Ok(text::status(
         &view,
         ask.unhealthy,
@@ -56,6 +57,44 @@ pub async fn events(daemon: &Daemon, ask: EventsAsk) -> Result<EventsReply, ApiE
         .take(EVENTS_ANSWER_MAX)
         .collect();
     Ok(EventsReply { events })
+}
+
+/// Answers `EventsTest`: a message for every group, or one for none, as `mdadm --monitor --test`.
+///
+/// # Errors  never
+pub fn events_test(daemon: &Daemon, ask: EventsTestAsk) -> Result<Changed, ApiError> {
+    let view = last_view(daemon);
+    let (hooks, refused) = hooks::hooks_in(&daemon.config.hooks_dir);
+    let groups: Vec<_> = view.tables.groups.values().collect();
+    let named = |g: &&GroupSave| format!("record TestMessage for group {}", g.name_seen);
+    let mut plan = Plan {
+        steps: groups.iter().map(named).collect(),
+        ..Plan::default()
+    };
+    if groups.is_empty() {
+        plan.steps.push("record TestMessage, of no group".into());
+    }
+    let run = hooks.iter().map(|hook| format!("run {}", hook.display()));
+    plan.steps.extend(run);
+    if let Gate::Answer(answer) = plan.gate(ask.dry_run, ask.yes)? {
+        return Ok(*answer);
+    }
+    for group in &groups {
+        let text = format!("a test message of group {}", group.name_seen);
+        daemon.event("TestMessage", About::group(group.uuid), text);
+    }
+    if groups.is_empty() {
+        let text = "a test message; there is no group yet";
+        daemon.event("TestMessage", About::default(), text);
+    }
+    let dir = daemon.config.hooks_dir.display();
+    let count = groups.len().max(1);
+    let mut answer = plan.done(format!(
+        "TestMessage recorded {count} times; {} hooks in {dir}. What became of them: lunar events",
+        hooks.len()
+    ));
+    answer.text.extend(refused);
+    Ok(answer)
 }
 
 /// Answers `JobList`.

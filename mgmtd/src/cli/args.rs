@@ -68,12 +68,15 @@ pub(crate) enum Noun {
     Table { name: Table },
     /// Tell what happened
     #[command(
-        after_help = "Examples:\n  lunar events\n  lunar events --follow\n  lunar events --json"
+        after_help = "Examples:\n  lunar events\n  lunar events --follow\n  lunar events --json\n  lunar events --test     (a TestMessage for every group, also to the hooks)"
     )]
     Events {
         /// Go on until Ctrl-C
         #[arg(long, short)]
         follow: bool,
+        /// Record a TestMessage for every group and run the hooks with it
+        #[arg(long, conflicts_with = "follow")]
+        test: bool,
     },
     /// Background jobs
     #[command(

@@ -26,7 +26,12 @@ pub(crate) fn run(args: &Args) -> Result<u8, ApiError> {
     let c = &mut client;
     match &args.noun {
         Noun::Status { unhealthy, watch } => status(args, c, *unhealthy, *watch),
-        Noun::Events { follow } => events(args, c, *follow),
+        Noun::Events { test: true, .. } => {
+            let (dry_run, yes) = flags(args);
+            let ask = |yes| Request::EventsTest(mgmt::EventsTestAsk { dry_run, yes });
+            change(args, c, "events.test", ask, yes)
+        }
+        Noun::Events { follow, .. } => events(args, c, *follow),
         Noun::Table { name } => match name {
             Table::Disks => disks(args, c, "table.disks"),
             Table::RaidGroups => groups(args, c, "table.raid_groups"),
