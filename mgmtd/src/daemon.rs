@@ -42,6 +42,7 @@ pub struct Live {
     pub groups: BTreeMap<GroupUuid, GroupStatus>,
     pub features: Features,
     pub target_pid: Option<u32>,
+    pub target_version: String,
     /// What the disks carried when they were last probed.
     pub probes: BTreeMap<DiskUuid, Probe>,
     /// Paths that could not be read when they were last probed, and why.
@@ -100,6 +101,8 @@ impl About {
 #[derive(Debug)]
 pub struct Daemon {
     pub config: Config,
+    /// Since when this mgmtd runs.
+    pub started: std::time::Instant,
     store: Store,
     tables: Mutex<Tables>,
     live: Mutex<Live>,
@@ -124,6 +127,7 @@ impl Daemon {
     pub fn new(config: Config, store: Store, tables: Tables) -> Arc<Self> {
         Arc::new(Self {
             config,
+            started: std::time::Instant::now(),
             store,
             tables: Mutex::new(tables),
             live: Mutex::default(),
@@ -278,10 +282,11 @@ impl Daemon {
                 api: TARGET_API,
                 pid,
                 features,
-                ..
+                version,
             } => {
                 let mut live = self.live();
                 live.target_pid = Some(pid);
+                live.target_version = version;
                 live.features = features;
             }
             other => return Err(unexpected(&other)),

@@ -10,6 +10,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use lunar_api::rows::*;
 use lunar_api::{ApiError, ErrorKind};
@@ -23,12 +24,17 @@ const VERBS: &[(&str, &str)] = &[
     ("table", "disks"),
     ("events", ""),
     ("events --test", ""),
+    ("doctor", ""),
+    ("metrics", ""),
+    ("stat", ""),
+    ("report", ""),
     ("job list", ""),
     ("job watch", "7"),
     ("job cancel", "7"),
     ("disk add", "/dev/sdb"),
     ("disk list", ""),
     ("disk show", "1"),
+    ("disk locate", "1"),
     ("disk fail", "1"),
     ("disk replace", "1 2"),
     ("disk remove", "1-2"),
@@ -52,6 +58,9 @@ const VERBS: &[(&str, &str)] = &[
 /// Verbs that print a file for another program, not data.
 const NO_JSON: [&str; 1] = ["completions"];
 
+/// The clock of `stat`: half a second more with every look.
+static STAT_AT: AtomicU64 = AtomicU64::new(1000);
+
 /// What the mgmtd of these tests answers to a method.
 fn answer(method: &str, ask: &Value) -> Value {
     let value = match method {
@@ -60,6 +69,15 @@ fn answer(method: &str, ask: &Value) -> Value {
         "Events" => json_of(EventsReply {
             events: vec![event()],
         }),
+        "Doctor" => json_of(doctor()),
+        "Metrics" => json_of(MetricsReply {
+            text: "lunar_target_up 1\n".into(),
+        }),
+        "Report" => json_of(ReportReply {
+            text: "Lunar\n".into(),
+        }),
+        "Stat" => json_of(stat(STAT_AT.fetch_add(500, Ordering::Relaxed))),
+        "DiskLocate" => json_of(locate()),
         "JobList" => json_of(JobList { jobs: vec![job()] }),
         "JobShow" => json_of(JobOneReply { job: job() }),
         "DiskList" => json_of(DiskList {

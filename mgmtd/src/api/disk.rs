@@ -3,8 +3,10 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use lunar_api::mgmt::{DiskAdd, DiskFail, DiskRemove, DiskReplace, Role};
-use lunar_api::rows::{Changed, DiskList, DiskOne, DiskShow, DiskState};
+use lunar_api::mgmt::{DiskAdd, DiskFail, DiskLocate, DiskRemove, DiskReplace, Role};
+use lunar_api::rows::{
+    Changed, DiskList, DiskOne, DiskShow, DiskState, Led, LocateReply, LocateRow, Outcome,
+};
 use lunar_api::target::{MemberSpec, TargetAnswer, TargetRequest};
 use lunar_api::units::format_size;
 use lunar_api::{ApiError, DiskUuid, ErrorKind};
@@ -19,9 +21,9 @@ use crate::names::expand;
 use crate::opener::open_patiently;
 use crate::planner::{Gate, Plan};
 use crate::probe::{random, stable_path};
-use crate::signature;
 use crate::tables::DiskSave;
 use crate::views::View;
+use crate::{hardware, signature};
 
 /// Answers `DiskList`.
 ///
@@ -45,6 +47,7 @@ pub async fn show(daemon: &Daemon, name: &str) -> Result<DiskOne, ApiError> {
         // The group's own reason comes first.
         member.is_none_or(|m| m.reason.is_empty())
     });
+    let hardware = hardware::of(Path::new(&save.path));
     let disk = DiskShow {
         disk: row.disk,
         path: row.path,
@@ -59,6 +62,11 @@ pub async fn show(daemon: &Daemon, name: &str) -> Result<DiskOne, ApiError> {
         reason: member.map_or(String::new(), |m| m.reason.clone()) + bad.map_or("", |b| b),
         read_errors: member.map_or(0, |m| m.read_errors),
         write_errors: member.map_or(0, |m| m.write_errors),
+        model: hardware.model,
+        serial: hardware.serial,
+        links: hardware.links,
+        place: hardware.slot.map(|slot| slot.name),
+        write_cache: hardware.write_cache,
     };
     Ok(DiskOne { disk })
 }
@@ -230,6 +238,61 @@ async fn take(daemon: &Daemon, fresh: Fresh, role: Role) -> Result<u32, ApiError
     daemon.event("DiskAdded", about, format!("disk {number} is {shown}"));
     daemon.save().await?;
     Ok(number)
+}
+
+/// Answers `DiskLocate`: changes nothing but a light.
+///
+/// # Errors  `Usage` for a name that nothing has; `Failed` if an enclosure does not take it
+pub async fn locate(daemon: &Daemon, ask: DiskLocate) -> Result<LocateReply, ApiError> {
+    let view = view(daemon).await;
+    let disks = choose(&view, &ask.disks)?;
+    let (mut rows, mut steps) = (Vec::new(), Vec::new());
+    for disk in &disks {
+        let found = hardware::of(Path::new(&disk.path));
+        let want = if ask.off { Led::Off } else { Led::On };
+        let led = found.slot.as_ref().map_or(Led::None, hardware::Slot::led);
+        if led != Led::None && led != want {
+            let how = if ask.off { "put out" } else { "light" };
+            steps.push(format!("{how} the LED of disk {}", disk.number));
+        }
+        rows.push((disk, found, led, want));
+    }
+    let mut out = Vec::new();
+    for (disk, found, mut led, want) in rows {
+        if let Some(slot) = found
+            .slot
+            .as_ref()
+            .filter(|_| !ask.dry_run && led != Led::None)
+        {
+            slot.light(want == Led::On).map_err(|e| {
+                let what = format!("the LED of disk {} does not obey", disk.number);
+                ApiError::new(ErrorKind::Failed, what)
+                    .because(e.to_string())
+                    .hint("dmesg | tail")
+            })?;
+            led = want;
+        }
+        out.push(LocateRow {
+            disk: disk.number,
+            path: disk.path.clone(),
+            state: view.disk_row(disk).state,
+            model: found.model,
+            serial: found.serial,
+            links: found.links,
+            place: found.slot.map(|slot| slot.name),
+            led,
+        });
+    }
+    let outcome = match (steps.is_empty(), ask.dry_run) {
+        (true, _) => Outcome::Unchanged,
+        (false, true) => Outcome::Planned,
+        (false, false) => Outcome::Changed,
+    };
+    Ok(LocateReply {
+        outcome,
+        steps,
+        disks: out,
+    })
 }
 
 /// Answers `DiskFail`.

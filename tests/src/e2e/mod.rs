@@ -4,6 +4,7 @@ pub mod rig;
 pub mod shell;
 
 mod blocks;
+mod cli;
 mod concurrent;
 mod data;
 mod disks;
@@ -28,6 +29,7 @@ pub fn tests() -> Vec<Test> {
     life::tests(&mut all);
     hostile::tests(&mut all);
     manage::tests(&mut all);
+    cli::tests(&mut all);
     all
 }
 
