@@ -21,7 +21,7 @@ use crate::limits::{CALL_LIMIT, INTENT_LIMIT, STATUS_LIMIT};
 use crate::link::{Link, unexpected};
 use crate::store::{self, Store};
 use crate::tables::{EventSave, Tables};
-use crate::{devnodes, jobs, probe};
+use crate::{devnodes, hardware, jobs, probe};
 
 /// Where everything is.
 #[derive(Debug, Clone)]
@@ -43,6 +43,8 @@ pub struct Live {
     pub features: Features,
     pub target_pid: Option<u32>,
     pub target_version: String,
+    /// Model and serial of disks, remembered when they are gone.
+    pub labels: BTreeMap<DiskUuid, String>,
     /// What the disks carried when they were last probed.
     pub probes: BTreeMap<DiskUuid, Probe>,
     /// Paths that could not be read when they were last probed, and why.
@@ -346,8 +348,20 @@ impl Daemon {
             }
             jobs::derive(&mut tables, &groups, probe::now_ms());
         }
+        self.learn_labels();
         self.sync_nodes();
         self.save().await
+    }
+
+    fn learn_labels(&self) {
+        let disks: Vec<_> = self.tables().disks.values().cloned().collect();
+        for disk in disks {
+            let known = self.live().labels.contains_key(&disk.uuid);
+            if !known {
+                let label = hardware::label(&disk.path);
+                self.live().labels.insert(disk.uuid, label);
+            }
+        }
     }
 
     fn sync_nodes(&self) {

@@ -159,8 +159,8 @@ fn state_space(dir: &Path) -> CheckRow {
     let read_only = space
         .flags()
         .contains(nix::sys::statvfs::FsFlags::ST_RDONLY);
-    let free = u64::from(space.blocks_available()) * u64::from(space.fragment_size());
-    let memory = MEMORY_FS.contains(&i64::from(fs.filesystem_type().0));
+    let free = space.blocks_available() * space.fragment_size();
+    let memory = MEMORY_FS.contains(&fs.filesystem_type().0);
     judge_space(&shown.to_string(), free, read_only, memory)
 }
 
@@ -194,7 +194,7 @@ fn judge_space(dir: &str, free: u64, read_only: bool, memory: bool) -> CheckRow 
 fn run_place(dir: &Path) -> CheckRow {
     let shown = dir.display();
     match nix::sys::statfs::statfs(dir) {
-        Ok(fs) if MEMORY_FS.contains(&i64::from(fs.filesystem_type().0)) => {
+        Ok(fs) if MEMORY_FS.contains(&fs.filesystem_type().0) => {
             ok("run directory", format!("{shown} is in memory"))
         }
         Ok(_) => fail(
@@ -395,7 +395,7 @@ fn redundancy(view: &View, save: &crate::tables::GroupSave) -> CheckRow {
             format!("redundancy is missing: {reason}"),
             &show.action,
         ),
-        (GroupState::Optimal, Some(Level::Raid0)) => warn(
+        (GroupState::Optimal, Some(Level::Raid0 | Level::Linear)) => warn(
             &check,
             "it has no redundancy: the first disk that fails takes all of it",
             "back it up; for redundancy: lunar group create --help",

@@ -43,6 +43,28 @@ pub fn of(path: &Path) -> Hardware {
     }
 }
 
+/// `MODEL (serial S)` of a device, as a label on the disk says it; empty if it does not tell. Never asks a file system.
+pub fn label(path: &str) -> String {
+    let found = match identify_device(path) {
+        Some(dev) => of_number(Path::new("/"), &major_minor(dev)),
+        None => Hardware::default(),
+    };
+    match (found.model.as_str(), found.serial.as_str()) {
+        ("", "") => String::new(),
+        (model, "") => model.into(),
+        ("", serial) => format!("serial {serial}"),
+        (model, serial) => format!("{model} (serial {serial})"),
+    }
+}
+
+/// A file's file system may hang; /dev does not.
+fn identify_device(path: &str) -> Option<u64> {
+    match path.starts_with("/dev/").then(|| identify(Path::new(path))) {
+        Some(Ok(Identity::Block(dev))) => Some(dev),
+        _ => None,
+    }
+}
+
 /// As [`of`], by device number.
 fn of_number(root: &Path, number: &str) -> Hardware {
     let sys = root.join("sys/dev/block").join(number);

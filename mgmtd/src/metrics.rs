@@ -1,6 +1,7 @@
 //! Counters and states in Prometheus' text format 0.0.4. Pure.
 //!
-//! A state is one gauge for each word it can be, 1 for the one it is; sizes are bytes. Names are added, never renamed.
+//! A state is one gauge for each word it can be, 1 for the one it is; sizes are bytes. Names are added, never renamed. Two
+//! groups may have one name: `number` tells them apart.
 
 use std::fmt::Write;
 
@@ -101,7 +102,11 @@ fn groups(page: &mut Page, view: &View) {
     for g in &shows {
         for (state, word) in GROUP_STATES {
             states.push((
-                labels(&[("group", &g.name), ("state", word)]),
+                labels(&[
+                    ("group", &g.name),
+                    ("number", &g.group.to_string()),
+                    ("state", word),
+                ]),
                 flag(g.state == state),
             ));
         }
@@ -112,7 +117,12 @@ fn groups(page: &mut Page, view: &View) {
         states,
     );
     let of = |value: &dyn Fn(&GroupShow) -> Option<u64>| {
-        let sample = |g: &GroupShow| Some((labels(&[("group", &g.name)]), float(value(g)?)));
+        let sample = |g: &GroupShow| {
+            Some((
+                labels(&[("group", &g.name), ("number", &g.group.to_string())]),
+                float(value(g)?),
+            ))
+        };
         shows.iter().filter_map(sample).collect::<Vec<_>>()
     };
     let missing = |g: &GroupShow| {
@@ -174,7 +184,12 @@ fn members(page: &mut Page, view: &View) {
                 m.slot.to_string(),
                 m.disk.map_or(String::new(), |d| d.to_string()),
             );
-            let labels = labels(&[("group", &live.name), ("slot", &slot), ("disk", &disk)]);
+            let labels = labels(&[
+                ("group", &live.name),
+                ("number", &save.number.to_string()),
+                ("slot", &slot),
+                ("disk", &disk),
+            ]);
             all.push((labels, m));
         }
     }
@@ -231,7 +246,11 @@ fn lus(page: &mut Page, view: &View) {
     let (mut up, mut size, mut counts) = (Vec::new(), Vec::new(), Vec::new());
     for save in view.tables.lus.values() {
         let (row, live) = (view.lu_row(save), view.lu_live(save));
-        let labels = labels(&[("lu", &row.name), ("group", &group(save))]);
+        let labels = labels(&[
+            ("lu", &row.name),
+            ("number", &row.lu.to_string()),
+            ("group", &group(save)),
+        ]);
         let serves = live.is_some_and(|l| l.ublk.is_some() && l.problem.is_empty());
         up.push((labels.clone(), flag(serves)));
         size.push((labels.clone(), float(row.capacity)));
@@ -389,6 +408,16 @@ mod tests {
                 "{name} {labels:?}"
             );
         }
+    }
+
+    #[test]
+    fn page_of_two_groups_of_one_name_has_no_sample_twice() {
+        let mut view = view();
+        let uuid = lunar_api::GroupUuid::from_bytes([8; 16]);
+        view.tables.number_group(uuid, "data");
+        let lu = lunar_api::LuUuid::from_bytes([8; 16]);
+        view.tables.number_lu(lu, uuid, "vol");
+        parse(&page(&view, true));
     }
 
     #[test]

@@ -5,9 +5,10 @@ use std::fmt::Write;
 use lunar_api::rows::{
     DiskState, GroupHealth, Health, LuHealth, MemberHealth, StatusData, StatusReply,
 };
-use lunar_api::target::{GroupState, GroupStatus, Level, MemberState, SyncAction, SyncStatus};
+use lunar_api::target::{GroupState, GroupStatus, Level, SyncAction, SyncStatus};
 use lunar_api::units::format_size;
 
+use crate::spares::replaced;
 use crate::tables::GroupSave;
 use crate::views::{View, is_write_hole_open, member_state};
 
@@ -165,6 +166,20 @@ pub fn action(view: &View, save: &GroupSave) -> String {
     }
 }
 
+/// What there is to do while a slot is filled: nothing, but a disk may wait to be taken out.
+fn recovering_action(view: &View, group: &GroupStatus) -> String {
+    let slot = group.sync.as_ref().and_then(|sync| sync.slot);
+    let member = group.members.iter().find(|m| Some(m.slot) == slot);
+    let spare = member.and_then(|m| Some((view.tables.disk(m.disk)?, m.disk)));
+    match spare.and_then(|(spare, disk)| Some((spare, replaced(view, group, disk)?))) {
+        Some((spare, was)) => format!(
+            "none needed, spare {} took its place; take the failed disk out: lunar disk remove {}",
+            spare.number, was.number
+        ),
+        None => "none needed, the rebuild is running".into(),
+    }
+}
+
 /// What ends a quarantine.
 pub fn again(name: &str) -> String {
     format!("lunar group start {name} --again")
@@ -192,16 +207,14 @@ fn started_action(view: &View, group: &GroupStatus) -> String {
         }
         (_, Some(m)) => {
             let known = view.tables.disk(m.disk).map(|d| d.number.to_string());
-            let back = match (&known, m.state) {
-                (Some(n), MemberState::Missing) => {
-                    format!("; or, with the same disk back: lunar disk replace {n} {n}")
-                }
-                _ => String::new(),
-            };
+            // It is stale, whatever it says: it missed what was written since.
+            let back = known.as_ref().map_or(String::new(), |n| {
+                format!("; or, with the same disk back and sound: lunar disk replace {n} {n}")
+            });
             let old = known.unwrap_or(m.path.clone());
             format!("add a disk (lunar disk add PATH), then: lunar disk replace {old} NEW{back}")
         }
-        (_, None) if recovering => "none needed, the rebuild is running".into(),
+        (_, None) if recovering => recovering_action(view, group),
         (_, None) => "lunar events".into(),
     }
 }
@@ -220,15 +233,11 @@ fn group_text(
     };
     if let Some(live) = live {
         let _ = write!(head, ", {} disks", live.members.len());
-        if live.level != Level::Raid1 {
+        if live.level.is_striped() {
             let _ = write!(head, ", chunk {}", format_size(live.chunk));
         }
-        if live.level == Level::Raid5 {
-            head += if is_write_hole_open(live) {
-                ", none (write hole open)"
-            } else {
-                ""
-            };
+        if is_write_hole_open(live) {
+            head += ", none (write hole open)";
         }
     }
     let state = match group.state {
@@ -251,7 +260,10 @@ fn group_text(
         let _ = writeln!(text, "action: {}", group.action);
     }
     if let Some(sync) = &group.sync {
-        let _ = writeln!(text, "  scan: {}", scan(sync, group));
+        let _ = writeln!(text, "  scan: {}", scan(sync));
+    }
+    if let Some(live) = live.filter(|_| group.state == GroupState::Degraded) {
+        let _ = writeln!(text, "  risk: {}", risk(live.can_lose));
     }
     if !group.members.is_empty() {
         let _ = writeln!(
@@ -264,8 +276,10 @@ fn group_text(
         let (state, r, w) = (word(m.state), m.read_errors, m.write_errors);
         let _ = writeln!(
             text,
-            "        {disk:<5} {:<5} {state:<10} {r:>5} {w:>5}     0  {}",
-            m.slot, m.path
+            "        {disk:<5} {:<5} {state:<10} {r:>5} {w:>5}     0  {}{}",
+            m.slot,
+            m.path,
+            label_of(view, m.disk, m.state)
         );
     }
     for was in view
@@ -280,9 +294,10 @@ fn group_text(
             continue;
         }
         let (n, path) = (was.number, &was.path);
+        let label = label_of(view, Some(n), DiskState::Faulty);
         let _ = writeln!(
             text,
-            "        {n:<5} {slot:<5} faulty         -     -     -  {path}  (was)"
+            "        {n:<5} {slot:<5} faulty         -     -     -  {path}  (was){label}"
         );
     }
     for (at, lu) in group.lus.iter().enumerate() {
@@ -290,6 +305,17 @@ fn group_text(
         let _ = writeln!(text, "{label} {}", lu_text(view, lu, holders));
     }
     text.push('\n');
+}
+
+/// What stands on a disk that has to be taken out of the machine.
+fn label_of(view: &View, disk: Option<u32>, state: DiskState) -> String {
+    let out = matches!(state, DiskState::Faulty | DiskState::Missing);
+    let uuid = disk.and_then(|n| view.tables.disks.get(&n)).map(|d| d.uuid);
+    let label = uuid.and_then(|uuid| view.live.labels.get(&uuid));
+    match label.filter(|label| out && !label.is_empty()) {
+        Some(label) => format!("  {label}"),
+        None => String::new(),
+    }
 }
 
 fn lu_text(view: &View, lu: &LuHealth, holders: &dyn Fn(u32) -> Vec<String>) -> String {
@@ -309,7 +335,7 @@ fn lu_text(view: &View, lu: &LuHealth, holders: &dyn Fn(u32) -> Vec<String>) -> 
     }
 }
 
-fn scan(sync: &SyncStatus, group: &GroupHealth) -> String {
+fn scan(sync: &SyncStatus) -> String {
     let tenths = u128::from(sync.done) * 1000 / u128::from(sync.total.max(1));
     let verb = match sync.action {
         SyncAction::Recover => "rebuild",
@@ -326,10 +352,16 @@ fn scan(sync: &SyncStatus, group: &GroupHealth) -> String {
     if let Some(left) = sync.total.saturating_sub(sync.done).checked_div(sync.rate) {
         let _ = write!(out, ", about {}", duration(left));
     }
-    if group.state == GroupState::Degraded && group.level == Some(Level::Raid5) {
-        out += "; another failure before then loses data";
-    }
     out
+}
+
+/// What may still happen to a degraded group.
+fn risk(can_lose: u16) -> String {
+    match can_lose {
+        0 => "another failure may lose data".into(),
+        1 => "it survives one more failure".into(),
+        more => format!("it survives {more} more failures"),
+    }
 }
 
 /// Seconds as people say them.
@@ -348,6 +380,9 @@ pub fn level_word(level: Level) -> &'static str {
         Level::Raid0 => "raid0",
         Level::Raid1 => "raid1",
         Level::Raid5 => "raid5",
+        Level::Raid6 => "raid6",
+        Level::Raid10 => "raid10",
+        Level::Linear => "linear",
     }
 }
 
@@ -368,6 +403,7 @@ pub fn word(state: DiskState) -> &'static str {
 mod tests {
     use super::*;
     use crate::views::tests::view;
+    use lunar_api::target::MemberState;
 
     fn compose(view: &View) -> StatusReply {
         status(
@@ -396,6 +432,8 @@ mod tests {
     #[test]
     fn status_degraded_exits_3_and_says_what_to_type() {
         let mut view = view();
+        let disk = view.tables.disks[&2].uuid;
+        (view.live.labels).insert(disk, "ST4000VN (serial Z1F0A)".into());
         for group in view.live.groups.values_mut() {
             group.state = GroupState::Degraded;
             group.reason = "disk 2 (slot 1) failed".into();
@@ -405,6 +443,13 @@ mod tests {
         let reply = compose(&view);
         assert_eq!(reply.exit, 3);
         assert!(reply.text.contains("state: DEGRADED"), "{}", reply.text);
+        assert!(
+            reply.text.contains("wwn-2  ST4000VN (serial Z1F0A)\n"),
+            "{}",
+            reply.text
+        );
+        let risk = "  risk: it survives one more failure";
+        assert!(reply.text.contains(risk), "{}", reply.text);
         assert!(
             reply.text.contains("lunar disk replace 2 NEW"),
             "{}",

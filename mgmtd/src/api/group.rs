@@ -82,12 +82,11 @@ pub async fn create(daemon: &Daemon, ask: GroupCreate) -> Result<Changed, ApiErr
             look_again(daemon, &chosen).await?;
             check_free(&last_view(daemon), &members)?;
             let numbers: Vec<_> = members.iter().map(|d| d.number.to_string()).collect();
-            let (word, size) = (level_word(level), format_size(chunk));
-            let text = format!(
-                "make {word} group {} of disks {}, chunk {size}",
-                ask.name,
-                numbers.join(", ")
-            );
+            let (word, numbers) = (level_word(level), numbers.join(", "));
+            let mut text = format!("make {word} group {} of disks {numbers}", ask.name);
+            if level.is_striped() {
+                text += &format!(", chunk {}", format_size(chunk));
+            }
             Plan::step(text)
         }
     };
@@ -147,11 +146,7 @@ fn usage(why: &str, hint: &str) -> ApiError {
 
 /// Checks level, chunk and number of members.
 fn check_shape(level: Level, chunk: u64, members: usize) -> Result<(), ApiError> {
-    let least = match level {
-        Level::Raid0 => 1,
-        Level::Raid1 => 2,
-        Level::Raid5 => 3,
-    };
+    let least = level.members_min();
     if members < least || members > PATHS_MAX {
         let word = level_word(level);
         let why = format!("{word} takes {least} to {PATHS_MAX} disks, {members} are named");
@@ -641,6 +636,11 @@ mod tests {
             (Level::Raid5, 65535, 3, false),
             (Level::Raid5, 2 << 20, 3, false),
             (Level::Raid0, 4096, 0, false),
+            (Level::Raid6, 4096, 3, false),
+            (Level::Raid6, 4096, 4, true),
+            (Level::Raid10, 4096, 1, false),
+            (Level::Raid10, 4096, 3, true),
+            (Level::Linear, 4096, 1, true),
         ] {
             assert_eq!(
                 check_shape(level, chunk, members).is_ok(),

@@ -286,7 +286,7 @@ impl From<RoleArg> for Role {
 pub(crate) enum Group {
     /// Make a group
     #[command(
-        after_help = "Examples:\n  lunar group create data --level raid5 --disks 1-4\n  lunar group create fast --level raid0 --disks 5,6 --chunk 128KiB\n  lunar group create safe --level raid1 --disks 7,8 --assume-clean     (both known to be zero)"
+        after_help = "Examples:\n  lunar group create data --level raid5 --disks 1-4\n  lunar group create fast --level raid0 --disks 5,6 --chunk 128KiB\n  lunar group create safe --level raid1 --disks 7,8 --assume-clean     (both known to be zero)\n  lunar group create wide --level raid10 --disks 1-5\n  lunar group create big --level linear --disks 1-3     (of different sizes)"
     )]
     Create(Create),
     /// List groups
@@ -369,9 +369,16 @@ pub(crate) struct Create {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub(crate) enum LevelArg {
+    /// Disks of any size one after the other; no redundancy
+    Linear,
+    /// Striping; no redundancy
     Raid0,
+    /// All disks hold the same
     Raid1,
+    /// One disk's room for parity; from 3 disks
     Raid5,
+    /// Half the room: every chunk on two disks, from 2, also an odd count
+    Raid10,
 }
 
 impl From<LevelArg> for Level {
@@ -380,6 +387,8 @@ impl From<LevelArg> for Level {
             LevelArg::Raid0 => Self::Raid0,
             LevelArg::Raid1 => Self::Raid1,
             LevelArg::Raid5 => Self::Raid5,
+            LevelArg::Raid10 => Self::Raid10,
+            LevelArg::Linear => Self::Linear,
         }
     }
 }

@@ -1,5 +1,7 @@
 //! `lunar stat`: the I/O of LUs and members, in all or by the second.
 
+use std::time::{Duration, Instant};
+
 use lunar_api::ApiError;
 use lunar_api::mgmt::{EventsAsk, Nothing, Request};
 use lunar_api::rows::{EventsReply, LuRow, MemberRow, StatReply};
@@ -53,18 +55,18 @@ pub(crate) fn stat(
     Ok(0)
 }
 
-/// Sleeps on the daemon's clock.
+/// Sleeps on the daemon's clock; an event wakes it before its time, then it goes on.
 fn wait(client: &mut Client, seconds: u32) -> Result<(), ApiError> {
-    let mut left = u64::from(seconds) * 1000;
-    while left > 0 {
-        let step = left.min(10_000);
-        let wait_ms = u32::try_from(step).unwrap_or(10_000);
-        // Later than every event: only the time ends it.
+    let end = Instant::now() + Duration::from_secs(seconds.into());
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(());
+        }
+        let wait_ms = u32::try_from(left.as_millis() + 1).map_or(10_000, |ms| ms.min(10_000));
         let after = u64::MAX;
         let _: EventsReply = client.call(&Request::Events(EventsAsk { after, wait_ms }))?;
-        left -= step;
     }
-    Ok(())
 }
 
 /// Compares two looks.

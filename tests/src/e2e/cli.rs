@@ -20,7 +20,10 @@ fn exits(rig: &Rig, args: &[&str], code: i32, what: &str) -> Result<(), Failure>
     let said = format!("{}{}", out.stdout, out.stderr);
     ensure(out.code == code && said.contains(what), || {
         let line = args.join(" ");
-        format!("lunar {line}: expected {code} and `{what}`: exit {}: {said}", out.code)
+        format!(
+            "lunar {line}: expected {code} and `{what}`: exit {}: {said}",
+            out.code
+        )
     })
 }
 
@@ -32,21 +35,32 @@ fn rename() -> Result<(), Failure> {
     let device = rig.device()?;
     sh("mkfs.ext4 -q /dev/lunar/vol; mkdir -p /mnt/r; mount /dev/lunar/vol /mnt/r
         (i=0; while [ ! -e /tmp/stop ] && echo $i >> /mnt/r/log; do i=$((i + 1)); sync /mnt/r/log; done; echo $? > /tmp/writer) > /dev/null 2>&1 &")?;
-    until("it writes", 20, || Ok(sh("cat /mnt/r/log 2>/dev/null | wc -l")? != "0"))?;
+    until("it writes", 20, || {
+        Ok(sh("cat /mnt/r/log 2>/dev/null | wc -l")? != "0")
+    })?;
     rig.lunar(&["lu", "rename", "/dev/lunar/vol", "archive"])?;
     rig.lunar(&["group", "rename", &device, "store"])?;
-    exits(&rig, &["lu", "rename", "archive", "archive"], 0, "unchanged")?;
+    exits(
+        &rig,
+        &["lu", "rename", "archive", "archive"],
+        0,
+        "unchanged",
+    )?;
     exits(&rig, &["group", "rename", "store", "store"], 0, "unchanged")?;
     exits(&rig, &["lu", "show", "vol"], 2, "Try:")?;
     for bad in ["1", "1-4", "A", "../x", ""] {
         exits(&rig, &["lu", "rename", "archive", bad], 2, "Try:")?;
     }
     let lines = sh("wc -l < /mnt/r/log")?;
-    until("it goes on writing", 20, || Ok(sh("wc -l < /mnt/r/log")? != lines))?;
+    until("it goes on writing", 20, || {
+        Ok(sh("wc -l < /mnt/r/log")? != lines)
+    })?;
     let link = sh("readlink /dev/lunar/archive; test ! -e /dev/lunar/vol")?;
     ensure(link == device, || format!("{link} is not {device}"))?;
     exits(&rig, &["status"], 0, "/dev/lunar/archive")?;
-    sh("touch /tmp/stop; while [ ! -e /tmp/writer ]; do sleep 0.05; done; md5sum < /mnt/r/log > /tmp/sum; umount /mnt/r")?;
+    sh(
+        "touch /tmp/stop; while [ ! -e /tmp/writer ]; do sleep 0.05; done; md5sum < /mnt/r/log > /tmp/sum; umount /mnt/r",
+    )?;
     rig.shutdown()?;
     rig.start()?;
     until("the LU is back", 60, || {
@@ -54,7 +68,8 @@ fn rename() -> Result<(), Failure> {
     })?;
     let group = rig.json(&["group", "show", "store"])?;
     ensure(group["name"] == "store", || group.to_string())?;
-    sh("mount /dev/lunar/archive /mnt/r; md5sum < /mnt/r/log | cmp - /tmp/sum; umount /mnt/r").map(drop)
+    sh("mount /dev/lunar/archive /mnt/r; md5sum < /mnt/r/log | cmp - /tmp/sum; umount /mnt/r")
+        .map(drop)
 }
 
 /// All that could have changed: tables, superblocks, devices.
@@ -76,7 +91,9 @@ fn everything(rig: &Rig) -> Result<String, Failure> {
     }
     let events = rig.json(&["events"])?;
     out += &events.as_array().map_or(0, Vec::len).to_string();
-    out += &sh("ls -l /dev/lunar; for i in 0 1 2 3 4; do dd if=/dev/ram$i bs=1M count=16 iflag=direct 2>/dev/null | md5sum; done")?;
+    out += &sh(
+        "ls -l /dev/lunar; for i in 0 1 2 3 4; do dd if=/dev/ram$i bs=1M count=16 iflag=direct 2>/dev/null | md5sum; done",
+    )?;
     Ok(out)
 }
 
@@ -95,8 +112,14 @@ fn dry_run() -> Result<(), Failure> {
         (&["disk", "replace", "2", "4"], "would put disk 4"),
         (&["disk", "remove", "4", "--wipe"], "would die"),
         (&["disk", "remove", "4"], "would forget"),
-        (&["group", "create", "two", "--level", "raid0", "--disks", "4"], "would make"),
-        (&["group", "set", "data", "--rebuild-max", "1MiB"], "would set"),
+        (
+            &["group", "create", "two", "--level", "raid0", "--disks", "4"],
+            "would make",
+        ),
+        (
+            &["group", "set", "data", "--rebuild-max", "1MiB"],
+            "would set",
+        ),
         (&["group", "start", "data"], "unchanged"),
         (&["group", "stop", "data"], "would stop"),
         (&["group", "rename", "data", "x"], "would rename"),
@@ -117,8 +140,25 @@ fn dry_run() -> Result<(), Failure> {
     }
     // What would be refused is refused in the plan too.
     exits(&rig, &["disk", "replace", "2", "1", "--dry-run"], 7, "Try:")?;
-    exits(&rig, &["lu", "create", "v2", "--group", "data", "--size", "1GiB", "--dry-run"], 2, "Try:")?;
-    ensure(before == everything(&rig)?, || "a refused plan changed something".into())
+    exits(&rig, &["disk", "fail", "1", "--dry-run"], 3, "Try:")?;
+    exits(
+        &rig,
+        &[
+            "lu",
+            "create",
+            "v2",
+            "--group",
+            "data",
+            "--size",
+            "1GiB",
+            "--dry-run",
+        ],
+        2,
+        "Try:",
+    )?;
+    ensure(before == everything(&rig)?, || {
+        "a refused plan changed something".into()
+    })
 }
 
 /// Given disks and LUs named by number, range, name, link and device, then the right ones are meant; of several none if
@@ -126,22 +166,90 @@ fn dry_run() -> Result<(), Failure> {
 fn arguments() -> Result<(), Failure> {
     let rig = Rig::new()?;
     let paths = members("ram", 5, 256)?;
-    sh(&format!("mkdir -p /tmp/links; ln -sfn {} /tmp/links/a; ln -sfn {} /tmp/links/b", paths[0], paths[4]))?;
-    rig.lunar(&["disk", "add", "/tmp/links/a", &paths[1], &paths[2], &paths[3]])?;
+    sh(&format!(
+        "mkdir -p /tmp/links; ln -sfn {} /tmp/links/a; ln -sfn {} /tmp/links/b",
+        paths[0], paths[4]
+    ))?;
+    rig.lunar(&[
+        "disk",
+        "add",
+        "/tmp/links/a",
+        &paths[1],
+        &paths[2],
+        &paths[3],
+    ])?;
     exits(&rig, &["disk", "add", "/tmp/links/a"], 0, "unchanged")?;
-    exits(&rig, &["disk", "add", "/tmp/links/b", "/nosuch"], 2, "/nosuch")?;
-    ensure(rig.json(&["disk", "list"])?.as_array().map(Vec::len) == Some(4), || "one was added".into())?;
-    for name in ["1", "/tmp/links/a", &paths[0], paths[0].trim_start_matches("/dev/")] {
+    exits(
+        &rig,
+        &["disk", "add", "/tmp/links/b", "/nosuch"],
+        2,
+        "/nosuch",
+    )?;
+    ensure(
+        rig.json(&["disk", "list"])?.as_array().map(Vec::len) == Some(4),
+        || "one was added".into(),
+    )?;
+    for name in [
+        "1",
+        "/tmp/links/a",
+        &paths[0],
+        paths[0].trim_start_matches("/dev/"),
+    ] {
         let disk = rig.json(&["disk", "show", name])?;
-        ensure(disk["disk"] == 1 && !disk["links"].to_string().is_empty(), || format!("{name}: {disk}"))?;
+        ensure(
+            disk["disk"] == 1 && !disk["links"].to_string().is_empty(),
+            || format!("{name}: {disk}"),
+        )?;
     }
-    exits(&rig, &["group", "create", "data", "--level", "raid5", "--disks", "1,/tmp/links/a,2"], 2, "twice")?;
-    rig.lunar(&["group", "create", "data", "--level", "raid5", "--assume-clean", "--disks", "1-2,/dev/ram2"])?;
-    exits(&rig, &["group", "create", "data", "--level", "raid5", "--disks", "1-3"], 0, "unchanged")?;
+    exits(
+        &rig,
+        &[
+            "group",
+            "create",
+            "data",
+            "--level",
+            "raid5",
+            "--disks",
+            "1,/tmp/links/a,2",
+        ],
+        2,
+        "twice",
+    )?;
+    rig.lunar(&[
+        "group",
+        "create",
+        "data",
+        "--level",
+        "raid5",
+        "--assume-clean",
+        "--disks",
+        "1-2,/dev/ram2",
+    ])?;
+    exits(
+        &rig,
+        &[
+            "group", "create", "data", "--level", "raid5", "--disks", "1-3",
+        ],
+        0,
+        "unchanged",
+    )?;
     for lu in ["a", "b", "c"] {
-        rig.lunar(&["lu", "create", lu, "--group", "/tmp/links/a", "--size", "16MiB"])?;
+        rig.lunar(&[
+            "lu",
+            "create",
+            lu,
+            "--group",
+            "/tmp/links/a",
+            "--size",
+            "16MiB",
+        ])?;
     }
-    exits(&rig, &["lu", "create", "a", "--group", "1", "--size", "16MiB"], 0, "unchanged")?;
+    exits(
+        &rig,
+        &["lu", "create", "a", "--group", "1", "--size", "16MiB"],
+        0,
+        "unchanged",
+    )?;
     let device = sh("readlink -f /dev/lunar/b")?;
     for name in ["2", "b", "/dev/lunar/b", &device] {
         let lu = rig.json(&["lu", "show", name])?;
@@ -150,14 +258,22 @@ fn arguments() -> Result<(), Failure> {
     sh("mkfs.ext4 -q /dev/lunar/b; mkdir -p /mnt/b; mount /dev/lunar/b /mnt/b")?;
     // The second is in use: the first stays too.
     exits(&rig, &["lu", "delete", "1,2", "--yes"], 7, "umount /mnt/b")?;
-    ensure(rig.json(&["lu", "list"])?.as_array().map(Vec::len) == Some(3), || "one was deleted".into())?;
+    ensure(
+        rig.json(&["lu", "list"])?.as_array().map(Vec::len) == Some(3),
+        || "one was deleted".into(),
+    )?;
     sh("umount /mnt/b")?;
     exits(&rig, &["lu", "delete", "1-3"], 6, "Try:")?;
     rig.lunar(&["lu", "delete", "1-3", "--yes"])?;
     for bad in ["4-1", "1,,2", "0", "nosuch", "/tmp/links", ""] {
         exits(&rig, &["disk", "remove", bad], 2, "Try:")?;
     }
-    exits(&rig, &["disk", "remove", "4,1", "--yes"], 7, "member of group data")?;
+    exits(
+        &rig,
+        &["disk", "remove", "4,1", "--yes"],
+        7,
+        "member of group data",
+    )?;
     let disk = rig.json(&["disk", "show", "4"])?;
     ensure(disk["state"] == "free", || disk.to_string())
 }
@@ -176,7 +292,9 @@ fn hooks() -> Result<(), Failure> {
     let paths = rig.array("ram", 3, 256, &RAID5)?;
     let heard = |line: &str| {
         until(line, 60, || {
-            Ok(sh("cat /tmp/heard 2>/dev/null || true")?.lines().any(|l| l == line))
+            Ok(sh("cat /tmp/heard 2>/dev/null || true")?
+                .lines()
+                .any(|l| l == line))
         })
     };
     heard("NewArray data  disk=")?;
@@ -190,20 +308,34 @@ fn hooks() -> Result<(), Failure> {
     let events = || -> Result<Vec<(String, String)>, Failure> {
         let all = rig.json(&["events"])?;
         let all = all.as_array().cloned().unwrap_or_default();
-        Ok(all.iter().map(|e| (text(&e["name"]), text(&e["text"]))).collect())
+        Ok(all
+            .iter()
+            .map(|e| (text(&e["name"]), text(&e["text"])))
+            .collect())
     };
     until("the hang is ended and told", 60, || {
-        Ok(events()?.iter().any(|(n, t)| n == "HookKilled" && t.contains("30-hangs Fail")))
+        Ok(events()?
+            .iter()
+            .any(|(n, t)| n == "HookKilled" && t.contains("30-hangs Fail")))
     })?;
     let all = events()?;
-    for (name, part) in [("HookFailed", "20-bad"), ("HookRefused", "40-anybody-writes")] {
-        ensure(all.iter().any(|(n, t)| n == name && t.contains(part)), || format!("no {name} {part}: {all:?}"))?;
+    for (name, part) in [
+        ("HookFailed", "20-bad"),
+        ("HookRefused", "40-anybody-writes"),
+    ] {
+        ensure(
+            all.iter().any(|(n, t)| n == name && t.contains(part)),
+            || format!("no {name} {part}: {all:?}"),
+        )?;
     }
     rig.lunar(&["lu", "delete", "vol", "--yes"])?;
     rig.lunar(&["group", "delete", "data", "--yes"])?;
     heard("DeviceDisappeared data  disk=")?;
     let said = sh("cat /tmp/heard; ! pgrep -f 'sleep 1000'")?;
-    ensure(!said.contains("Hook") && !said.lines().any(|l| l == "no"), || said.clone())
+    ensure(
+        !said.contains("Hook") && !said.lines().any(|l| l == "no"),
+        || said.clone(),
+    )
 }
 
 /// Given a degraded group, then `doctor` fails and says what to type, `metrics` and `stat` count what is written, and
@@ -214,35 +346,64 @@ fn looks() -> Result<(), Failure> {
     let checks = |rig: &Rig| -> Result<Vec<(String, String)>, Failure> {
         let all = rig.json(&["doctor"])?;
         let all = all.as_array().cloned().unwrap_or_default();
-        Ok(all.iter().map(|c| (text(&c["check"]), text(&c["state"]))).collect())
+        Ok(all
+            .iter()
+            .map(|c| (text(&c["check"]), text(&c["state"])))
+            .collect())
     };
     let has = |all: &[(String, String)], check: &str, state: &str| {
-        ensure(all.iter().any(|(c, s)| c == check && s == state), || format!("no {check} {state}: {all:?}"))
+        ensure(all.iter().any(|(c, s)| c == check && s == state), || {
+            format!("no {check} {state}: {all:?}")
+        })
     };
     let all = checks(&rig)?;
-    for check in ["ublk module", "io_uring", "mgmtd", "ublk-target", "memlock", "run directory", "disks", "LU vol"] {
+    for check in [
+        "ublk module",
+        "io_uring",
+        "mgmtd",
+        "ublk-target",
+        "memlock",
+        "run directory",
+        "disks",
+        "LU vol",
+    ] {
         has(&all, check, "ok")?;
     }
-    ensure(!all.iter().any(|(_, state)| state == "fail"), || format!("{all:?}"))?;
+    ensure(!all.iter().any(|(_, state)| state == "fail"), || {
+        format!("{all:?}")
+    })?;
     exits(&rig, &["doctor"], 0, "0 failed")?;
     sh("dd if=/dev/urandom of=/dev/lunar/vol bs=1M count=8 oflag=direct 2>/dev/null")?;
     let metric = |rig: &Rig, name: &str| -> Result<String, Failure> {
         let page = rig.lunar(&["metrics"])?;
-        let line = page.lines().find_map(|l| l.strip_prefix(name).map(|v| v.trim().to_owned()));
+        let line = page
+            .lines()
+            .find_map(|l| l.strip_prefix(name).map(|v| v.trim().to_owned()));
         line.ok_or_else(|| format!("no {name}: {page}"))
     };
-    let wrote = metric(&rig, "lunar_lu_write_bytes_total{lu=\"vol\",group=\"data\"}")?;
+    let wrote = metric(
+        &rig,
+        "lunar_lu_write_bytes_total{lu=\"vol\",number=\"1\",group=\"data\"}",
+    )?;
     ensure(wrote == "8388608", || format!("{wrote} bytes written"))?;
     let stat = rig.json(&["stat"])?;
     let line = &stat["lus"][0];
-    ensure(line["name"] == "vol" && line["write_bytes"] == 8_388_608.0, || stat.to_string())?;
-    ensure(stat["members"].as_array().map(Vec::len) == Some(3), || stat.to_string())?;
+    ensure(
+        line["name"] == "vol" && line["write_bytes"] == 8_388_608.0,
+        || stat.to_string(),
+    )?;
+    ensure(stat["members"].as_array().map(Vec::len) == Some(3), || {
+        stat.to_string()
+    })?;
     let idle = rig.json(&["stat", "1", "1"])?;
-    ensure(idle["lus"][0]["write_bytes"] == 0.0 && idle["interval_ms"].is_u64(), || idle.to_string())?;
+    ensure(
+        idle["lus"][0]["write_bytes"] == 0.0 && idle["interval_ms"].is_u64(),
+        || idle.to_string(),
+    )?;
     rig.lunar(&["disk", "fail", "3", "--yes"])?;
     exits(&rig, &["doctor"], 1, "lunar disk replace 3")?;
     exits(&rig, &["status", "-x"], 3, "DEGRADED")?;
-    let degraded = metric(&rig, "lunar_group_degraded{group=\"data\"}")?;
+    let degraded = metric(&rig, "lunar_group_degraded{group=\"data\",number=\"1\"}")?;
     ensure(degraded == "1", || degraded.clone())?;
     for part in ["== status", "== doctor", "== superblocks", "DegradedArray"] {
         exits(&rig, &["report"], 0, part)?;
@@ -251,5 +412,8 @@ fn looks() -> Result<(), Failure> {
     rig.end_mgmtd("TERM")?;
     exits(&rig, &["doctor"], 1, "mgmtd cannot be reached")?;
     rig.start()?;
-    rig.lunar(&["disk", "remove", "nosuch"]).map(drop).err().map_or(Err("removed".into()), |_| Ok(()))
+    rig.lunar(&["disk", "remove", "nosuch"])
+        .map(drop)
+        .err()
+        .map_or(Err("removed".into()), |_| Ok(()))
 }

@@ -13,6 +13,7 @@ mod hostile;
 mod layout;
 mod life;
 mod manage;
+mod spares;
 
 use shell::Failure;
 
@@ -30,6 +31,7 @@ pub fn tests() -> Vec<Test> {
     hostile::tests(&mut all);
     manage::tests(&mut all);
     cli::tests(&mut all);
+    spares::tests(&mut all);
     all
 }
 

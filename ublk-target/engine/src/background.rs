@@ -41,11 +41,13 @@ impl<E: Env> RaidGroup<E> {
         while !self.stopping.get() {
             self.clock.sleep(LOOK).await;
             self.recall_memory();
+            self.let_go();
             let mut stalled = 0;
             for slot in bits(self.in_sync.get() | self.rebuilding().map_or(0, |slot| 1 << slot)) {
                 if self
                     .member(slot)
                     .disk
+                    .borrow()
                     .as_ref()
                     .is_some_and(|disk| disk.oldest() > DISK_LIMIT)
                 {
@@ -54,6 +56,20 @@ impl<E: Env> RaidGroup<E> {
             }
             if stalled != 0 && self.can_lose(stalled) {
                 self.fail_now(stalled, "no answer for 30 s");
+            }
+        }
+    }
+
+    /// Closes members that have failed, once their I/O is over: whoever repairs such a disk may hand it in again.
+    fn let_go(&self) {
+        for member in self.members.borrow().iter() {
+            let is_out = matches!(
+                member.state.get(),
+                MemberState::Faulty | MemberState::Missing
+            );
+            let is_over = |disk: &Rc<E::Disk>| disk.oldest() == 0;
+            if is_out && member.disk.borrow().as_ref().is_some_and(is_over) {
+                member.disk.take();
             }
         }
     }
@@ -132,11 +148,11 @@ impl<E: Env> RaidGroup<E> {
             None => (SyncAction::Resync, None, self.synced.get()),
         };
         let done = done.saturating_sub(self.holes.borrow().len() as u64);
-        let chunk = self.geometry.chunk();
+        let unit = self.geometry.stripe_on_member();
         Some(SyncStatus {
             action,
-            done: done * chunk,
-            total: self.geometry.stripes() * chunk,
+            done: done * unit,
+            total: self.geometry.stripes() * unit,
             rate: 0,
             slot,
         })
@@ -147,7 +163,7 @@ impl<E: Env> RaidGroup<E> {
         let in_sync = self.in_sync.get().count_ones();
         self.rebuilding().is_some()
             || in_sync == u32::from(self.geometry.members())
-            || self.geometry.parity_slot(0).is_none() && in_sync > 1
+            || self.geometry.is_mirrored() && in_sync > 1
     }
 
     /// Runs one resync or rebuild to its end. Stripes that nobody can read are left out, and are all that is done
@@ -163,7 +179,7 @@ impl<E: Env> RaidGroup<E> {
         };
         let wanted = self.sync_wanted.get();
         let stripes = self.geometry.stripes();
-        let chunk = self.geometry.chunk();
+        let unit = self.geometry.stripe_on_member();
         let mut next = match slot {
             Some(_) => self.rebuild.get().map_or(0, |r| r.done),
             None => self.synced.get(),
@@ -197,8 +213,8 @@ impl<E: Env> RaidGroup<E> {
             let busy = now < busy_until;
             let gone = self.stopping.get() || !self.is_current(slot, wanted);
             let room = match busy {
-                true => (64 * 1024 / chunk).clamp(1, 8),
-                false => (WINDOW_BYTES / chunk).clamp(2, WINDOW_MAX),
+                true => (64 * 1024 / unit).clamp(1, 8),
+                false => (WINDOW_BYTES / unit).clamp(2, WINDOW_MAX),
             };
             while !gone && result.is_ok() && (window.len() as u64) < room {
                 let stripe = match next < stripes {
@@ -252,11 +268,11 @@ impl<E: Env> RaidGroup<E> {
             }
             let now = self.clock.now();
             if now.0 - mark_at.0 >= SECOND {
-                let rate = (done - mark) * chunk * SECOND / (now.0 - mark_at.0);
-                let total = stripes * chunk;
+                let rate = (done - mark) * unit * SECOND / (now.0 - mark_at.0);
+                let total = stripes * unit;
                 let status = SyncStatus {
                     action,
-                    done: done * chunk,
+                    done: done * unit,
                     total,
                     rate,
                     slot,
@@ -264,22 +280,22 @@ impl<E: Env> RaidGroup<E> {
                 *self.sync_status.borrow_mut() = Some(status);
                 (mark, mark_at) = (done, now);
             } else if self.sync_status.borrow().is_none() {
-                let total = stripes * chunk;
+                let total = stripes * unit;
                 let status = SyncStatus {
                     action,
-                    done: done * chunk,
+                    done: done * unit,
                     total,
                     rate: 0,
                     slot,
                 };
                 *self.sync_status.borrow_mut() = Some(status);
             }
-            let due = (done - saved) * chunk >= CURSOR_BYTES || now.0 - saved_at.0 >= CURSOR_AFTER;
+            let due = (done - saved) * unit >= CURSOR_BYTES || now.0 - saved_at.0 >= CURSOR_AFTER;
             if due && result.is_ok() && !gone {
                 result = self.save_cursor(slot, wanted, done).await;
                 (saved, saved_at) = (done, self.clock.now());
             }
-            self.throttle(busy, chunk).await;
+            self.throttle(busy, unit).await;
         }
         let mut why = "an I/O error on what it reads; tried again in 60 s".to_owned();
         if result.is_ok() && self.is_current(slot, wanted) {
@@ -294,6 +310,9 @@ impl<E: Env> RaidGroup<E> {
             if result.is_ok() && is_whole {
                 let text = format!("{stripes} of {stripes} stripes");
                 self.event(&format!("{name}Finished"), slot, &text);
+                if slot.is_some() {
+                    self.event("SpareActive", slot, "it is filled, and in sync from now on");
+                }
             } else if result.is_ok() && done == stripes {
                 why = self.holes_text(if slot.is_some() { "rebuilt" } else { "synced" });
                 if let Some(slot) = slot {
@@ -325,7 +344,7 @@ impl<E: Env> RaidGroup<E> {
         let holes = self.holes.borrow();
         let first = holes
             .first()
-            .map_or(0, |stripe| stripe * self.geometry.chunk());
+            .map_or(0, |stripe| stripe * self.geometry.stripe_on_member());
         format!(
             "{} stripes could not be {what}: what they need cannot be read (the first is at byte {first} of the \
              members' data); tried again every 60 s, or write over it",
@@ -384,8 +403,9 @@ impl<E: Env> RaidGroup<E> {
             self.member(slot).state.set(MemberState::InSync);
             self.member(slot).reason.borrow_mut().clear();
             let whole = self.in_sync.get().count_ones() == u32::from(self.geometry.members());
-            if whole && self.geometry.parity_slot(0).is_some() {
-                // Every row was read and written: parity is right wherever the rebuilt slot is.
+            if whole && self.geometry.parities() == 1 {
+                // Every row was read and written: parity is right wherever the rebuilt slot is. (Of two parities only
+                // one is sure to fit what was computed.)
                 self.synced.set(self.geometry.stripes());
             }
         }
