@@ -314,8 +314,10 @@ mod tests {
         }
     }
 
+    type Sample = (String, Vec<(String, String)>, f64);
+
     /// A strict reader of the format: each family once, HELP and TYPE before its samples, no sample twice.
-    fn parse(text: &str) -> Vec<(String, Vec<(String, String)>, f64)> {
+    fn parse(text: &str) -> Vec<Sample> {
         let (mut families, mut seen, mut out) = (BTreeSet::new(), BTreeSet::new(), Vec::new());
         let (mut help, mut kind) = (String::new(), (String::new(), String::new()));
         assert!(text.ends_with('\n'));
