@@ -84,24 +84,10 @@ impl<E: Env> RaidGroup<E> {
     }
 
     fn stripe_state(&self, stripe: u64) -> StripeState {
-        let (readable, writable) = (self.readable(stripe), self.writable(stripe));
-        let data = self.geometry.data_slots();
-        let mut missing = 0;
-        for d in 0..data {
-            if readable & 1 << self.geometry.slot_of(stripe, d) == 0 {
-                missing |= 1 << d;
-            }
-        }
-        let parity = self
-            .geometry
-            .parity_slots(stripe)
-            .next()
-            .map_or(0, |slot| 1u64 << slot);
         StripeState {
-            data,
-            missing,
-            parity_readable: readable & parity != 0,
-            parity_writable: writable & parity != 0,
+            data: self.geometry.data_slots(),
+            readable: self.geometry.parts_of(stripe, self.readable(stripe)),
+            writable: self.geometry.parts_of(stripe, self.writable(stripe)),
             synced: self.is_synced(stripe),
         }
     }
