@@ -188,8 +188,10 @@ pub fn plan_band(
     if known.count_ones() < lost.count_ones() {
         return Err(Exhausted);
     }
-    if lost & modified == 0 && is_known {
-        // What a missing chunk holds is what parity says: keep that, whatever it is.
+    let is_one_answer = stripe.synced || parity.count_ones() == lost.count_ones();
+    if lost & modified == 0 && is_known && is_one_answer {
+        // What a missing chunk holds is what parity says: keep that, whatever it is. (Two parities that were never
+        // synced say two things of one chunk: then what is written now would be lost with the next.)
         return band(Mode::ReadModify, modified | parity, 0);
     }
     let mut enough = known;
@@ -205,7 +207,7 @@ mod tests {
 
     /// A stripe of four data chunks; `gone` are parts that are neither read nor written.
     fn stripe(parities: u32, gone: u64) -> StripeState {
-        let parts = (1 << (4 + parities)) - 1 & !gone;
+        let parts = ((1 << (4 + parities)) - 1) & !gone;
         StripeState {
             data: 4,
             readable: parts,
@@ -266,6 +268,13 @@ mod tests {
             ..stripe(1, 0)
         };
         assert_eq!(plan(filling, 0b0001, 0), expected);
+        // P and Q may say different things of what is missing: it is computed from P, and Q made to fit.
+        let fresh = StripeState {
+            synced: false,
+            ..stripe(2, 1)
+        };
+        let expected = Ok((Mode::Rebuild, 0b1110 | P, 0b0001, P | Q));
+        assert_eq!(plan(fresh, 0b0010, 0), expected);
         // P is being filled, and a chunk is missing: it is computed from Q.
         let both = StripeState {
             readable: 0b1110 | Q,

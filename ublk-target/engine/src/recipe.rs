@@ -110,7 +110,7 @@ mod tests {
         let bytes: Vec<u8> = (0..62_u8).map(|i| i.wrapping_mul(91) ^ 7).collect();
         let parts = stripe(&bytes, 2);
         for (a, b) in (0..64_u16).flat_map(|a| (0..64).map(move |b| (a, b))) {
-            let there = u64::MAX & !(1 << a) & !(1 << b);
+            let there = !(1_u64 << a | 1 << b);
             let found = recipe(62, 2, a, there).unwrap();
             let sum = found.iter().fold(0, |sum, (part, by)| {
                 sum ^ mul(*by, parts[usize::from(*part)])

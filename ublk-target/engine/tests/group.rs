@@ -95,6 +95,13 @@ fn rig(seed: u64, level: Level, n: u8, chunk: u64, assume_clean: bool) -> Rig {
     rig
 }
 
+impl Drop for Rig {
+    fn drop(&mut self) {
+        // The tasks of the world hold the group, and it the world.
+        self.stores.iter().for_each(|store| store.forget());
+    }
+}
+
 impl Rig {
     fn request(tag: u16, verb: HostVerb, at: u64, len: u64) -> HostRequest {
         HostRequest {

@@ -19,6 +19,7 @@ impl Rig {
     fn rebuild(&mut self, slot: u8, disk: u8) {
         let fresh = Store::new(DISK, 0x77 ^ disk);
         self.replace(slot.into(), disk, &fresh);
+        self.stores[usize::from(slot)].forget();
         self.stores[usize::from(slot)] = fresh;
         self.disks[usize::from(slot)] = disk;
         assert_eq!(self.storm(60, || ()), 0);
@@ -117,6 +118,7 @@ fn raid6_sectors_unreadable_on_two_members_at_once_are_rewritten() {
     assert_eq!(status.state, GroupState::Optimal, "{}", status.reason);
     assert!(status.members[1].read_errors > 0 && status.members[2].read_errors > 0);
     // Both at the same sectors, under writes.
+    rig.stores[2].faults.bad.borrow_mut().clear();
     for store in &rig.stores[..2] {
         store.faults.bad.borrow_mut().extend(10_000..60_000);
     }
@@ -212,7 +214,7 @@ fn raid10_survives_every_loss_that_leaves_a_copy_of_every_chunk() {
 #[test]
 fn killed_process_loses_nothing_of_a_raid6_without_two_members() {
     for (seed, n, chunk, lost) in [
-        (770, 4, 4096, vec![0, 1]),
+        (770, 4, 4096, vec![0_usize, 1]),
         (771, 5, 65536, vec![2, 4]),
         (772, 6, 16384, vec![0, 5]),
         (773, 5, 16384, vec![3]),
@@ -221,7 +223,7 @@ fn killed_process_loses_nothing_of_a_raid6_without_two_members() {
         let mut rig = rig(seed + round(), Level::Raid6, n, chunk, true);
         rig.storm(30, || ());
         for lost in lost {
-            rig.stores[lost as usize].faults.dead.set(true);
+            rig.stores[lost].faults.dead.set(true);
             rig.storm(20, || ());
         }
         rig.storm_with_kills(12);
@@ -237,9 +239,7 @@ fn linear_goes_on_on_the_next_member_and_uses_all_of_each() {
         .collect();
     let members = || -> Vec<_> {
         let stores = stores.iter().zip(0..);
-        stores
-            .map(|(store, i)| given(&world, i, store))
-            .collect()
+        stores.map(|(store, i)| given(&world, i, store)).collect()
     };
     let memory = memory();
     let made = parts(&world, members(), &memory);

@@ -290,6 +290,11 @@ impl Store {
         }
     }
 
+    /// Gives its memory back: who holds the store may live as long as the process.
+    pub(crate) fn forget(&self) {
+        self.pages.borrow_mut().clear();
+    }
+
     pub(crate) fn held(&self) -> usize {
         self.held.borrow().len()
     }
