@@ -169,9 +169,9 @@ fn correct(daemon: &Daemon, found: BTreeMap<DiskUuid, Probe>) {
                 None if member => tables.next_disk(),
                 None => continue,
             };
-            let (role, was) = old
+            let (role, was, sick) = old
                 .as_ref()
-                .map_or_else(Default::default, |o| (o.role, o.was));
+                .map_or_else(Default::default, |o| (o.role, o.was, o.sick.clone()));
             if let Some(old) = old.filter(|old| old.path != path) {
                 moved.push((
                     *uuid,
@@ -186,6 +186,7 @@ fn correct(daemon: &Daemon, found: BTreeMap<DiskUuid, Probe>) {
                 role,
                 capacity,
                 was,
+                sick,
             });
             if let Some(label) = probe.label.as_ref().filter(|_| member) {
                 tables.number_group(label.group, &label.group_name);
@@ -613,12 +614,13 @@ mod tests {
             deleted: false,
         };
         let path = format!("/dev/{disk}");
-        let (capacity, logical_block, problem) = (1 << 30, 512, None);
+        let (capacity, data_bytes, logical_block, problem) = (1 << 30, 1 << 29, 512, None);
         (
             id(disk),
             Probe {
                 path,
                 capacity,
+                data_bytes,
                 logical_block,
                 label: Some(label),
                 problem,

@@ -24,6 +24,7 @@ pub mod quarantine;
 pub mod resolve;
 pub mod server;
 pub mod signature;
+pub mod spares;
 pub mod store;
 pub mod supervisor;
 pub mod tables;

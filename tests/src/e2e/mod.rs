@@ -13,6 +13,7 @@ mod layout;
 mod levels;
 mod life;
 mod manage;
+mod spares;
 
 use shell::Failure;
 
@@ -30,6 +31,7 @@ pub fn tests() -> Vec<Test> {
     life::tests(&mut all);
     hostile::tests(&mut all);
     manage::tests(&mut all);
+    spares::tests(&mut all);
     all
 }
 
