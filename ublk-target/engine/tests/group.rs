@@ -97,8 +97,9 @@ fn rig(seed: u64, level: Level, n: u8, chunk: u64, assume_clean: bool) -> Rig {
 
 impl Drop for Rig {
     fn drop(&mut self) {
-        // The tasks of the world hold the group, and it the world.
+        // The tasks of the world hold the group, and it the world: what they take is freed here.
         self.stores.iter().for_each(|store| store.forget());
+        self.world.end();
     }
 }
 
