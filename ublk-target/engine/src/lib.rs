@@ -24,6 +24,7 @@ mod publish;
 pub mod raid_group;
 pub mod recipe;
 pub mod reserve;
+mod scrub;
 mod serve;
 mod start;
 mod stripe_ops;

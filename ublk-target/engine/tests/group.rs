@@ -3,6 +3,8 @@
 
 #[path = "group/levels.rs"]
 mod levels;
+#[path = "group/scrubs.rs"]
+mod scrubs;
 #[path = "group/troubles.rs"]
 mod troubles;
 mod world;

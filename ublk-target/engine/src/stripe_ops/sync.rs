@@ -1,13 +1,11 @@
 //! Redundancy made right: the parity or the legs of a stripe, or the slot that is rebuilt.
 
-use std::cell::Cell;
 use std::ops::Range;
 
 use arrayvec::ArrayVec;
 
-use super::{Ios, PASS_BYTES, piece, rows_of};
+use super::{Ios, PASS_BYTES, piece, rows_of, sum_data};
 use crate::geometry::Spot;
-use crate::gf::{self, Term, power};
 use crate::limits::MEMBERS_MAX;
 use crate::parity;
 use crate::plan::GRAIN;
@@ -192,16 +190,7 @@ impl<E: Env> RaidGroup<E> {
         if bits(failed).any(|slot| !parity.contains(&slot)) {
             return Err(EIO);
         }
-        let terms: ArrayVec<Term<'_>, MEMBERS_MAX> = (0..geometry.data_slots())
-            .map(|d| (power(d.into()), cells(geometry.slot_of(stripe, d))))
-            .collect();
-        let sources: ArrayVec<&[Cell<u8>], MEMBERS_MAX> = terms.iter().map(|term| term.1).collect();
-        // Parity and data are zero together where it is right; summed up once more they give it back.
-        match parity[..] {
-            [p, q] => gf::syndromes_into(cells(p), cells(q), &terms),
-            [p] => parity::xor_into(cells(p), &sources),
-            _ => return Ok(()),
-        }
+        sum_data(geometry, stripe, cells, true);
         for slot in &parity {
             if !parity::is_zero(cells(*slot)) {
                 wrong |= 1 << slot;
@@ -210,11 +199,7 @@ impl<E: Env> RaidGroup<E> {
         if wrong == 0 {
             return Ok(());
         }
-        match parity[..] {
-            [p, q] => gf::syndromes_to(cells(p), cells(q), &terms),
-            [p] => parity::xor_to(cells(p), &sources),
-            _ => return Ok(()),
-        }
+        sum_data(geometry, stripe, cells, false);
         for slot in bits(wrong) {
             let (verb, buf) = (DiskVerb::Write { fua: false }, Buf::Pool(&work));
             let pieces = [piece(usize::from(slot) * len, len)];
