@@ -8,6 +8,7 @@ mod complete;
 mod manual;
 mod run;
 mod show;
+mod stat;
 
 use std::process::ExitCode;
 
