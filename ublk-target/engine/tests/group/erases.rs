@@ -4,12 +4,14 @@ use lunar_api::target::{ScrubOrder, ScrubState};
 
 use super::*;
 
-const SHAPES: [(Level, u8, u64); 7] = [
+const SHAPES: [(Level, u8, u64); 9] = [
     (Level::Raid0, 3, 16384),
     (Level::Raid1, 2, 65536),
     (Level::Raid5, 3, 4096),
     (Level::Raid5, 4, 65536),
     (Level::Raid5, 5, 1 << 18),
+    (Level::Raid6, 4, 16384),
+    (Level::Raid6, 6, 65536),
     (Level::Raid10, 4, 65536),
     (Level::Raid10, 5, 16384),
 ];
