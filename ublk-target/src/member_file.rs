@@ -522,6 +522,7 @@ mod tests {
                 logical_block: 512,
                 dma_mask: 0,
                 volatile_cache: true,
+                unmaps: false,
                 limit: 0,
             },
             cache: Cache::new(true),

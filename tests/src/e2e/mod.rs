@@ -6,6 +6,7 @@ pub mod shell;
 mod blocks;
 mod concurrent;
 mod data;
+mod discard;
 mod disks;
 mod failing;
 mod hostile;
@@ -25,6 +26,7 @@ pub type Test = (String, Box<dyn FnOnce() -> Result<(), Failure> + Send>);
 pub fn tests() -> Vec<Test> {
     let mut all = Vec::new();
     data::tests(&mut all);
+    discard::tests(&mut all);
     failing::tests(&mut all);
     concurrent::tests(&mut all);
     layout::tests(&mut all);

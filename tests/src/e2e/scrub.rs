@@ -168,7 +168,7 @@ fn under_load(level: &str) -> Result<(), Failure> {
         sh_in(
             &format!(
                 "fio --name=s --filename={device} --size=96m --direct=1 --ioengine=io_uring --iodepth=16 --rw=randwrite \
-                 --bsrange=512-256k --blockalign=512 --verify=crc32c --verify_fatal=1 --time_based --runtime=20 \
+                 --bsrange=512-256k --blockalign=512 --verify=crc32c --verify_fatal=1 --time_based --runtime=8 \
                  --verify_backlog=256 >/tmp/fio.out 2>&1 || {{ cat /tmp/fio.out; exit 1; }}"
             ),
             200,

@@ -1,0 +1,335 @@
+//! Discards and zeroing on real disks: what is read is what was asked for, redundancy fits, and space comes back.
+
+use super::disks::redundancy_is_right;
+use super::rig::{Rig, text};
+use super::shell::{Failure, pause, sh, sh_in, until};
+use super::{Test, add, ensure};
+
+pub(super) fn tests(to: &mut Vec<Test>) {
+    for (kind, level, count) in [
+        ("ext4-file", "raid5", 3),
+        ("ext4-file", "raid1", 2),
+        ("ext4-file", "raid0", 3),
+        ("loop", "raid6", 4),
+        ("null_blk", "raid5", 3),
+        ("ram", "raid10", 5),
+    ] {
+        let name = format!("discard_reads_as_asked_for_{level}_of_{count}_{kind}");
+        add(to, name, move || reads_as_asked_for(kind, level, count));
+    }
+    for (fs, level) in [
+        ("ext4", "raid5"),
+        ("ext4", "raid1"),
+        ("xfs", "raid5"),
+        ("xfs", "raid1"),
+    ] {
+        add(
+            to,
+            format!("discard_by_fstrim_of_{fs}_frees_the_members_{level}"),
+            move || fstrim(fs, level),
+        );
+    }
+    add(to, "discard_while_degraded_and_rebuilt", degraded);
+    for level in ["raid5", "raid1"] {
+        add(to, format!("discard_survives_kills_{level}"), move || {
+            kills(level)
+        });
+    }
+}
+
+const MIB: u64 = 1 << 20;
+/// Bytes of the LU that are looked at; `/tmp/content` says what they are.
+const CONTENT: u64 = 48 * MIB;
+
+/// A running system with an array of zeroed members.
+fn array(kind: &str, level: &str, count: usize, mib: u32) -> Result<(Rig, Vec<String>), Failure> {
+    let rig = Rig::new()?;
+    let create = ["--level", level, "--chunk", "64KiB", "--assume-clean"];
+    let create = match level {
+        "raid0" => &create[..4],
+        _ => &create[..],
+    };
+    let paths = rig.array(kind, count, mib, create)?;
+    Ok((rig, paths))
+}
+
+/// Random content in the first bytes.
+fn fill(rig: &Rig) -> Result<(), Failure> {
+    sh(&format!(
+        "dd if=/dev/urandom of=/tmp/content bs=1M count={} 2>/dev/null
+         dd if=/tmp/content of={} bs=1M oflag=direct 2>/dev/null",
+        CONTENT / MIB,
+        rig.device()?
+    ))
+    .map(drop)
+}
+
+fn content_is_right(rig: &Rig, when: &str) -> Result<(), Failure> {
+    let device = rig.device()?;
+    sh(&format!(
+        "dd if={device} bs=1M count={} iflag=direct 2>/dev/null | cmp - /tmp/content >&2",
+        CONTENT / MIB
+    ))
+    .map(drop)
+    .map_err(|why| format!("{when}: {why}\n{}", rig.log_tail()))
+}
+
+/// The script that zeroes a range of the device and of the content.
+fn zero(rig: &Rig, at: u64, len: u64) -> Result<String, Failure> {
+    let device = rig.device()?;
+    Ok(format!(
+        "blkdiscard -z -o {at} -l {len} {device}; fallocate -p -o {at} -l {len} /tmp/content\n"
+    ))
+}
+
+/// As [`zero`], with the space given back.
+fn punch(rig: &Rig, at: u64, len: u64) -> Result<String, Failure> {
+    let device = rig.device()?;
+    Ok(format!(
+        "for f in {device} /tmp/content; do fallocate -p -o {at} -l {len} $f; done\n"
+    ))
+}
+
+/// The script that discards a range of the device; what is of whole stripes reads as zero afterwards, the rest as it
+/// was.
+fn discard(rig: &Rig, at: u64, len: u64, stripe: u64) -> Result<String, Failure> {
+    let device = rig.device()?;
+    let (first, last) = (at.next_multiple_of(stripe), (at + len) / stripe * stripe);
+    let mut script = format!("blkdiscard -o {at} -l {len} {device}\n");
+    if last > first {
+        let len = last - first;
+        script += &format!("fallocate -p -o {first} -l {len} /tmp/content\n");
+    }
+    Ok(script)
+}
+
+/// A limit of the device's queue.
+fn limit(rig: &Rig, name: &str) -> Result<u64, Failure> {
+    let text = sh(&format!(
+        "cat /sys/block/$(basename {})/queue/{name}",
+        rig.device()?
+    ))?;
+    text.parse().map_err(|_| format!("{name}: {text}"))
+}
+
+/// Bytes that the members' files take.
+fn taken(paths: &[String]) -> Result<u64, Failure> {
+    let text = sh(&format!(
+        "sync; for p in {}; do
+             case $p in /dev/loop*) p=$(losetup -nO BACK-FILE $p) ;; esac
+             du -B1 $p
+         done | awk '{{ sum += $1 }} END {{ print sum }}'",
+        paths.join(" ")
+    ))?;
+    text.parse().map_err(|_| text)
+}
+
+/// Bytes of all members for so many of a LU.
+fn on_members(level: &str, count: usize, bytes: u64) -> u64 {
+    let n = count as u64;
+    match level {
+        "raid0" => bytes,
+        "raid1" => bytes * n,
+        "raid10" => bytes * 2,
+        "raid6" => bytes * n / (n - 2),
+        _ => bytes * n / (n - 1),
+    }
+}
+
+fn scrub_finds_nothing(rig: &Rig) -> Result<(), Failure> {
+    let output = rig.run(&["group", "scrub", "data", "--wait"])?;
+    let row = rig.json(&["group", "show", "data"])?["scrub"].clone();
+    let is_right = row["bad"] == 0 && row["unreadable"] == 0 && text(&row["state"]) == "done";
+    ensure(output.code == 0 && is_right, || {
+        format!("{}{} {row}", output.stdout, output.stderr)
+    })
+}
+
+/// Takes every member away in turn, reads everything without it, and rebuilds it.
+fn each_away(rig: &Rig, paths: &[String]) -> Result<(), Failure> {
+    for path in paths {
+        rig.lunar(&["disk", "fail", path, "--yes"])?;
+        content_is_right(rig, &format!("without {path}"))?;
+        rig.lunar(&["disk", "replace", path, path, "--yes"])?;
+        rig.wait_optimal(120)?;
+    }
+    content_is_right(rig, "in the end")
+}
+
+/// Given random content, when parts of it are zeroed and discarded at every alignment, then it reads as asked for with
+/// all members and without each, a scrub finds nothing, and members that are files have the space back; discards are
+/// announced only where members give space back and read as zero.
+fn reads_as_asked_for(kind: &str, level: &str, count: usize) -> Result<(), Failure> {
+    let (rig, paths) = array(kind, level, count, 96)?;
+    fill(&rig)?;
+    let is_announced = limit(&rig, "discard_max_bytes")? > 0;
+    let gives_back = matches!(kind, "ext4-file" | "loop");
+    ensure(is_announced == gives_back, || {
+        format!("discards are announced: {is_announced}, on {kind}")
+    })?;
+    let sector = limit(&rig, "logical_block_size")?;
+    let before = match gives_back {
+        true => taken(&paths)?,
+        false => 0,
+    };
+    // A stripe's part of it, a part of two, whole ones and both ends, and many.
+    let mut script = zero(&rig, 4096, sector)?;
+    script += &zero(&rig, MIB - sector, 2 * sector)?;
+    script += &zero(&rig, 2 * MIB + sector, 3 * MIB)?;
+    script += &zero(&rig, 8 * MIB, 16 * MIB)?;
+    if is_announced {
+        let grain = match level {
+            // Every byte of it is passed on.
+            "raid0" => sector,
+            _ => limit(&rig, "discard_granularity")?,
+        };
+        script += &discard(&rig, 25 * MIB + sector, 2 * MIB, grain)?;
+        script += &discard(&rig, 28 * MIB + sector, 2 * sector, grain)?;
+        script += &discard(&rig, 30 * MIB, 16 * MIB, grain)?;
+    }
+    script += &punch(&rig, 46 * MIB, 2 * MIB)?;
+    sh(&script).map_err(|why| format!("{why}\n{}", rig.log_tail()))?;
+    content_is_right(&rig, "erased")?;
+    if gives_back {
+        let (freed, wanted) = (
+            before.saturating_sub(taken(&paths)?),
+            // What blkdiscard zeroes stays allocated.
+            on_members(level, count, 19 * MIB),
+        );
+        ensure(freed >= wanted, || {
+            format!("the members gave {freed} bytes back, not {wanted}")
+        })?;
+    }
+    if level == "raid0" {
+        return Ok(());
+    }
+    if matches!(level, "raid1" | "raid5") {
+        let part = usize::try_from(CONTENT / 2).expect("small");
+        redundancy_is_right(&rig, level, &paths, part)?;
+    }
+    scrub_finds_nothing(&rig)?;
+    each_away(&rig, &paths)
+}
+
+/// Given a file system with files on members that are files, when some are removed and it is trimmed, then the members'
+/// files have the space back, the other files are as written, and a scrub finds nothing.
+fn fstrim(fs: &str, level: &str) -> Result<(), Failure> {
+    let (count, mib) = if level == "raid1" { (2, 400) } else { (3, 220) };
+    let (rig, paths) = array("ext4-file", level, count, mib)?;
+    let device = rig.device()?;
+    sh(&format!(
+        "mkfs.{fs} -q {device} >&2; mkdir -p /tmp/at; mount {device} /tmp/at
+         for i in 1 2 3 4 5 6; do dd if=/dev/urandom of=/tmp/at/f$i bs=1M count=8 2>/dev/null; done
+         (cd /tmp/at; sha256sum f2 f4 f6) > /tmp/sums; sync -f /tmp/at"
+    ))?;
+    let before = taken(&paths)?;
+    let said = sh_in(
+        "cd /tmp/at; rm f1 f3 f5; sync -f .; cd /; fstrim -v /tmp/at",
+        120,
+    )?;
+    let freed = before.saturating_sub(taken(&paths)?);
+    // Edges of files that are not whole stripes stay.
+    let wanted = on_members(level, count, 24 * MIB) / 10 * 9;
+    ensure(freed >= wanted, || {
+        format!("{said}: the members gave {freed} bytes back, not {wanted}")
+    })?;
+    let check = match fs {
+        "xfs" => "xfs_repair -n",
+        _ => "e2fsck -fn",
+    };
+    let right = |when: &str| {
+        sh_in(
+            &format!(
+                "umount /tmp/at; {check} {device} >&2; mount {device} /tmp/at; cd /tmp/at; sha256sum -c /tmp/sums >&2"
+            ),
+            120,
+        )
+        .map_err(|why| format!("{when}: {why}\n{}", rig.log_tail()))
+    };
+    right("trimmed")?;
+    scrub_finds_nothing(&rig)?;
+    rig.lunar(&["disk", "fail", &paths[0], "--yes"])?;
+    right("degraded")?;
+    sh("umount /tmp/at").map(drop)
+}
+
+fn rebuild_rate(rig: &Rig, rate: &str) -> Result<(), Failure> {
+    let set = ["group", "set", "data", "--rebuild-min", rate];
+    rig.lunar(&[&set[..], &["--rebuild-max", rate]].concat())
+        .map(drop)
+}
+
+/// Given a raid5 that lost a member, when it is erased degraded, and before and behind where its rebuild is, then all
+/// reads as asked for, then and when it is rebuilt and without each member.
+fn degraded() -> Result<(), Failure> {
+    let (rig, paths) = array("ext4-file", "raid5", 3, 96)?;
+    fill(&rig)?;
+    let grain = limit(&rig, "discard_granularity")?;
+    rig.lunar(&["disk", "fail", &paths[1], "--yes"])?;
+    let erased = zero(&rig, MIB + 512, 3 * MIB)? + &discard(&rig, 5 * MIB + 512, 3 * MIB, grain)?;
+    sh(&erased)?;
+    content_is_right(&rig, "degraded")?;
+    rebuild_rate(&rig, "8MiB")?;
+    rig.lunar(&["disk", "replace", &paths[1], &paths[1], "--yes"])?;
+    let mut rounds = 0;
+    for at in [10, 44, 14, 40, 18, 36, 22, 32] {
+        let group = rig.json(&["group", "show", "data"])?;
+        rounds += u32::from(text(&group["state"]) != "optimal");
+        sh(&(zero(&rig, at * MIB + 512, MIB + 4096)?
+            + &discard(&rig, (at + 2) * MIB - 512, MIB, grain)?))?;
+        content_is_right(&rig, "while it is rebuilt")?;
+    }
+    ensure(rounds >= 4, || {
+        format!("the rebuild was under way in {rounds} rounds")
+    })?;
+    rebuild_rate(&rig, "1GiB")?;
+    rig.wait_optimal(120)?;
+    scrub_finds_nothing(&rig)?;
+    each_away(&rig, &paths)
+}
+
+/// Given ranges that are written, zeroed and discarded again and again, when ublk-target is killed meanwhile, then no
+/// request fails, all reads as asked for at the end, and redundancy fits.
+fn kills(level: &str) -> Result<(), Failure> {
+    let count = if level == "raid1" { 2 } else { 3 };
+    let (rig, paths) = array("ext4-file", level, count, 96)?;
+    fill(&rig)?;
+    let device = rig.device()?;
+    let grain = limit(&rig, "discard_granularity")?;
+    let erased = zero(&rig, 8 * MIB + 512, 14 * MIB)? + &discard(&rig, 24 * MIB, 20 * MIB, grain)?;
+    sh("rm -f /tmp/stop")?;
+    let load = std::thread::spawn(move || {
+        sh_in(
+            &format!(
+                "rounds=0
+                 cp /tmp/content /tmp/noise
+                 until [ -e /tmp/stop ]; do
+                     cp /tmp/noise /tmp/content
+                     dd if=/tmp/noise of={device} bs=1M count={} oflag=direct conv=notrunc 2>/dev/null
+                     {erased}
+                     rounds=$((rounds + 1))
+                 done; echo $rounds",
+                CONTENT / MIB
+            ),
+            120,
+        )
+    });
+    for wait in [130, 370, 210, 290] {
+        let pid = rig.target_pid()?;
+        pause(wait);
+        sh(&format!("kill -KILL {pid}"))?;
+        until("a successor", 60, || {
+            Ok(rig.target_pid().is_ok_and(|new| new != pid) && rig.state().is_ok())
+        })?;
+    }
+    sh("touch /tmp/stop")?;
+    let rounds = load
+        .join()
+        .map_err(|_| "thread")?
+        .map_err(|why| format!("{why}\n{}", rig.log_tail()))?;
+    ensure(rounds != "0", || "nothing was erased".into())?;
+    content_is_right(&rig, "after the kills")?;
+    let part = usize::try_from(CONTENT / 2).expect("small");
+    redundancy_is_right(&rig, level, &paths, part)?;
+    scrub_finds_nothing(&rig)
+}
