@@ -494,6 +494,8 @@ pub async fn start_group(
         ublk_devices,
         witness,
         without,
+        keep: None,
+        undelete: false,
     };
     let answer = daemon.ask(&start, fds).await;
     let answer = answer.map_err(|error| by_name(daemon, group, error))?;
@@ -611,6 +613,7 @@ mod tests {
             generation,
             members: members.iter().map(|n| id(*n)).collect(),
             deleted: false,
+            damaged: None,
         };
         let path = format!("/dev/{disk}");
         let (capacity, logical_block, problem) = (1 << 30, 512, None);

@@ -154,6 +154,7 @@ fn dispatch(
         TargetRequest::Probe { paths } => groups.probe(paths, fds),
         TargetRequest::Label { path, disk } => {
             let [fd] = take(fds)?;
+            groups.check_system(system)?;
             groups.label(path, fd, system, disk)
         }
         TargetRequest::Wipe { path } => {
@@ -161,10 +162,19 @@ fn dispatch(
             groups.wipe(path, fd)
         }
         request @ (TargetRequest::GroupCreate { .. } | TargetRequest::GroupStart { .. }) => {
+            groups.check_system(system)?;
             groups.begin(request, fds, system)
         }
         TargetRequest::GroupQuarantine { seen, ublk_devices } => {
             groups.quarantine(*seen, &ublk_devices)
+        }
+        TargetRequest::Adopt {
+            group,
+            from,
+            members,
+        } => {
+            groups.check_system(system)?;
+            groups.adopt(group, from, system, members, fds)
         }
         TargetRequest::GroupErase { group, members } => groups.erase(group, members, fds),
         TargetRequest::GroupStop { group } => groups.end(group, false),
@@ -192,6 +202,8 @@ fn dispatch(
             depth,
         } => groups.get(group)?.lu_create(lu, name, size, depth),
         TargetRequest::LuDelete { group, lu } => groups.get(group)?.lu_delete(lu),
+        TargetRequest::LuDeleted { group } => groups.get(group)?.deleted_lus(),
+        TargetRequest::LuUndelete { group, lu } => groups.get(group)?.lu_undelete(lu),
         TargetRequest::LuRename { group, lu, name } => groups.get(group)?.lu_rename(lu, name),
         TargetRequest::Status => groups.status(),
         TargetRequest::Events { after, wait_ms } => {

@@ -266,6 +266,7 @@ impl<E: Env> RaidGroup<E> {
             return Ok(());
         }
         self.durable.set(generation);
+        self.floor.set(generation);
         self.dirty_durable.set(dirty);
         Ok(())
     }
@@ -281,6 +282,7 @@ impl<E: Env> RaidGroup<E> {
                 ..record.flags
             },
             synced_to: self.durable_synced.get() * chunk,
+            floor: self.floor.get(),
             members: members
                 .iter()
                 .map(|member| MemberEntry {
