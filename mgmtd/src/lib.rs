@@ -8,9 +8,11 @@
 
 pub mod api;
 pub mod boot;
+pub mod config_file;
 pub mod daemon;
 pub mod devnodes;
 pub mod holders;
+pub mod import_plan;
 pub mod jobs;
 pub mod limits;
 pub mod link;
@@ -21,6 +23,7 @@ pub mod planner;
 pub mod probe;
 pub mod quarantine;
 pub mod server;
+pub mod sightings;
 pub mod signature;
 pub mod store;
 pub mod supervisor;

@@ -71,6 +71,7 @@ fn methods() -> Methods {
     m.add::<mgmt::GroupCreate, rows::Changed>("GroupCreate");
     m.add::<mgmt::GroupSet, rows::Changed>("GroupSet");
     m.add::<mgmt::GroupStart, rows::Changed>("GroupStart");
+    m.add::<mgmt::GroupResolve, rows::Changed>("GroupResolve");
     m.add::<mgmt::GroupEnd, rows::Changed>("GroupStop");
     m.add::<mgmt::Rename, rows::Changed>("GroupRename");
     m.add::<mgmt::GroupEnd, rows::Changed>("GroupDelete");
@@ -80,6 +81,9 @@ fn methods() -> Methods {
     m.add::<mgmt::Rename, rows::Changed>("LuRename");
     m.add::<mgmt::LuEnd, rows::Changed>("LuDelete");
     m.add::<mgmt::Nothing, rows::PathList>("PathList");
+    m.add::<mgmt::Import, rows::Changed>("Import");
+    m.add::<mgmt::Nothing, rows::ConfigText>("ConfigSave");
+    m.add::<mgmt::ConfigLoad, rows::Changed>("ConfigLoad");
     m.add::<mgmt::ShutdownAsk, rows::Changed>("Shutdown");
     m.generator.subschema_for::<ApiError>();
     m
@@ -424,6 +428,13 @@ fn golden_answers() {
             disk: 2,
             path: "/dev/sdb".into(),
             problem: "cannot be read: Input/output error".into(),
+        }],
+        strangers: vec![Stranger {
+            path: "/dev/sdc".into(),
+            kind: StrangerKind::OtherSystem,
+            system: Some(SystemUuid::from_bytes([8; 16])),
+            group_name: "old".into(),
+            text: "belongs to another system".into(),
         }],
     };
     golden(

@@ -11,7 +11,7 @@ use lunar_api::{ApiError, DiskUuid, ErrorKind};
 
 use super::admission::{Fresh, check_fresh, check_kind, check_unused, error, known_disk};
 use super::{last_view, view};
-use crate::boot::{look_again, probe_paths};
+use crate::boot::{find_disks, look_again, probe_paths};
 use crate::daemon::{About, Daemon};
 use crate::limits::{PATHS_MAX, REOPEN_LIMIT};
 use crate::link::unexpected;
@@ -119,7 +119,7 @@ pub async fn add(daemon: &Daemon, ask: DiskAdd) -> Result<Changed, ApiError> {
     }
     let mut fresh = Vec::new();
     for (path, _) in &unknown {
-        fresh.push(check_fresh(daemon, &view, path, ask.force.as_deref()).await?);
+        fresh.push(check_fresh(daemon, &view, path, &ask).await?);
     }
     let there = numbers.clone();
     if fresh.is_empty() {
@@ -141,12 +141,17 @@ pub async fn add(daemon: &Daemon, ask: DiskAdd) -> Result<Changed, ApiError> {
             Some(_) => format!("take {at} ({size}) back"),
             None => format!("label {at} ({size})"),
         });
+        plan.dies.extend(disk.dies.clone());
     }
-    if let Gate::Answer(answer) = plan.gate(ask.dry_run, true)? {
+    // A signature that is named with --force is confirmed by that.
+    if let Gate::Answer(answer) = plan.gate(ask.dry_run, ask.yes)? {
         return Ok(*answer);
     }
     for disk in fresh {
         numbers.push(take(daemon, disk, ask.role).await?);
+    }
+    if ask.as_new {
+        find_disks(daemon).await?;
     }
     let view = last_view(daemon);
     let mut answer = plan.done("");

@@ -4,6 +4,7 @@
 
 mod args;
 mod client;
+mod import;
 mod run;
 mod show;
 

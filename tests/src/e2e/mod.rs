@@ -5,10 +5,12 @@ pub mod shell;
 
 mod blocks;
 mod concurrent;
+mod config;
 mod data;
 mod disks;
 mod failing;
 mod hostile;
+mod import;
 mod layout;
 mod life;
 mod manage;
@@ -28,6 +30,8 @@ pub fn tests() -> Vec<Test> {
     life::tests(&mut all);
     hostile::tests(&mut all);
     manage::tests(&mut all);
+    import::tests(&mut all);
+    config::tests(&mut all);
     all
 }
 

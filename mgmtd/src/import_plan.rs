@@ -1,0 +1,291 @@
+//! What an import does with the disks it was given, decided from what was seen of them. Pure.
+
+use std::collections::BTreeMap;
+
+use lunar_api::target::{Label, Probe};
+use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid, SystemUuid};
+
+use crate::sightings::{Sightings, part};
+use crate::views::View;
+
+/// A path that was named.
+#[derive(Debug, Clone)]
+pub enum Given {
+    /// Nothing to import, and why.
+    Left(String, String),
+    /// It carries a superblock of Lunar.
+    Lunar(String, Box<Probe>),
+}
+
+/// What the decision rests on.
+#[derive(Debug)]
+pub struct Facts<'a> {
+    pub view: &'a View,
+    pub seen: &'a Sightings,
+    pub given: &'a [Given],
+    /// Deleted groups come back.
+    pub deleted: bool,
+    /// Groups of other systems become this one's.
+    pub take: bool,
+    /// This boot.
+    pub boot: &'a str,
+}
+
+/// The decision.
+#[derive(Debug, Clone, Default)]
+pub struct ImportPlan {
+    /// The system that this one, which has nothing, becomes.
+    pub become_system: Option<SystemUuid>,
+    /// Groups (nil: free disks) to take away from a system.
+    pub take: Vec<(GroupUuid, SystemUuid)>,
+    /// Their disks that are here, the highest generation first.
+    pub members: BTreeMap<(GroupUuid, SystemUuid), Vec<Probe>>,
+    /// Disks that get a row if they have none, in the order given; with what they were before another took their place.
+    pub disks: Vec<(DiskUuid, Option<(GroupUuid, u16)>)>,
+    /// Groups to start, those among them that were deleted, and those that run already.
+    pub start: Vec<GroupUuid>,
+    pub undelete: Vec<GroupUuid>,
+    pub running: Vec<GroupUuid>,
+    /// What will be done.
+    pub steps: Vec<String>,
+    /// What is left alone, and why.
+    pub left: Vec<String>,
+    names: BTreeMap<GroupUuid, String>,
+}
+
+impl ImportPlan {
+    /// The name of a group, as far as its disks say it.
+    pub fn name(&self, group: GroupUuid) -> String {
+        self.names.get(&group).cloned().unwrap_or(group.to_string())
+    }
+}
+
+/// Decides.
+///
+/// # Errors  `Refused` if none of the disks can be imported, or they are of several systems of which one was to be become
+pub fn plan(facts: &Facts<'_>) -> Result<ImportPlan, ApiError> {
+    let mut out = ImportPlan::default();
+    let own = facts.view.tables.system;
+    let mut mine: Vec<(&str, &Probe)> = Vec::new();
+    let mut others: Vec<(&str, &Probe)> = Vec::new();
+    for given in facts.given {
+        match given {
+            Given::Left(path, why) => out.left.push(format!("{path} {why}: left alone")),
+            Given::Lunar(path, probe) => match &probe.label {
+                Some(label) if label.system == own => mine.push((path, probe)),
+                Some(_) => others.push((path, probe)),
+                None => {}
+            },
+        }
+    }
+    let is_new = facts.view.is_new();
+    if facts.take {
+        take(facts, &others, &mut out);
+        mine.append(&mut others);
+    } else if is_new && mine.is_empty() && !others.is_empty() {
+        let system = one_system(&others)?;
+        out.become_system = Some(system);
+        out.steps.push(format!(
+            "become Lunar system {system}, as the disks say: this one is new and has nothing"
+        ));
+        mine.append(&mut others);
+    }
+    for (path, probe) in &others {
+        if let Some(label) = &probe.label {
+            let (system, part) = (label.system, part(label));
+            out.left.push(format!(
+                "{path} belongs to Lunar system {system} ({part}): left alone; --take makes it this system's"
+            ));
+        }
+    }
+    let newest = newest_labels(facts);
+    for (path, probe) in &mine {
+        if let Some(label) = &probe.label {
+            own_disk(facts, path, label, &newest, &mut out);
+        }
+    }
+    groups(facts, &mine, &newest, &mut out);
+    if out.disks.is_empty() {
+        let mut refused = ApiError::new(ErrorKind::Refused, "nothing is imported");
+        refused.causes.clone_from(&out.left);
+        let hint = match facts.given.iter().any(|g| matches!(g, Given::Lunar(..))) {
+            true => "lunar import --take PATH.., if the other system is to lose them; lunar status",
+            false => {
+                "lsblk -o NAME,SIZE,FSTYPE; lunar disk add PATH.., for disks that are to become Lunar's"
+            }
+        };
+        return Err(refused.hint(hint));
+    }
+    Ok(out)
+}
+
+/// # Errors  `Refused`, with a disk of each of two systems
+fn one_system(others: &[(&str, &Probe)]) -> Result<SystemUuid, ApiError> {
+    let mut systems: BTreeMap<SystemUuid, Vec<&str>> = BTreeMap::new();
+    for (path, probe) in others {
+        if let Some(label) = &probe.label {
+            systems.entry(label.system).or_default().push(path);
+        }
+    }
+    let mut all = systems.iter();
+    match (all.next(), all.next()) {
+        (Some((system, _)), None) => Ok(*system),
+        _ => {
+            let what =
+                "the disks belong to several Lunar systems, and this one can become one of them";
+            let mut refused = ApiError::new(ErrorKind::Refused, what);
+            refused.causes = systems
+                .iter()
+                .map(|(system, paths)| format!("{system}: {}", paths.join(" ")))
+                .collect();
+            Err(refused
+                .hint("lunar import PATH.. with the disks of one; then --take for the others"))
+        }
+    }
+}
+
+/// What the newest disk of each group says, of all systems that are this one's, or become it.
+fn newest_labels<'a>(facts: &'a Facts<'_>) -> BTreeMap<GroupUuid, &'a Label> {
+    let probes = facts.seen.ours.values().chain(&facts.seen.foreign);
+    let mut newest: BTreeMap<GroupUuid, &Label> = BTreeMap::new();
+    for label in probes.filter_map(|probe| probe.label.as_ref()) {
+        let place = newest.entry(label.group).or_insert(label);
+        if label.generation > place.generation {
+            *place = label;
+        }
+    }
+    newest
+}
+
+/// Groups are taken whole: every disk of theirs that is here, named or not.
+fn take(facts: &Facts<'_>, others: &[(&str, &Probe)], out: &mut ImportPlan) {
+    for (path, probe) in others {
+        let Some(label) = &probe.label else { continue };
+        let key = (label.group, label.system);
+        if label.group.is_nil() {
+            out.members.entry(key).or_default().push((*probe).clone());
+            if !out.take.contains(&key) {
+                out.take.push(key);
+            }
+            out.steps.push(format!(
+                "take {path}, a free disk, over from system {}",
+                label.system
+            ));
+            continue;
+        }
+        if out.take.contains(&key) {
+            continue;
+        }
+        let all = facts.seen.foreign.iter();
+        let is_of = |probe: &&Probe| {
+            let label = probe.label.as_ref();
+            label.is_some_and(|label| (label.group, label.system) == key)
+        };
+        let mut members: Vec<Probe> = all.filter(is_of).cloned().collect();
+        members.sort_by_key(|probe| std::cmp::Reverse(probe.label.as_ref().map(|l| l.generation)));
+        let paths: Vec<&str> = members.iter().map(|probe| probe.path.as_str()).collect();
+        let name = match label.group_name.as_str() {
+            "" => label.group.to_string(),
+            name => name.to_string(),
+        };
+        out.steps.push(format!(
+            "take group {name} ({}) over from system {}, which will not start it any more",
+            paths.join(", "),
+            label.system
+        ));
+        out.take.push(key);
+        out.members.insert(key, members);
+    }
+}
+
+fn own_disk(
+    facts: &Facts<'_>,
+    path: &str,
+    label: &Label,
+    newest: &BTreeMap<GroupUuid, &Label>,
+    out: &mut ImportPlan,
+) {
+    if let Some(all) = facts.seen.copies.get(&label.disk) {
+        let paths: Vec<&str> = all.iter().map(|probe| probe.path.as_str()).collect();
+        out.left.push(format!(
+            "{path} is there twice, as {}: one is a copy of the other, and none is taken",
+            paths.join(" and ")
+        ));
+        return;
+    }
+    let held = facts.seen.ours.get(&label.disk);
+    let foreign = facts.seen.foreign.iter();
+    let same_disk = foreign.filter(|p| p.label.as_ref().is_some_and(|l| l.disk == label.disk));
+    let twins: Vec<&str> = same_disk.map(|probe| probe.path.as_str()).collect();
+    if held.is_none() && twins.len() > 1 {
+        out.left.push(format!(
+            "{path} is there twice, as {}: one is a copy of the other, and none is taken",
+            twins.join(" and ")
+        ));
+        return;
+    }
+    if let Some(damaged) = &label.damaged {
+        out.left.push(format!("{path}: {damaged}"));
+    }
+    let mut was = None;
+    if let Some(newest) = newest.get(&label.group).filter(|_| !label.group.is_nil()) {
+        if !newest.members.contains(&label.disk) {
+            was = label.slot.map(|slot| (label.group, slot));
+            let generations = (label.generation, newest.generation);
+            out.left.push(format!(
+                "{path} is no member of its group any more: it says generation {}, the others {}",
+                generations.0, generations.1
+            ));
+        } else if newest.deleted && !facts.deleted {
+            out.left.push(format!(
+                "{path} is {}: --deleted brings it back",
+                part(newest)
+            ));
+        }
+    }
+    if facts.view.tables.disk(label.disk).is_none() {
+        out.steps
+            .push(format!("give {path} a number: {}", part(label)));
+    }
+    out.disks.push((label.disk, was));
+}
+
+fn groups(
+    facts: &Facts<'_>,
+    mine: &[(&str, &Probe)],
+    newest: &BTreeMap<GroupUuid, &Label>,
+    out: &mut ImportPlan,
+) {
+    for label in mine.iter().filter_map(|(_, probe)| probe.label.as_ref()) {
+        let group = label.group;
+        let known = out.disks.iter().any(|(disk, _)| *disk == label.disk);
+        if group.is_nil() || out.start.contains(&group) || out.running.contains(&group) {
+            continue;
+        }
+        let row = facts.view.tables.group(group);
+        let said = newest.get(&group).map(|newest| newest.group_name.clone());
+        let named = row.map(|row| row.name_seen.clone());
+        let name = said.filter(|name| !name.is_empty()).or(named);
+        if let Some(name) = name {
+            out.names.insert(group, name);
+        }
+        let name = out.name(group);
+        let deleted = newest.get(&group).is_some_and(|newest| newest.deleted);
+        let by_hand = row.and_then(|row| row.stopped_in.as_deref()) == Some(facts.boot);
+        if facts.view.live.groups.contains_key(&group) {
+            out.running.push(group);
+        } else if known && deleted && facts.deleted {
+            out.undelete.push(group);
+            out.start.push(group);
+            out.steps
+                .push(format!("bring the deleted group {name} back, and its LUs"));
+        } else if known && !deleted && by_hand {
+            out.left.push(format!(
+                "group {name} was stopped by hand: lunar group start {name}"
+            ));
+        } else if known && !deleted {
+            out.start.push(group);
+            out.steps.push(format!("start group {name} and its LUs"));
+        }
+    }
+}
