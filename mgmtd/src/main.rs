@@ -2,10 +2,11 @@
 
 #![forbid(unsafe_code)]
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use lunar_api::SystemUuid;
 use mgmtd::daemon::{Config, Daemon};
 use mgmtd::store::{self, Store};
@@ -31,9 +32,16 @@ struct Args {
     /// The ublk-target to start; else the one beside this program
     #[arg(long, value_name = "PATH")]
     ublk_target: Option<PathBuf>,
+    /// Print the manual page
+    #[arg(long, hide = true, exclusive = true)]
+    man: bool,
 }
 
 fn main() -> ExitCode {
+    let args = Args::parse();
+    if args.man {
+        return print_man();
+    }
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
     tracing_subscriber::fmt()
@@ -46,7 +54,7 @@ fn main() -> ExitCode {
         .build();
     let result = runtime.map_err(|e| e.to_string()).and_then(|runtime| {
         let local = tokio::task::LocalSet::new();
-        let result = local.block_on(&runtime, run(Args::parse()));
+        let result = local.block_on(&runtime, run(args));
         // A blocking open on a sick disk must not hold the exit up.
         runtime.shutdown_background();
         result
@@ -57,6 +65,17 @@ fn main() -> ExitCode {
             eprintln!("mgmtd: {error}");
             ExitCode::FAILURE
         }
+    }
+}
+
+fn print_man() -> ExitCode {
+    let mut command = Args::command();
+    command.build();
+    let see = ["lunar(1)".into(), "ublk-target(8)".into()];
+    let page = mgmtd::manual::page(&command, "8", &see);
+    match page.and_then(|page| std::io::stdout().write_all(&page)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
     }
 }
 

@@ -9,7 +9,7 @@ pub const RANGE_MAX: u32 = 4096;
 
 /// Checks a new name of a group or LU.
 ///
-/// # Errors  `Usage` if it is not `[a-z0-9][a-z0-9._-]{0,62}`, or all digits (it would read as a number)
+/// # Errors  `Usage` if it is not `[a-z0-9][a-z0-9._-]{0,62}`, or reads as a number or a range
 pub fn check_name(name: &str) -> Result<(), ApiError> {
     let shown: String = name.chars().take(80).collect();
     let bad = |why: &str| {
@@ -35,6 +35,13 @@ pub fn check_name(name: &str) -> Result<(), ApiError> {
     if name.bytes().all(|c| c.is_ascii_digit()) {
         return bad("it is all digits and would read as a number");
     }
+    let digits = |part: &str| !part.is_empty() && part.bytes().all(|c| c.is_ascii_digit());
+    if name
+        .split_once('-')
+        .is_some_and(|(a, b)| digits(a) && digits(b))
+    {
+        return bad("it would read as a range of numbers");
+    }
     Ok(())
 }
 
@@ -42,16 +49,26 @@ pub fn check_name(name: &str) -> Result<(), ApiError> {
 ///
 /// A path with a comma in it is named by its disk's number.
 ///
-/// # Errors  `Usage` for a range that runs backwards or names more than [`RANGE_MAX`]
+/// # Errors  `Usage` for an empty word, a range that runs backwards or names more than [`RANGE_MAX`]
 pub fn expand(args: &[String]) -> Result<Vec<String>, ApiError> {
     let mut out = Vec::new();
     for arg in args {
-        for word in arg.split(',').map(str::trim).filter(|w| !w.is_empty()) {
+        for word in arg.split(',').map(str::trim) {
+            if word.is_empty() {
+                return Err(
+                    ApiError::new(ErrorKind::Usage, format!("`{arg}` is no list"))
+                        .because("a word of it is empty")
+                        .hint("a list such as 1,3 or 1-4"),
+                );
+            }
             match range(word)? {
                 Some((first, last)) => out.extend((first..=last).map(|n| n.to_string())),
                 None => out.push(word.to_string()),
             }
         }
+    }
+    if out.is_empty() {
+        return Err(ApiError::new(ErrorKind::Usage, "nothing is named").hint("a list such as 1,3"));
     }
     Ok(out)
 }
@@ -65,7 +82,8 @@ fn range(word: &str) -> Result<Option<(u32, u32)>, ApiError> {
     };
     if first > last || last - first >= RANGE_MAX {
         let why = format!("a range runs upwards and names at most {RANGE_MAX}");
-        return Err(ApiError::new(ErrorKind::Usage, format!("`{word}` is no range")).because(why));
+        let error = ApiError::new(ErrorKind::Usage, format!("`{word}` is no range"));
+        return Err(error.because(why).hint("a range such as 1-4"));
     }
     Ok(Some((first, last)))
 }
@@ -76,12 +94,12 @@ mod tests {
 
     #[test]
     fn check_name_table() {
-        for good in ["a", "vol", "0a", "a.b_c-d", &"a".repeat(63)] {
+        for good in ["a", "vol", "0a", "a.b_c-d", "1-4-5", "1-", &"a".repeat(63)] {
             assert!(check_name(good).is_ok(), "{good}");
         }
         let long = "a".repeat(64);
         for bad in [
-            "", "12", "A", "-a", ".a", "a/b", "a b", "ä", "a\0", &long, "..",
+            "", "12", "1-4", "A", "-a", ".a", "a/b", "a b", "ä", "a\0", &long, "..",
         ] {
             assert!(check_name(bad).is_err(), "{bad}");
         }
@@ -100,8 +118,8 @@ mod tests {
     }
 
     #[test]
-    fn expand_refuses_backward_and_huge_ranges() {
-        for bad in ["4-1", "1-4294967295"] {
+    fn expand_refuses_what_is_no_list() {
+        for bad in ["4-1", "1-4294967295", "", "1,", ",", "1,,2"] {
             assert!(expand(&[bad.to_string()]).is_err(), "{bad}");
         }
     }

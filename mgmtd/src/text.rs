@@ -267,15 +267,11 @@ fn group_text(
     };
     if let Some(live) = live {
         let _ = write!(head, ", {} disks", live.members.len());
-        if live.level != Level::Raid1 {
+        if live.level.is_striped() {
             let _ = write!(head, ", chunk {}", format_size(live.chunk));
         }
-        if live.level == Level::Raid5 {
-            head += if is_write_hole_open(live) {
-                ", none (write hole open)"
-            } else {
-                ""
-            };
+        if is_write_hole_open(live) {
+            head += ", none (write hole open)";
         }
     }
     let state = match group.state {
@@ -298,7 +294,10 @@ fn group_text(
         let _ = writeln!(text, "action: {}", group.action);
     }
     if let Some(sync) = &group.sync {
-        let _ = writeln!(text, "  scan: {}", scan(sync, group));
+        let _ = writeln!(text, "  scan: {}", scan(sync));
+    }
+    if let Some(live) = live.filter(|_| group.state == GroupState::Degraded) {
+        let _ = writeln!(text, "  risk: {}", risk(live.can_lose));
     }
     if !group.members.is_empty() {
         let _ = writeln!(
@@ -356,7 +355,7 @@ fn lu_text(view: &View, lu: &LuHealth, holders: &dyn Fn(u32) -> Vec<String>) -> 
     }
 }
 
-fn scan(sync: &SyncStatus, group: &GroupHealth) -> String {
+fn scan(sync: &SyncStatus) -> String {
     let tenths = u128::from(sync.done) * 1000 / u128::from(sync.total.max(1));
     let verb = match sync.action {
         SyncAction::Recover => "rebuild",
@@ -373,10 +372,16 @@ fn scan(sync: &SyncStatus, group: &GroupHealth) -> String {
     if let Some(left) = sync.total.saturating_sub(sync.done).checked_div(sync.rate) {
         let _ = write!(out, ", about {}", duration(left));
     }
-    if group.state == GroupState::Degraded && group.level == Some(Level::Raid5) {
-        out += "; another failure before then loses data";
-    }
     out
+}
+
+/// What may still happen to a degraded group.
+fn risk(can_lose: u16) -> String {
+    match can_lose {
+        0 => "another failure may lose data".into(),
+        1 => "it survives one more failure".into(),
+        more => format!("it survives {more} more failures"),
+    }
 }
 
 /// Seconds as people say them.
@@ -395,6 +400,9 @@ pub fn level_word(level: Level) -> &'static str {
         Level::Raid0 => "raid0",
         Level::Raid1 => "raid1",
         Level::Raid5 => "raid5",
+        Level::Raid6 => "raid6",
+        Level::Raid10 => "raid10",
+        Level::Linear => "linear",
     }
 }
 
@@ -452,6 +460,8 @@ mod tests {
         let reply = compose(&view);
         assert_eq!(reply.exit, 3);
         assert!(reply.text.contains("state: DEGRADED"), "{}", reply.text);
+        let risk = "  risk: it survives one more failure";
+        assert!(reply.text.contains(risk), "{}", reply.text);
         assert!(
             reply.text.contains("lunar disk replace 2 NEW"),
             "{}",

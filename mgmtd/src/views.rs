@@ -5,7 +5,7 @@ use lunar_api::rows::{
     MemberRow, PathRow, PathState,
 };
 use lunar_api::target::{
-    Consistency, GroupState, GroupStatus, Label, Level, LuStatus, MemberState, MemberStatus,
+    Consistency, GroupState, GroupStatus, Label, LuStatus, MemberState, MemberStatus,
 };
 use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid};
 
@@ -365,42 +365,6 @@ impl View {
             text: save.text.clone(),
         }
     }
-
-    /// Finds a group by number or name.
-    ///
-    /// # Errors  `Usage` if there is none
-    pub fn find_group(&self, name: &str) -> Result<&GroupSave, ApiError> {
-        let same = |g: &&GroupSave| {
-            g.number.to_string() == name
-                || self.group_row(g).name == name
-                || g.uuid.to_string() == name
-        };
-        self.tables
-            .groups
-            .values()
-            .find(same)
-            .ok_or_else(|| unknown("group", name))
-    }
-
-    /// Finds a LU by number, name or device.
-    ///
-    /// # Errors  `Usage` if there is none
-    pub fn find_lu(&self, name: &str) -> Result<&LuSave, ApiError> {
-        let name_ = name
-            .strip_prefix(&format!("{}/", self.nodes))
-            .unwrap_or(name);
-        let same = |l: &&LuSave| {
-            let row = self.lu_row(l);
-            l.number.to_string() == name_
-                || row.name == name_
-                || row.paths.iter().any(|p| p.device.as_deref() == Some(name))
-        };
-        self.tables
-            .lus
-            .values()
-            .find(same)
-            .ok_or_else(|| unknown("lu", name))
-    }
 }
 
 /// The error for a name that nothing has.
@@ -424,29 +388,20 @@ pub fn member_state(state: MemberState) -> DiskState {
 
 /// Parity without a log: a power loss while degraded can damage old data.
 pub fn is_write_hole_open(group: &GroupStatus) -> bool {
-    group.level == Level::Raid5 && group.consistency == Consistency::None
-}
-
-/// Members that hold data of one stripe.
-pub fn data_members(level: Level, members: usize) -> usize {
-    match level {
-        Level::Raid0 => members,
-        Level::Raid1 => 1,
-        Level::Raid5 => members.saturating_sub(1),
-    }
+    group.level.has_parity() && group.consistency == Consistency::None
 }
 
 /// Command lines that make file systems of the group's geometry.
 pub fn mkfs_lines(group: &GroupStatus, node: &str) -> Vec<String> {
-    let data = data_members(group.level, group.members.len());
-    if group.level == Level::Raid1 {
+    if !group.level.is_striped() {
         return vec![
             format!("mkfs.ext4 -b 4096 {node}"),
             format!("mkfs.xfs {node}"),
         ];
     }
     let (stride, kib) = (group.chunk / 4096, group.chunk / 1024);
-    let width = stride * data as u64;
+    let data = group.stripe_bytes / group.chunk.max(1);
+    let width = stride * data;
     vec![
         format!("mkfs.ext4 -b 4096 -E stride={stride},stripe_width={width} {node}"),
         format!("mkfs.xfs -d su={kib}k,sw={data} {node}"),
@@ -457,7 +412,7 @@ pub fn mkfs_lines(group: &GroupStatus, node: &str) -> Vec<String> {
 pub(crate) mod tests {
     use super::*;
     use lunar_api::mgmt::Role;
-    use lunar_api::target::LuCounters;
+    use lunar_api::target::{Level, LuCounters};
     use lunar_api::{History, LuUuid};
 
     /// A raid5 of three disks with one LU.
@@ -482,6 +437,8 @@ pub(crate) mod tests {
             name: "data".into(),
             level: Level::Raid5,
             chunk: 65536,
+            stripe_bytes: 131_072,
+            can_lose: 1,
             consistency: Consistency::None,
             state: GroupState::Optimal,
             reason: String::new(),
@@ -533,16 +490,6 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn find_takes_number_name_and_device() {
-        let view = view();
-        for name in ["1", "vol", "/dev/lunar/vol", "/dev/ublkb0"] {
-            assert_eq!(view.find_lu(name).unwrap().number, 1, "{name}");
-        }
-        assert!(view.find_lu("2").is_err());
-        assert_eq!(view.find_group("data").unwrap().number, 1);
-    }
-
-    #[test]
     fn mkfs_lines_of_raid5() {
         let lines = mkfs_lines(&group(), "/dev/lunar/vol");
         assert_eq!(
@@ -550,5 +497,31 @@ pub(crate) mod tests {
             "mkfs.ext4 -b 4096 -E stride=16,stripe_width=32 /dev/lunar/vol"
         );
         assert_eq!(lines[1], "mkfs.xfs -d su=64k,sw=2 /dev/lunar/vol");
+    }
+
+    #[test]
+    fn mkfs_lines_say_a_stripe_that_is_no_power_of_two() {
+        let group = GroupStatus {
+            level: Level::Raid10,
+            stripe_bytes: 5 * 65536,
+            ..group()
+        };
+        let lines = mkfs_lines(&group, "/dev/lunar/vol");
+        assert!(
+            lines[0].contains("stride=16,stripe_width=80"),
+            "{}",
+            lines[0]
+        );
+        assert!(lines[1].contains("su=64k,sw=5"), "{}", lines[1]);
+    }
+
+    #[test]
+    fn mkfs_lines_of_a_level_without_chunks_name_none() {
+        for level in [Level::Raid1, Level::Linear] {
+            let group = GroupStatus { level, ..group() };
+            for line in mkfs_lines(&group, "/dev/lunar/vol") {
+                assert!(!line.contains("su=") && !line.contains("stride"), "{line}");
+            }
+        }
     }
 }

@@ -1,35 +1,20 @@
-//! Holds `schema.json`, `io.lunar.varlink` and the golden answers to the types. `LUNAR_BLESS=1` writes them.
+//! Holds `schema.json` and `io.lunar.varlink` to the types. `LUNAR_BLESS=1` writes them.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
-use lunar_api::mgmt::{self, Role};
-use lunar_api::rows::{self, *};
-use lunar_api::target::{
-    Consistency, Features, GroupState, Level, LuCounters, SyncAction, SyncStatus,
-};
-use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid, History, LuUuid, SystemUuid};
+mod samples;
+
+use samples::hold;
+
+use lunar_api::ApiError;
+use lunar_api::{mgmt, rows};
 use schemars::{JsonSchema, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
-}
-
-/// Compares with the committed file, or writes it when told to.
-fn hold(path: &Path, text: &str) {
-    if std::env::var_os("LUNAR_BLESS").is_some() {
-        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-        std::fs::write(path, text).unwrap();
-    }
-    let committed = std::fs::read_to_string(path).unwrap_or_default();
-    assert_eq!(
-        committed,
-        text,
-        "{}: LUNAR_BLESS=1 cargo test -p mgmtd writes it",
-        path.display()
-    );
 }
 
 /// Method, request type, reply type.
@@ -59,7 +44,7 @@ fn methods() -> Methods {
     m.add::<mgmt::EventsAsk, rows::EventsReply>("Events");
     m.add::<mgmt::Nothing, rows::JobList>("JobList");
     m.add::<mgmt::JobOne, rows::JobOneReply>("JobShow");
-    m.add::<mgmt::JobOne, rows::Changed>("JobCancel");
+    m.add::<mgmt::JobEnd, rows::Changed>("JobCancel");
     m.add::<mgmt::Nothing, rows::DiskList>("DiskList");
     m.add::<mgmt::One, rows::DiskOne>("DiskShow");
     m.add::<mgmt::DiskAdd, rows::Changed>("DiskAdd");
@@ -215,241 +200,4 @@ fn every_verb_is_a_method() {
         .collect();
     let verbs: Vec<&str> = mgmt::VERBS.iter().map(|(verb, _)| *verb).collect();
     assert_eq!(known, verbs);
-}
-
-fn golden(name: &str, value: &impl serde::Serialize) {
-    let text = serde_json::to_string_pretty(value).unwrap() + "\n";
-    hold(
-        &root().join(format!("fixtures/golden/json/{name}.json")),
-        &text,
-    );
-}
-
-fn disk_row() -> DiskRow {
-    DiskRow {
-        disk: 1,
-        path: "/dev/disk/by-id/wwn-0x5000c500a1".into(),
-        capacity: 4_000_000_000_000,
-        role: Role::Data,
-        state: DiskState::InSync,
-        group: Some(1),
-        errors: 3,
-    }
-}
-
-fn path_row() -> PathRow {
-    let device = Some("/dev/ublkb0".into());
-    PathRow {
-        path: 1,
-        lu: 1,
-        head: "host".into(),
-        device,
-        state: PathState::Online,
-    }
-}
-
-fn group_row() -> GroupRow {
-    GroupRow {
-        group: 1,
-        name: "data".into(),
-        level: Some(Level::Raid5),
-        disks: vec![Some(1), Some(2), None],
-        chunk: 65536,
-        consistency: Some(Consistency::None),
-        state: GroupState::Degraded,
-    }
-}
-
-fn lu_row() -> LuRow {
-    LuRow {
-        lu: 1,
-        name: "vol".into(),
-        group: 1,
-        capacity: 10 << 30,
-        device: Some("/dev/lunar/vol".into()),
-        paths: vec![path_row()],
-        counters: LuCounters::default(),
-    }
-}
-
-fn member() -> MemberRow {
-    MemberRow {
-        slot: 0,
-        disk: Some(1),
-        path: disk_row().path,
-        state: DiskState::Rebuilding,
-        data_offset: 8 << 20,
-        reason: "replaced".into(),
-        reads: 1,
-        writes: 2,
-        read_bytes: 4096,
-        write_bytes: 8192,
-        read_errors: 0,
-        write_errors: 3,
-    }
-}
-
-fn sync() -> SyncStatus {
-    SyncStatus {
-        action: SyncAction::Recover,
-        done: 1,
-        total: 8,
-        rate: 2,
-        slot: Some(0),
-    }
-}
-
-#[test]
-fn golden_answers() {
-    golden(
-        "disk.list",
-        &DiskList {
-            disks: vec![disk_row()],
-        },
-    );
-    golden(
-        "group.list",
-        &GroupList {
-            groups: vec![group_row()],
-        },
-    );
-    golden(
-        "lu.list",
-        &LuList {
-            lus: vec![lu_row()],
-        },
-    );
-    golden(
-        "path.list",
-        &PathList {
-            paths: vec![path_row()],
-        },
-    );
-    let group = GroupShow {
-        group: 1,
-        name: "data".into(),
-        level: Some(Level::Raid5),
-        disks: group_row().disks,
-        chunk: 65536,
-        consistency: Some(Consistency::None),
-        state: GroupState::Degraded,
-        uuid: GroupUuid::from_bytes([2; 16]),
-        reason: "disk 3 (slot 2) failed".into(),
-        action: "add a disk (lunar disk add PATH), then: lunar disk replace 3 NEW".into(),
-        capacity: 1 << 40,
-        free: 1 << 30,
-        logical_block: 512,
-        write_hole_open: true,
-        zero_copy: true,
-        allocations: 0,
-        history: Some(History::from_bytes([3; 16])),
-        generation: 7,
-        members: vec![member()],
-        lus: vec![1],
-        sync: Some(sync()),
-    };
-    golden("group.show", &GroupOne { group });
-    let lu = LuShow {
-        lu: 1,
-        name: "vol".into(),
-        group: 1,
-        capacity: 10 << 30,
-        device: lu_row().device,
-        paths: vec![path_row()],
-        counters: LuCounters {
-            reads: 1,
-            zero_copy: 1,
-            ..LuCounters::default()
-        },
-        uuid: LuUuid::from_bytes([4; 16]),
-        group_name: "data".into(),
-        depth: 128,
-        problem: String::new(),
-        holders: vec!["mounted at /srv".into()],
-        members: vec![member()],
-        mkfs: vec!["mkfs.ext4 -b 4096 -E stride=16,stripe_width=32 /dev/lunar/vol".into()],
-        fstab: "/dev/lunar/vol /srv/vol ext4 defaults,nofail 0 2".into(),
-    };
-    golden("lu.show", &LuOne { lu });
-    let disk = DiskShow {
-        disk: 1,
-        path: disk_row().path,
-        capacity: 1 << 40,
-        role: Role::Spare,
-        state: DiskState::Spare,
-        group: None,
-        errors: 0,
-        uuid: DiskUuid::from_bytes([1; 16]),
-        group_name: None,
-        slot: None,
-        reason: String::new(),
-        read_errors: 0,
-        write_errors: 0,
-    };
-    golden("disk.show", &DiskOne { disk });
-    let job = JobRow {
-        job: 7,
-        kind: JobKind::Recover,
-        group: 1,
-        group_name: "data".into(),
-        disk: Some(5),
-        state: JobState::Running,
-        done: 1,
-        total: 8,
-        rate: 2,
-        started: 1_700_000_000_000,
-        ended: None,
-        reason: String::new(),
-    };
-    golden("job.list", &JobList { jobs: vec![job] });
-    let event = EventRow {
-        event: 1,
-        time: 1_700_000_000_000,
-        name: "Fail".into(),
-        group: Some(1),
-        disk: Some(2),
-        lu: None,
-        text: "disk 2 failed".into(),
-    };
-    golden(
-        "events",
-        &EventsReply {
-            events: vec![event],
-        },
-    );
-    let status = StatusData {
-        health: Health::Optimal,
-        system: SystemUuid::from_bytes([9; 16]),
-        target_up: true,
-        features: Features::default(),
-        groups: Vec::new(),
-        disks: vec![disk_row()],
-        bad_disks: vec![BadDisk {
-            disk: 2,
-            path: "/dev/sdb".into(),
-            problem: "cannot be read: Input/output error".into(),
-        }],
-        strangers: vec![Stranger {
-            path: "/dev/sdc".into(),
-            kind: StrangerKind::OtherSystem,
-            system: Some(SystemUuid::from_bytes([8; 16])),
-            group_name: "old".into(),
-            text: "belongs to another system".into(),
-        }],
-    };
-    golden(
-        "status",
-        &StatusReply {
-            exit: 0,
-            text: "all groups are optimal\n".into(),
-            status,
-        },
-    );
-    let error = ApiError::new(ErrorKind::Busy, "LU vol is not deleted: in use");
-    golden(
-        "error",
-        &error
-            .because("/dev/ublkb0 is mounted at /srv")
-            .hint("umount /srv"),
-    );
 }

@@ -1,4 +1,5 @@
 //! What the end-to-end tests stand on. They run as root in the lab's kernel (`fixtures/lab.sh`) or, with
 //! `LUNAR_TEST_ON_HOST=1`, on the host's own, and drive Lunar by its command line alone.
 
+pub mod bench;
 pub mod e2e;

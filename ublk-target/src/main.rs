@@ -31,7 +31,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use nix::sys::signal::{SigSet, Signal};
 use tracing_subscriber::EnvFilter;
 
@@ -44,6 +44,9 @@ static ALLOCATOR: allocations::Counting = allocations::Counting;
 #[derive(Debug, Parser)]
 #[command(version, args_conflicts_with_subcommands = true)]
 struct Cli {
+    /// Print the manual page
+    #[arg(long, hide = true, exclusive = true)]
+    man: bool,
     #[command(flatten)]
     serve: Option<Serve>,
     #[command(subcommand)]
@@ -68,6 +71,13 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    if cli.man {
+        let man = clap_mangen::Man::new(Cli::command()).section("8");
+        return match man.render(&mut std::io::stdout()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_) => ExitCode::FAILURE,
+        };
+    }
     // To stderr: mgmtd or journald keeps it, never a file on a LU.
     tracing_subscriber::fmt()
         .with_env_filter(

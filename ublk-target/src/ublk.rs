@@ -13,7 +13,7 @@ use io_uring::squeue::Entry128;
 use io_uring::{IoUring, cqueue, opcode, types};
 use libublk::sys;
 use lunar_api::LuUuid;
-use lunar_api::target::{Features, GroupStatus, Level};
+use lunar_api::target::{Features, GroupStatus};
 use lunar_engine::raid_group;
 
 /// Largest request: what one private copy takes, and 1/16 of the pool's part for them.
@@ -150,15 +150,9 @@ pub(crate) struct Geometry {
 impl Geometry {
     /// Reads it off a group. A full stripe that is no power of two cannot be said: the power of two below it.
     pub(crate) fn of(group: &GroupStatus, bytes: u64, discard: bool, members_mask: u32) -> Self {
-        let members = u64::try_from(group.members.len()).unwrap_or(1);
-        let data = match group.level {
-            Level::Raid0 => members,
-            Level::Raid1 => 1,
-            Level::Raid5 => members.saturating_sub(1),
-        };
-        let (io_min, stripe) = match group.level {
-            Level::Raid1 => (4096, 4096),
-            Level::Raid0 | Level::Raid5 => (group.chunk, group.chunk * data.max(1)),
+        let (io_min, stripe) = match group.level.is_striped() {
+            true => (group.chunk, group.stripe_bytes),
+            false => (4096, 4096),
         };
         Self {
             bytes,

@@ -62,6 +62,12 @@ requests! {
     JobOne {
         job: u32,
     }
+    /// Ends a job early.
+    JobEnd {
+        job: u32,
+        dry_run: bool,
+        yes: bool,
+    }
     /// Gives disks to Lunar, all or none.
     DiskAdd {
         paths: Vec<String>,
@@ -178,9 +184,9 @@ requests! {
         dry_run: bool,
         yes: bool,
     }
-    /// Deletes a LU.
+    /// Deletes LUs, all or none.
     LuEnd {
-        lu: String,
+        lus: Vec<String>,
         dry_run: bool,
         yes: bool,
     }
@@ -209,7 +215,7 @@ pub enum Request {
     JobShow(JobOne),
     /// Ends a job early. Answer: `Changed`.
     #[serde(rename = "io.lunar.JobCancel")]
-    JobCancel(JobOne),
+    JobCancel(JobEnd),
     /// The disk table. Answer: `DiskList`.
     #[serde(rename = "io.lunar.DiskList")]
     DiskList(Nothing),
@@ -267,7 +273,7 @@ pub enum Request {
     /// Renames a LU. Answer: `Changed`.
     #[serde(rename = "io.lunar.LuRename")]
     LuRename(Rename),
-    /// Deletes a LU. Answer: `Changed`.
+    /// Deletes LUs. Answer: `Changed`.
     #[serde(rename = "io.lunar.LuDelete")]
     LuDelete(LuEnd),
     /// The table of paths. Answer: `PathList`.

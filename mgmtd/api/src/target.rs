@@ -22,12 +22,43 @@ pub const FDS_MAX: usize = 253;
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Level {
+    /// Members of any size one after the other, without redundancy.
+    Linear,
     /// Striping without redundancy; one member alone is allowed.
     Raid0,
     /// Every member holds the same.
     Raid1,
     /// One rotating parity, md's `left-symmetric`.
     Raid5,
+    /// Two rotating parities, P and Q, md's `left-symmetric`.
+    Raid6,
+    /// Every chunk on two members, md's `near=2`; the count of members may be odd.
+    Raid10,
+}
+
+impl Level {
+    /// Returns the fewest members that it has.
+    pub fn members_min(self) -> usize {
+        match self {
+            Self::Linear | Self::Raid0 => 1,
+            Self::Raid1 | Self::Raid10 => 2,
+            Self::Raid5 => 3,
+            Self::Raid6 => 4,
+        }
+    }
+
+    /// Says whether its data goes round the members by chunks.
+    pub fn is_striped(self) -> bool {
+        match self {
+            Self::Linear | Self::Raid1 => false,
+            Self::Raid0 | Self::Raid5 | Self::Raid6 | Self::Raid10 => true,
+        }
+    }
+
+    /// Says whether it has parity.
+    pub fn has_parity(self) -> bool {
+        matches!(self, Self::Raid5 | Self::Raid6)
+    }
 }
 
 /// What is done so that redundancy is right again after a power loss (md's word).
@@ -318,6 +349,10 @@ pub struct GroupStatus {
     pub name: String,
     pub level: Level,
     pub chunk: u64,
+    /// Bytes of data in a full stripe.
+    pub stripe_bytes: u64,
+    /// How many more members it can lose now, whichever they are.
+    pub can_lose: u16,
     pub consistency: Consistency,
     pub state: GroupState,
     /// Why it is not optimal, for people; empty when it is.
@@ -327,7 +362,7 @@ pub struct GroupStatus {
     /// Usable bytes, and those not given to a LU.
     pub capacity: u64,
     pub free: u64,
-    /// Bytes of one member that hold data.
+    /// Bytes of one member that hold data (linear: of the largest).
     pub member_bytes: u64,
     pub logical_block: u32,
     pub members: Vec<MemberStatus>,

@@ -18,10 +18,10 @@ use crate::link::unexpected;
 use crate::names::expand;
 use crate::opener::open_patiently;
 use crate::planner::{Gate, Plan};
-use crate::probe::{identify, random, stable_path};
+use crate::probe::{random, stable_path};
 use crate::signature;
 use crate::tables::DiskSave;
-use crate::views::{View, unknown};
+use crate::views::View;
 
 /// Answers `DiskList`.
 ///
@@ -67,20 +67,24 @@ pub async fn show(daemon: &Daemon, name: &str) -> Result<DiskOne, ApiError> {
 ///
 /// # Errors  `Usage` if there is none
 pub fn find<'a>(view: &'a View, name: &str) -> Result<&'a DiskSave, ApiError> {
-    let mut disks = view.tables.disks.values();
-    let exact = |d: &&DiskSave| {
-        d.number.to_string() == name || d.path == name || d.uuid.to_string() == name
-    };
-    if let Some(disk) = disks.find(exact) {
-        return Ok(disk);
+    view.find_disk(name)
+}
+
+/// The disks that a list names, each once.
+///
+/// # Errors  `Usage` for a name that nothing has, or a disk named twice
+pub fn choose<'a>(view: &'a View, names: &[String]) -> Result<Vec<&'a DiskSave>, ApiError> {
+    let mut seen = BTreeSet::new();
+    let mut out = Vec::new();
+    for name in expand(names)? {
+        let disk = find(view, &name)?;
+        if !seen.insert(disk.number) {
+            let what = format!("disk {} is named twice", disk.number);
+            return Err(ApiError::new(ErrorKind::Usage, what).hint("name each disk once"));
+        }
+        out.push(disk);
     }
-    let same = name
-        .contains('/')
-        .then(|| identify(Path::new(name)).ok())
-        .flatten();
-    let mut disks = view.tables.disks.values();
-    same.and_then(|id| disks.find(|d| identify(Path::new(&d.path)).is_ok_and(|other| other == id)))
-        .ok_or_else(|| unknown("disk", name))
+    Ok(out)
 }
 
 /// Answers `DiskAdd`.
@@ -443,21 +447,14 @@ fn choose_new<'a>(
 pub async fn remove(daemon: &Daemon, ask: DiskRemove) -> Result<Changed, ApiError> {
     let _turn = daemon.turn().await?;
     let view = view(daemon).await;
-    let names = expand(&ask.disks)?;
+    let chosen = choose(&view, &ask.disks)?;
     // What was last seen may be old, and a wipe cannot be taken back: look at the disks now.
-    let chosen: Vec<DiskSave> = names
-        .iter()
-        .map(|n| find(&view, n).cloned())
-        .collect::<Result<_, _>>()?;
-    let free: Vec<DiskSave> = chosen
-        .into_iter()
-        .filter(|d| view.member(d.uuid).is_none())
-        .collect();
+    let free = chosen.iter().filter(|d| view.member(d.uuid).is_none());
+    let free: Vec<DiskSave> = free.map(|d| (*d).clone()).collect();
     look_again(daemon, &free).await?;
     let view = last_view(daemon);
     let mut disks = Vec::new();
-    for name in &names {
-        let disk = find(&view, name)?;
+    for disk in choose(&view, &ask.disks)? {
         // The disk's own label decides, also for a group that has no row yet.
         if let Some(group) = view.group_of(disk) {
             let name = view

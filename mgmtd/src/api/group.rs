@@ -1,6 +1,5 @@
 //! `group`: RAID groups.
 
-use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
 
@@ -20,7 +19,7 @@ use crate::boot::{
 use crate::daemon::{About, Daemon, Problem};
 use crate::limits::{CHUNK, PATHS_MAX};
 use crate::link::unexpected;
-use crate::names::{check_name, expand};
+use crate::names::check_name;
 use crate::opener::open_patiently;
 use crate::planner::{Gate, Plan};
 use crate::probe::{boot_id, random};
@@ -64,8 +63,8 @@ pub async fn create(daemon: &Daemon, ask: GroupCreate) -> Result<Changed, ApiErr
         .level
         .ok_or_else(|| usage("--level is missing", "lunar group create --help"))?;
     let chunk = ask.chunk.unwrap_or(CHUNK);
-    let members = choose_members(&view, &expand(&ask.disks)?)?;
-    let plan = match view.find_group(&ask.name).ok().map(|g| view.group_row(g)) {
+    let members = disk::choose(&view, &ask.disks)?;
+    let plan = match view.group_named(&ask.name)?.map(|g| view.group_row(g)) {
         Some(row) => {
             let numbers: Vec<_> = members.iter().map(|d| Some(d.number)).collect();
             if row.level != Some(level) || row.disks != numbers {
@@ -79,13 +78,15 @@ pub async fn create(daemon: &Daemon, ask: GroupCreate) -> Result<Changed, ApiErr
         None => {
             check_shape(level, chunk, members.len())?;
             check_free(&view, &members)?;
+            let chosen: Vec<DiskSave> = members.iter().map(|d| (*d).clone()).collect();
+            look_again(daemon, &chosen).await?;
+            check_free(&last_view(daemon), &members)?;
             let numbers: Vec<_> = members.iter().map(|d| d.number.to_string()).collect();
-            let (word, size) = (level_word(level), format_size(chunk));
-            let text = format!(
-                "make {word} group {} of disks {}, chunk {size}",
-                ask.name,
-                numbers.join(", ")
-            );
+            let (word, numbers) = (level_word(level), numbers.join(", "));
+            let mut text = format!("make {word} group {} of disks {numbers}", ask.name);
+            if level.is_striped() {
+                text += &format!(", chunk {}", format_size(chunk));
+            }
             Plan::step(text)
         }
     };
@@ -93,9 +94,6 @@ pub async fn create(daemon: &Daemon, ask: GroupCreate) -> Result<Changed, ApiErr
         answer.group = view.find_group(&ask.name).ok().map(|g| view.group_row(g));
         return Ok(*answer);
     }
-    let chosen: Vec<DiskSave> = members.iter().map(|d| (*d).clone()).collect();
-    look_again(daemon, &chosen).await?;
-    check_free(&last_view(daemon), &members)?;
     let uuid = random().map_err(|e| {
         ApiError::new(ErrorKind::Failed, "no random numbers").because(e.to_string())
     })?;
@@ -146,29 +144,9 @@ fn usage(why: &str, hint: &str) -> ApiError {
     ApiError::new(ErrorKind::Usage, why).hint(hint)
 }
 
-fn choose_members<'a>(view: &'a View, names: &[String]) -> Result<Vec<&'a DiskSave>, ApiError> {
-    let mut seen = BTreeSet::new();
-    let mut out = Vec::new();
-    for name in names {
-        let disk = disk::find(view, name)?;
-        if !seen.insert(disk.number) {
-            return Err(usage(
-                &format!("disk {} is named twice", disk.number),
-                "name each disk once",
-            ));
-        }
-        out.push(disk);
-    }
-    Ok(out)
-}
-
 /// Checks level, chunk and number of members.
 fn check_shape(level: Level, chunk: u64, members: usize) -> Result<(), ApiError> {
-    let least = match level {
-        Level::Raid0 => 1,
-        Level::Raid1 => 2,
-        Level::Raid5 => 3,
-    };
+    let least = level.members_min();
     if members < least || members > PATHS_MAX {
         let word = level_word(level);
         let why = format!("{word} takes {least} to {PATHS_MAX} disks, {members} are named");
@@ -456,7 +434,7 @@ pub async fn rename(daemon: &Daemon, ask: Rename) -> Result<Changed, ApiError> {
     let live = started(&view, &ask.name)?;
     let plan = if live.name == ask.to {
         Plan::unchanged("it has this name")
-    } else if view.find_group(&ask.to).is_ok() {
+    } else if view.group_named(&ask.to)?.is_some() {
         return Err(usage(
             &format!("there is a group {} already", ask.to),
             "lunar group list",
@@ -663,6 +641,11 @@ mod tests {
             (Level::Raid5, 65535, 3, false),
             (Level::Raid5, 2 << 20, 3, false),
             (Level::Raid0, 4096, 0, false),
+            (Level::Raid6, 4096, 3, false),
+            (Level::Raid6, 4096, 4, true),
+            (Level::Raid10, 4096, 1, false),
+            (Level::Raid10, 4096, 3, true),
+            (Level::Linear, 4096, 1, true),
         ] {
             assert_eq!(
                 check_shape(level, chunk, members).is_ok(),

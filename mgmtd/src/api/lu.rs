@@ -11,9 +11,11 @@ use super::{last_view, name_openers, view};
 use crate::daemon::{About, Daemon};
 use crate::limits::{DEPTH, DEPTH_MAX};
 use crate::link::unexpected;
-use crate::names::check_name;
+use crate::names::{check_name, expand};
 use crate::planner::{Gate, Plan};
 use crate::probe::random;
+use crate::tables::LuSave;
+use crate::views::View;
 use crate::{holders, signature};
 
 /// Answers `LuList`.
@@ -65,8 +67,8 @@ pub async fn create(daemon: &Daemon, ask: LuCreate) -> Result<Changed, ApiError>
             "--size 10GiB, 50% or max".into(),
         );
     };
-    let plan = match view.find_lu(&ask.name) {
-        Ok(old) => {
+    let plan = match view.lu_named(&ask.name)? {
+        Some(old) => {
             let row = view.lu_row(old);
             let fits = match size {
                 LuSize::Bytes(bytes) => {
@@ -82,7 +84,7 @@ pub async fn create(daemon: &Daemon, ask: LuCreate) -> Result<Changed, ApiError>
             }
             Plan::unchanged(format!("LU {} is there", ask.name))
         }
-        Err(_) => {
+        None => {
             check_size(size, live.capacity, live.free)?;
             if depth == 0 || depth > DEPTH_MAX {
                 return usage(format!("depth is 1 to {DEPTH_MAX}"), "--depth 128".into());
@@ -190,7 +192,7 @@ pub async fn rename(daemon: &Daemon, ask: Rename) -> Result<Changed, ApiError> {
     let old = view.lu_row(save).name;
     let plan = if old == ask.to {
         Plan::unchanged("it has this name")
-    } else if view.find_lu(&ask.to).is_ok() {
+    } else if view.lu_named(&ask.to)?.is_some() {
         return Err(ApiError::new(
             ErrorKind::Usage,
             format!("there is a LU {} already", ask.to),
@@ -216,51 +218,101 @@ pub async fn rename(daemon: &Daemon, ask: Rename) -> Result<Changed, ApiError> {
     Ok(answer)
 }
 
+/// The LUs that a list names, each once.
+fn choose<'a>(view: &'a View, names: &[String]) -> Result<Vec<&'a LuSave>, ApiError> {
+    let mut out: Vec<&LuSave> = Vec::new();
+    for name in expand(names)? {
+        let lu = view.find_lu(&name)?;
+        if out.iter().any(|other| other.number == lu.number) {
+            let what = format!("LU {} is named twice", lu.number);
+            return Err(ApiError::new(ErrorKind::Usage, what).hint("name each LU once"));
+        }
+        out.push(lu);
+    }
+    Ok(out)
+}
+
 /// Answers `LuDelete`.
 ///
-/// # Errors  `Busy` with who holds it; `Refused` without a yes
+/// # Crash  between two LUs: those before are deleted; the same command without them deletes the rest
+/// # Errors  `Busy` with who holds one; `Refused` without a yes: then nothing is deleted
 pub async fn delete(daemon: &Daemon, ask: LuEnd) -> Result<Changed, ApiError> {
     let _turn = daemon.turn().await?;
     let view = view(daemon).await;
-    let save = view.find_lu(&ask.lu)?;
-    let row = view.lu_row(save);
-    let live = view.lu_live(save);
-    let ublk = live.and_then(|l| l.ublk);
-    if let Some(ublk) = ublk {
-        let held = holders::Look::now().of_ublk(ublk);
-        if let Some(first) = held.first() {
-            let hint = first
-                .strip_prefix("mounted at ")
-                .map(|at| format!("umount {at}"));
-            let mut busy = ApiError::new(
-                ErrorKind::Busy,
-                format!("LU {} is not deleted: in use", row.name),
-            );
-            busy.causes = held
-                .iter()
-                .map(|h| format!("/dev/ublkb{ublk} is {h}"))
-                .collect();
-            return Err(busy.hint(hint.unwrap_or("end what holds it".into())));
-        }
+    let lus = choose(&view, &ask.lus)?;
+    let look = holders::Look::now();
+    for save in &lus {
+        check_unused(&view, save, &look)?;
     }
-    let mut what = format!("LU {}: {}", row.name, format_size(row.capacity));
-    if let Some(ublk) = ublk {
-        let found = signature::find(&PathBuf::from(format!("/dev/ublkb{ublk}")))
-            .await
-            .unwrap_or_default();
-        if !found.is_empty() {
-            what += &format!(
-                ", carries {}",
-                found.into_iter().collect::<Vec<_>>().join(", ")
-            );
-        }
+    let mut plan = Plan::default();
+    for save in &lus {
+        let name = view.lu_row(save).name;
+        let what = doomed(&view, save).await;
+        plan.steps
+            .push(format!("stop the device of LU {name} and forget it"));
+        plan = plan.dies(what, &name);
     }
-    let plan = Plan::step(format!("stop the device of LU {} and forget it", row.name))
-        .dies(what, &row.name);
+    if lus.len() > 1 {
+        plan.confirm = Some(ask.lus.join(" "));
+    }
     if let Gate::Answer(answer) = plan.gate(ask.dry_run, ask.yes)? {
         return Ok(*answer);
     }
+    let mut done = Vec::new();
+    for save in &lus {
+        let row = view.lu_row(save);
+        let deleted = delete_one(daemon, &view, save, &row.name).await;
+        deleted.map_err(|error| match &done[..] {
+            [] => error,
+            _ => error.because(format!("deleted before it: {}", done.join(", "))),
+        })?;
+        done.push(row.name);
+    }
+    let mut answer = plan.done("");
+    answer.text = done.iter().map(|n| format!("LU {n} is deleted")).collect();
+    Ok(answer)
+}
+
+fn check_unused(view: &View, save: &LuSave, look: &holders::Look) -> Result<(), ApiError> {
+    let Some(ublk) = view.lu_live(save).and_then(|l| l.ublk) else {
+        return Ok(());
+    };
+    let held = look.of_ublk(ublk);
+    let Some(first) = held.first() else {
+        return Ok(());
+    };
+    let hint = first.strip_prefix("mounted at ");
+    let hint = hint.map(|at| format!("umount {at}"));
+    let what = format!("LU {} is not deleted: in use", view.lu_row(save).name);
+    let mut busy = ApiError::new(ErrorKind::Busy, what);
+    let held = held.iter().map(|h| format!("/dev/ublkb{ublk} is {h}"));
+    busy.causes = held.collect();
+    Err(busy.hint(hint.unwrap_or("end what holds it".into())))
+}
+
+/// What dies with a LU: its size, and what it carries.
+async fn doomed(view: &View, save: &LuSave) -> String {
+    let row = view.lu_row(save);
+    let mut what = format!("LU {}: {}", row.name, format_size(row.capacity));
+    if let Some(ublk) = view.lu_live(save).and_then(|l| l.ublk) {
+        let node = PathBuf::from(format!("/dev/ublkb{ublk}"));
+        let found = signature::find(&node).await.unwrap_or_default();
+        if !found.is_empty() {
+            let found = found.into_iter().collect::<Vec<_>>().join(", ");
+            what += &format!(", carries {found}");
+        }
+    }
+    what
+}
+
+async fn delete_one(
+    daemon: &Daemon,
+    view: &View,
+    save: &LuSave,
+    name: &str,
+) -> Result<(), ApiError> {
     let (group, lu) = (save.group, save.uuid);
+    let ublk = view.lu_live(save).and_then(|l| l.ublk);
     let ublks: Vec<u32> = ublk.into_iter().collect();
     let answer = daemon
         .ask(&TargetRequest::LuDelete { group, lu }, Vec::new())
@@ -274,12 +326,11 @@ pub async fn delete(daemon: &Daemon, ask: LuEnd) -> Result<Changed, ApiError> {
         lu: Some(lu),
         disk: None,
     };
-    daemon.event("LuDeleted", about, format!("LU {} was deleted", row.name));
+    daemon.event("LuDeleted", about, format!("LU {name} was deleted"));
     if let Some(group) = daemon.live().groups.get_mut(&group) {
         group.lus.retain(|l| l.lu != lu);
     }
-    daemon.absorb().await?;
-    Ok(plan.done(format!("LU {} is deleted", row.name)))
+    daemon.absorb().await
 }
 
 #[cfg(test)]

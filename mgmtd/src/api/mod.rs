@@ -27,7 +27,7 @@ pub async fn answer(daemon: &Daemon, request: Request) -> Result<Value, ApiError
         Request::Events(ask) => json(state::events(daemon, ask).await?),
         Request::JobList(_) => json(state::job_list(daemon).await?),
         Request::JobShow(ask) => json(state::job_show(daemon, ask.job).await?),
-        Request::JobCancel(ask) => json(state::job_cancel(daemon, ask.job).await?),
+        Request::JobCancel(ask) => json(state::job_cancel(daemon, ask).await?),
         Request::PathList(_) => json(state::path_list(daemon).await?),
         Request::Shutdown(ask) => json(state::shutdown(daemon, ask).await?),
         Request::Import(ask) => json(import::import(daemon, ask).await?),

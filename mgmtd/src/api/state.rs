@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use lunar_api::mgmt::{EventsAsk, ShutdownAsk, StatusAsk};
+use lunar_api::mgmt::{EventsAsk, JobEnd, ShutdownAsk, StatusAsk};
 use lunar_api::rows::{
     Changed, EventsReply, JobList, JobOneReply, JobState, PathList, StatusReply,
 };
@@ -82,11 +82,12 @@ pub async fn job_show(daemon: &Daemon, job: u32) -> Result<JobOneReply, ApiError
 /// Answers `JobCancel`: what restores redundancy is never ended early.
 ///
 /// # Errors  `Refused` while it runs
-pub async fn job_cancel(daemon: &Daemon, job: u32) -> Result<Changed, ApiError> {
+pub async fn job_cancel(daemon: &Daemon, ask: JobEnd) -> Result<Changed, ApiError> {
+    let job = ask.job;
     let row = job_show(daemon, job).await?.job;
     if row.state != JobState::Running {
         let plan = Plan::unchanged(format!("job {job} has ended"));
-        if let Gate::Answer(answer) = plan.gate(false, true)? {
+        if let Gate::Answer(answer) = plan.gate(ask.dry_run, ask.yes)? {
             return Ok(*answer);
         }
     }

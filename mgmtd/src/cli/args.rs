@@ -3,15 +3,18 @@
 use std::path::PathBuf;
 
 use clap::{Args as Group_, Parser, Subcommand, ValueEnum};
+use clap_complete::engine::ArgValueCandidates;
 use lunar_api::mgmt::Role;
 use lunar_api::target::{Consistency, Level, LuSize};
 use lunar_api::units::parse_size;
+
+use crate::complete;
 
 const EXIT: &str = "Exit status: 0 ok, 1 failed, 2 usage, 3 redundancy missing, 4 no service, 5 daemon unreachable,\n6 refused because data would die, 7 in use or held elsewhere.";
 
 /// Steers a Lunar storage array.
 #[derive(Debug, Parser)]
-#[command(version, after_help = const_format())]
+#[command(name = "lunar", version, after_help = const_format())]
 pub(crate) struct Args {
     /// Socket of mgmtd
     #[arg(long, global = true, value_name = "PATH")]
@@ -135,9 +138,31 @@ pub(crate) enum Noun {
         #[command(subcommand)]
         verb: Config,
     },
+    /// Print what a shell needs to complete lunar's verbs, options and names
+    #[command(
+        after_help = "Examples:\n  lunar completions bash > /usr/share/bash-completion/completions/lunar\n  lunar completions zsh > /usr/local/share/zsh/site-functions/_lunar\n  lunar completions fish > /etc/fish/completions/lunar.fish"
+    )]
+    Completions { shell: Shell },
+    /// Write the manual pages of every verb
+    #[command(
+        hide = true,
+        after_help = "Examples:\n  lunar man --out /usr/local/share/man/man1"
+    )]
+    Man {
+        /// Folder; it is made if it is not there
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+    },
     /// Stop everything in order; names the mounts that hold it
     #[command(after_help = "Examples:\n  lunar shutdown --dry-run\n  lunar shutdown")]
     Shutdown,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum Shell {
+    Bash,
+    Zsh,
+    Fish,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -155,10 +180,16 @@ pub(crate) enum Job {
     List,
     /// Follow a job to its end; Ctrl-C detaches, the job goes on
     #[command(after_help = "Examples:\n  lunar job watch 7")]
-    Watch { job: u32 },
+    Watch {
+        #[arg(add = ArgValueCandidates::new(complete::jobs))]
+        job: u32,
+    },
     /// End a job early
     #[command(after_help = "Examples:\n  lunar job cancel 7")]
-    Cancel { job: u32 },
+    Cancel {
+        #[arg(add = ArgValueCandidates::new(complete::jobs))]
+        job: u32,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -184,19 +215,35 @@ pub(crate) enum Disk {
     List,
     /// Show a disk
     #[command(after_help = "Examples:\n  lunar disk show 1\n  lunar disk show /dev/sdb")]
-    Show { disk: String },
+    Show {
+        /// Number, name or path
+        #[arg(add = ArgValueCandidates::new(complete::disks))]
+        disk: String,
+    },
     /// Fail a member by hand
     #[command(after_help = "Examples:\n  lunar disk fail 2")]
-    Fail { disk: String },
+    Fail {
+        /// Number, name or path
+        #[arg(add = ArgValueCandidates::new(complete::disks))]
+        disk: String,
+    },
     /// Put NEW, or a spare, in the place of OLD, and rebuild
     #[command(
         after_help = "Examples:\n  lunar disk replace 2 5\n  lunar disk replace 2 --wait     (takes a spare)"
     )]
-    Replace { old: String, new: Option<String> },
+    Replace {
+        /// Number, name or path
+        #[arg(add = ArgValueCandidates::new(complete::disks))]
+        old: String,
+        /// Number, name or path; without: a spare
+        #[arg(add = ArgValueCandidates::new(complete::disks))]
+        new: Option<String>,
+    },
     /// Take disks back
     #[command(after_help = "Examples:\n  lunar disk remove 2\n  lunar disk remove 3-5 --wipe")]
     Remove {
-        #[arg(required = true, value_name = "DISK")]
+        /// Numbers, ranges, names or paths
+        #[arg(required = true, value_name = "DISK", add = ArgValueCandidates::new(complete::disks))]
         disks: Vec<String>,
         /// Overwrite the superblocks: they cannot be brought back
         #[arg(long)]
@@ -225,7 +272,7 @@ impl From<RoleArg> for Role {
 pub(crate) enum Group {
     /// Make a group
     #[command(
-        after_help = "Examples:\n  lunar group create data --level raid5 --disks 1-4\n  lunar group create fast --level raid0 --disks 5,6 --chunk 128KiB\n  lunar group create safe --level raid1 --disks 7,8 --assume-clean     (both known to be zero)"
+        after_help = "Examples:\n  lunar group create data --level raid5 --disks 1-4\n  lunar group create fast --level raid0 --disks 5,6 --chunk 128KiB\n  lunar group create safe --level raid1 --disks 7,8 --assume-clean     (both known to be zero)\n  lunar group create wide --level raid10 --disks 1-5\n  lunar group create big --level linear --disks 1-3     (of different sizes)"
     )]
     Create(Create),
     /// List groups
@@ -233,10 +280,15 @@ pub(crate) enum Group {
     List,
     /// Show a group
     #[command(after_help = "Examples:\n  lunar group show data")]
-    Show { group: String },
+    Show {
+        /// Number or name, or a disk or LU of it
+        #[arg(add = ArgValueCandidates::new(complete::groups))]
+        group: String,
+    },
     /// Set tunables
     #[command(after_help = "Examples:\n  lunar group set data --rebuild-max 200MiB")]
     Set {
+        #[arg(add = ArgValueCandidates::new(complete::groups))]
         group: String,
         /// Bytes a second that a rebuild gets at least
         #[arg(long, value_parser = size)]
@@ -250,6 +302,7 @@ pub(crate) enum Group {
         after_help = "Examples:\n  lunar group start data\n  lunar group start data --force     (old or wrong data is accepted)\n  lunar group start data --again     (out of quarantine, once the reason is gone)"
     )]
     Start {
+        #[arg(add = ArgValueCandidates::new(complete::groups))]
         group: String,
         /// Start although data may be old or wrong
         #[arg(long)]
@@ -263,9 +316,10 @@ pub(crate) enum Group {
         after_help = "Examples:\n  lunar group resolve data --keep 2 --dry-run\n  lunar group resolve data --keep 2     (what the other side wrote since is given up)"
     )]
     Resolve {
+        #[arg(add = ArgValueCandidates::new(complete::groups))]
         group: String,
         /// A disk of the side that goes on
-        #[arg(long, value_name = "DISK")]
+        #[arg(long, value_name = "DISK", add = ArgValueCandidates::new(complete::disks))]
         keep: String,
         /// Although it was not stopped cleanly and is degraded
         #[arg(long)]
@@ -273,15 +327,26 @@ pub(crate) enum Group {
     },
     /// Stop a group and its LUs
     #[command(after_help = "Examples:\n  lunar group stop data")]
-    Stop { group: String },
+    Stop {
+        #[arg(add = ArgValueCandidates::new(complete::groups))]
+        group: String,
+    },
     /// Rename a group
     #[command(after_help = "Examples:\n  lunar group rename data archive")]
-    Rename { group: String, to: String },
+    Rename {
+        #[arg(add = ArgValueCandidates::new(complete::groups))]
+        group: String,
+        /// The new name
+        to: String,
+    },
     /// Delete a group and its LUs
     #[command(
         after_help = "Examples:\n  lunar group delete data --dry-run\n  lunar group delete data"
     )]
-    Delete { group: String },
+    Delete {
+        #[arg(add = ArgValueCandidates::new(complete::groups))]
+        group: String,
+    },
 }
 
 #[derive(Debug, Group_)]
@@ -290,7 +355,7 @@ pub(crate) struct Create {
     #[arg(long)]
     pub(crate) level: LevelArg,
     /// Numbers, ranges, names or paths
-    #[arg(long, required = true, num_args = 1.., value_name = "DISKS")]
+    #[arg(long, required = true, num_args = 1.., value_name = "DISKS", add = ArgValueCandidates::new(complete::disks))]
     pub(crate) disks: Vec<String>,
     /// Contiguous piece on one member; default 64KiB
     #[arg(long, value_parser = size)]
@@ -304,9 +369,16 @@ pub(crate) struct Create {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub(crate) enum LevelArg {
+    /// Disks of any size one after the other; no redundancy
+    Linear,
+    /// Striping; no redundancy
     Raid0,
+    /// All disks hold the same
     Raid1,
+    /// One disk's room for parity; from 3 disks
     Raid5,
+    /// Half the room: every chunk on two disks, from 2, also an odd count
+    Raid10,
 }
 
 impl From<LevelArg> for Level {
@@ -315,6 +387,8 @@ impl From<LevelArg> for Level {
             LevelArg::Raid0 => Self::Raid0,
             LevelArg::Raid1 => Self::Raid1,
             LevelArg::Raid5 => Self::Raid5,
+            LevelArg::Raid10 => Self::Raid10,
+            LevelArg::Linear => Self::Linear,
         }
     }
 }
@@ -341,7 +415,7 @@ pub(crate) enum Lu {
     )]
     Create {
         name: String,
-        #[arg(long)]
+        #[arg(long, add = ArgValueCandidates::new(complete::groups))]
         group: String,
         /// 10GiB, 50% or max
         #[arg(long, value_parser = lu_size)]
@@ -355,13 +429,28 @@ pub(crate) enum Lu {
     List,
     /// Show a LU, its mkfs geometry and its fstab line
     #[command(after_help = "Examples:\n  lunar lu show vol\n  lunar lu show vol --json")]
-    Show { lu: String },
-    /// Rename a LU
+    Show {
+        /// Number, name or device
+        #[arg(add = ArgValueCandidates::new(complete::lus))]
+        lu: String,
+    },
+    /// Rename a LU; it may be in use meanwhile
     #[command(after_help = "Examples:\n  lunar lu rename vol archive")]
-    Rename { lu: String, to: String },
-    /// Delete a LU; refused while anybody holds it
-    #[command(after_help = "Examples:\n  lunar lu delete vol --dry-run\n  lunar lu delete vol")]
-    Delete { lu: String },
+    Rename {
+        #[arg(add = ArgValueCandidates::new(complete::lus))]
+        lu: String,
+        /// The new name
+        to: String,
+    },
+    /// Delete LUs, all or none; refused while anybody holds one
+    #[command(
+        after_help = "Examples:\n  lunar lu delete vol --dry-run\n  lunar lu delete vol\n  lunar lu delete 1-3"
+    )]
+    Delete {
+        /// Numbers, ranges, names or devices
+        #[arg(required = true, value_name = "LU", add = ArgValueCandidates::new(complete::lus))]
+        lus: Vec<String>,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -412,21 +501,32 @@ mod tests {
     use super::*;
     use clap::CommandFactory;
 
+    /// Given every verb of the command tree, then it has an example that begins with its own words and parses.
     #[test]
-    fn every_verb_has_examples() {
-        fn check(command: &clap::Command) {
-            let help = command
-                .get_after_help()
-                .map(ToString::to_string)
-                .unwrap_or_default();
-            assert!(help.contains("Examples:"), "{}", command.get_name());
-            command
-                .get_subcommands()
-                .filter(|c| c.get_name() != "help")
-                .for_each(check);
+    fn every_verb_has_examples_that_parse() {
+        fn check(command: &clap::Command, words: &str) {
+            let help = command.get_after_help().map(ToString::to_string);
+            let help = help.unwrap_or_default();
+            let lines = help.lines().skip_while(|line| *line != "Examples:").skip(1);
+            let lines: Vec<&str> = lines.take_while(|line| line.starts_with("  ")).collect();
+            let own = |line: &&&str| format!("{} ", line.trim()).starts_with(&format!("{words} "));
+            assert!(
+                lines.iter().any(|line| own(&line)),
+                "no example of: {words}"
+            );
+            for line in lines {
+                // What follows five spaces is a remark, what follows `>` the shell's.
+                let typed = line.trim().split("     ").next().unwrap_or_default();
+                let typed = typed.split(" > ").next().unwrap_or_default();
+                let parsed = Args::try_parse_from(typed.split_whitespace());
+                assert!(parsed.is_ok(), "{typed}: {}", parsed.unwrap_err());
+            }
+            for verb in command.get_subcommands().filter(|c| c.get_name() != "help") {
+                check(verb, &format!("{words} {}", verb.get_name()));
+            }
         }
         Args::command().debug_assert();
-        check(&Args::command());
+        check(&Args::command(), "lunar");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use lunar_api::mgmt::{CALL_MAX, Request};
@@ -17,6 +17,15 @@ const ANSWER_MAX: usize = 64 * CALL_MAX;
 /// mgmtd has its own limits, the longest path being a turn, an open and a call; this one is the last resort.
 const ANSWER_LIMIT: Duration = Duration::from_secs(240);
 
+/// The socket of the mgmtd that is meant.
+pub(crate) fn socket(path: Option<&Path>, system: Option<u32>) -> PathBuf {
+    match (path, system) {
+        (Some(path), _) => path.into(),
+        (None, Some(n)) => format!("/run/lunar/{n}/mgmtd.sock").into(),
+        (None, None) => "/run/lunar/mgmtd.sock".into(),
+    }
+}
+
 /// The connection.
 #[derive(Debug)]
 pub(crate) struct Client {
@@ -27,12 +36,13 @@ pub(crate) struct Client {
 impl Client {
     /// Connects to the mgmtd that the arguments name.
     pub(crate) fn connect(args: &Args) -> Result<Self, ApiError> {
-        let path = match (&args.socket, args.system) {
-            (Some(path), _) => path.clone(),
-            (None, Some(n)) => PathBuf::from(format!("/run/lunar/{n}/mgmtd.sock")),
-            (None, None) => "/run/lunar/mgmtd.sock".into(),
-        };
-        let stream = UnixStream::connect(&path).map_err(|e| {
+        let path = socket(args.socket.as_deref(), args.system);
+        Self::open(&path, ANSWER_LIMIT)
+    }
+
+    /// Connects to a socket; no answer takes longer than `limit`.
+    pub(crate) fn open(path: &Path, limit: Duration) -> Result<Self, ApiError> {
+        let stream = UnixStream::connect(path).map_err(|e| {
             let hint = match e.kind() {
                 std::io::ErrorKind::PermissionDenied => "sudo lunar ..",
                 _ => "systemctl start mgmtd, or: mgmtd &",
@@ -42,8 +52,8 @@ impl Client {
                 .hint(hint)
         })?;
         let limits = stream
-            .set_read_timeout(Some(ANSWER_LIMIT))
-            .and_then(|()| stream.set_write_timeout(Some(ANSWER_LIMIT)));
+            .set_read_timeout(Some(limit))
+            .and_then(|()| stream.set_write_timeout(Some(limit)));
         limits.map_err(|e| lost(&e))?;
         Ok(Self {
             stream,

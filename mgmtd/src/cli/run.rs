@@ -13,10 +13,15 @@ use serde_json::{Value, json};
 
 use crate::args::{Args, Disk, Group, Job, Lu, Noun, PathVerb, Table};
 use crate::client::Client;
-use crate::show;
+use crate::{manual, show};
 
 /// Does what was typed and gives the exit code.
 pub(crate) fn run(args: &Args) -> Result<u8, ApiError> {
+    match &args.noun {
+        Noun::Completions { shell } => return manual::completions(*shell).map(|()| 0),
+        Noun::Man { out } => return manual::write_pages(out).map(|()| 0),
+        _ => {}
+    }
     let mut client = Client::connect(args)?;
     let c = &mut client;
     match &args.noun {
@@ -41,6 +46,7 @@ pub(crate) fn run(args: &Args) -> Result<u8, ApiError> {
             let ask = |yes| Request::Shutdown(mgmt::ShutdownAsk { dry_run, yes });
             change(args, c, "shutdown", ask, yes)
         }
+        Noun::Completions { .. } | Noun::Man { .. } => Ok(0),
     }
 }
 
@@ -125,7 +131,8 @@ fn job(args: &Args, client: &mut Client, verb: &Job) -> Result<u8, ApiError> {
         }
         Job::Watch { job } => watch(args, client, *job),
         Job::Cancel { job } => {
-            let ask = |_| Request::JobCancel(JobOne { job: *job });
+            let (dry_run, job) = (args.dry_run, *job);
+            let ask = |yes| Request::JobCancel(mgmt::JobEnd { job, dry_run, yes });
             change(args, client, "job.cancel", ask, args.yes)
         }
     }
@@ -194,13 +201,16 @@ fn one(name: &str) -> One {
     }
 }
 
-/// A path is made absolute here: the daemon has another working directory.
+/// A path is made absolute here: the daemon has another working directory. Of a list (`1,./x`) each word for itself.
 fn absolute(name: &str) -> String {
-    if name.contains('/') {
-        absolute_path(Path::new(name))
-    } else {
-        name.to_string()
-    }
+    let one = |word: &str| {
+        if word.contains('/') {
+            absolute_path(Path::new(word))
+        } else {
+            word.to_string()
+        }
+    };
+    name.split(',').map(one).collect::<Vec<_>>().join(",")
 }
 
 pub(crate) fn absolute_path(path: &Path) -> String {
@@ -278,7 +288,7 @@ fn disk(args: &Args, client: &mut Client, verb: &Disk) -> Result<u8, ApiError> {
 fn group(args: &Args, client: &mut Client, verb: &Group) -> Result<u8, ApiError> {
     let (dry_run, yes) = flags(args);
     let end = |group: &String, yes| mgmt::GroupEnd {
-        group: group.clone(),
+        group: absolute(group),
         dry_run,
         yes,
     };
@@ -311,7 +321,7 @@ fn group(args: &Args, client: &mut Client, verb: &Group) -> Result<u8, ApiError>
             rebuild_min,
             rebuild_max,
         } => {
-            let (group, rebuild_min, rebuild_max) = (group.clone(), *rebuild_min, *rebuild_max);
+            let (group, rebuild_min, rebuild_max) = (absolute(group), *rebuild_min, *rebuild_max);
             let ask = |yes| {
                 let group = group.clone();
                 Request::GroupSet(mgmt::GroupSet {
@@ -330,7 +340,7 @@ fn group(args: &Args, client: &mut Client, verb: &Group) -> Result<u8, ApiError>
             again,
         } => {
             let ask = |yes| {
-                let (group, force, again) = (group.clone(), *force, *again);
+                let (group, force, again) = (absolute(group), *force, *again);
                 Request::GroupStart(mgmt::GroupStart {
                     group,
                     again,
@@ -400,7 +410,7 @@ fn lu(args: &Args, client: &mut Client, verb: &Lu) -> Result<u8, ApiError> {
             depth,
         } => {
             let ask = |yes| {
-                let (name, group) = (name.clone(), group.clone());
+                let (name, group) = (name.clone(), absolute(group));
                 let (size, depth) = (Some(*size), *depth);
                 Request::LuCreate(mgmt::LuCreate {
                     name,
@@ -417,10 +427,10 @@ fn lu(args: &Args, client: &mut Client, verb: &Lu) -> Result<u8, ApiError> {
             let ask = |yes| Request::LuRename(rename(lu, to, dry_run, yes));
             change(args, client, "lu.rename", ask, yes)
         }
-        Lu::Delete { lu } => {
+        Lu::Delete { lus } => {
             let ask = |yes| {
                 Request::LuDelete(mgmt::LuEnd {
-                    lu: absolute(lu),
+                    lus: lus.iter().map(|lu| absolute(lu)).collect(),
                     dry_run,
                     yes,
                 })
@@ -476,14 +486,16 @@ fn confirm_word(request: &Request) -> Option<String> {
     let text = ["lu", "group"]
         .iter()
         .find_map(|key| parameters[key].as_str());
-    let disks = parameters["disks"].as_array().map(|disks| {
-        disks
-            .iter()
+    let list = ["lus", "disks"]
+        .iter()
+        .find_map(|key| parameters[key].as_array());
+    let list = list.map(|list| {
+        list.iter()
             .filter_map(Value::as_str)
             .collect::<Vec<_>>()
             .join(" ")
     });
-    text.map(String::from).or(disks)
+    text.map(String::from).or(list)
 }
 
 fn confirm(error: &ApiError, word: &str) -> Result<(), ApiError> {

@@ -432,17 +432,10 @@ fn damaged() -> Result<(), Failure> {
     seed_is_there()?;
     // From here on without it, each time from the same bytes.
     rig.shutdown()?;
-    let keep = |to: &str| {
-        paths
-            .iter()
-            .map(|p| format!("cp --sparse=always {p} {p}.{to}; "))
-            .collect::<String>()
-    };
     let put = paths
         .iter()
         .map(|p| format!("cp --sparse=always $d/{0} {p}; ", name(p)))
         .collect::<String>();
-    drop(keep);
     sh(&format!(
         "d=/tmp/kept; mkdir -p $d; cp --sparse=always {} $d/",
         paths.join(" ")

@@ -12,9 +12,9 @@
 //!    itself (a snapshot put back, a disk that lied about its writes): stale too. Only where it cannot be done without, and with
 //!    `force`, it is taken as it is.
 //! 5. No more members are missing than the level can do without. `force` does not help: there is no data.
-//! 6. raid5, not cleanly stopped and degraded: parity may not match, and the missing member cannot be told from it:
+//! 6. Parity, not cleanly stopped and degraded: parity may not match, and the missing member cannot be told from it:
 //!    refused without `force`. Not so after the mere death of the process, whose in-flight log is there.
-//!    raid1 needs no parity: every leg holds old or new.
+//!    Mirrors need no parity: every copy holds old or new.
 //!
 //! With `keep` a person has chosen between the sides of rule 2: that of the disk named goes on, and every member that is not
 //! behind it is stale. The histories of the others become parents: what they wrote is given up for good.
@@ -90,7 +90,7 @@ pub struct Plan {
     /// Parity or mirrors are to be made right again, from `synced_to` on.
     pub resync: bool,
     /// From here on (bytes of a member's data area): 0 after an unclean stop, else as recorded. A degraded raid5 is
-    /// resynced by the rebuild.
+    /// resynced by the rebuild, a raid6 after it.
     pub synced_to: u64,
     /// The flag `torn` of the next superblock.
     pub torn: bool,
@@ -151,11 +151,12 @@ pub enum AssemblyError {
         witness.history, witness.generation
     )]
     OlderThanWitness { found: Side, witness: Witness },
-    #[error("{} of {members} members are not there or not in sync, {redundancy} may be: {}",
+    #[error("{} of {members} members are not there or not in sync, {allowed}: {}",
         lost.len(), lost.join("; "))]
     TooFew {
         members: u16,
-        redundancy: u16,
+        /// How many may be, or which.
+        allowed: String,
         lost: Vec<String>,
     },
     #[error(
@@ -243,9 +244,9 @@ pub fn assemble(
     let geometry = record.geometry().map_err(AssemblyError::Geometry)?;
     let mut seats = place(record, &members, &given_up, Older::Stale);
     let mut older_taken = false;
-    if conditions.force && count_lost(&seats) > geometry.redundancy() {
+    if conditions.force && !geometry.survives(missing(&seats)) {
         let all = place(record, &members, &given_up, Older::Taken);
-        if count_lost(&all) <= geometry.redundancy() {
+        if geometry.survives(missing(&all)) {
             older_taken = true;
             seats = all;
         }
@@ -258,10 +259,17 @@ pub fn assemble(
     }
     let lost: Vec<String> = seats.iter().filter_map(|seat| seat.lost.clone()).collect();
     let slots: Vec<SlotPlan> = seats.iter().map(|seat| seat.plan).collect();
-    check_redundancy(&geometry, &lost)?;
+    check_redundancy(&geometry, missing(&seats), &lost)?;
 
     let is_unclean = record.flags.dirty && !conditions.process_death_only;
-    let parity = check_parity(record, &lost, is_unclean, conditions, &mut reasons)?;
+    let parity = check_parity(
+        &geometry,
+        record,
+        &lost,
+        is_unclean,
+        conditions,
+        &mut reasons,
+    )?;
     let synced_to = match (geometry.redundancy() > 0, parity) {
         (false, _) => geometry.member_bytes(),
         (true, _) if older_taken => 0,
@@ -522,13 +530,13 @@ fn is_outlived(old: &Found<'_>, new: &Found<'_>) -> bool {
     let in_sync = |entry: &&MemberEntry| entry.state == MemberState::InSync;
     let was_whole = was.members.iter().all(|entry| in_sync(&entry));
     let others = was.members.iter().map(|entry| entry.disk);
-    let still = others
-        .filter(|disk| *disk != old.superblock.disk)
-        .filter(|disk| is.members.iter().filter(in_sync).any(|e| e.disk == *disk))
-        .count();
-    let needed = usize::from(geometry.members() - geometry.redundancy());
+    let has = |disk: &DiskUuid| is.members.iter().filter(in_sync).any(|e| e.disk == *disk);
+    let gone = others
+        .zip(0..)
+        .filter(|(disk, _)| *disk == old.superblock.disk || !has(disk))
+        .fold(0, |set, (_, slot)| set | 1_u64 << slot);
     let is_older = old.generation() < new.generation();
-    is_older && forgets && !branched && was_whole && still >= needed
+    is_older && forgets && !branched && was_whole && geometry.survives(gone)
 }
 
 /// Names two sides of which neither is the other's ancestor.
@@ -675,10 +683,13 @@ fn place(
     seats
 }
 
-/// Counts the slots that are not in sync.
-fn count_lost(seats: &[Seat]) -> u16 {
-    let lost = seats.iter().filter(|seat| seat.lost.is_some()).count();
-    u16::try_from(lost).expect("at most 64 slots")
+/// The slots that are not in sync, as bits.
+fn missing(seats: &[Seat]) -> u64 {
+    let lost = seats
+        .iter()
+        .zip(0..)
+        .filter(|(seat, _)| seat.lost.is_some());
+    lost.fold(0, |set, (_, slot)| set | 1 << slot)
 }
 
 fn describe(slot: usize, disk: DiskUuid, plan: SlotPlan) -> String {
@@ -696,31 +707,34 @@ fn describe(slot: usize, disk: DiskUuid, plan: SlotPlan) -> String {
 }
 
 /// Rule 5.
-fn check_redundancy(geometry: &Geometry, lost: &[String]) -> Result<(), AssemblyError> {
-    let (members, redundancy) = (geometry.members(), geometry.redundancy());
-    if lost.len() > usize::from(redundancy) {
-        return Err(AssemblyError::TooFew {
-            members,
-            redundancy,
-            lost: lost.to_vec(),
-        });
+fn check_redundancy(
+    geometry: &Geometry,
+    missing: u64,
+    lost: &[String],
+) -> Result<(), AssemblyError> {
+    if geometry.survives(missing) {
+        return Ok(());
     }
-    Ok(())
+    Err(AssemblyError::TooFew {
+        members: geometry.members(),
+        allowed: match geometry.level() {
+            Level::Raid10 => "one of each two that hold the same chunks may be".to_owned(),
+            _ => format!("{} may be", geometry.redundancy()),
+        },
+        lost: lost.to_vec(),
+    })
 }
 
 /// Rule 6.
 fn check_parity(
+    geometry: &Geometry,
     record: &GroupRecord,
     lost: &[String],
     is_unclean: bool,
     conditions: Conditions,
     reasons: &mut Vec<String>,
 ) -> Result<Parity, AssemblyError> {
-    let has_parity = match record.level {
-        Level::Raid0 | Level::Raid1 => false,
-        Level::Raid5 => true,
-    };
-    if !has_parity || !(record.flags.torn || is_unclean) {
+    if geometry.parities() == 0 || !(record.flags.torn || is_unclean) {
         return Ok(Parity::Right);
     }
     if lost.is_empty() || conditions.process_death_only {

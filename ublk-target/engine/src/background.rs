@@ -132,11 +132,11 @@ impl<E: Env> RaidGroup<E> {
             None => (SyncAction::Resync, None, self.synced.get()),
         };
         let done = done.saturating_sub(self.holes.borrow().len() as u64);
-        let chunk = self.geometry.chunk();
+        let unit = self.geometry.stripe_on_member();
         Some(SyncStatus {
             action,
-            done: done * chunk,
-            total: self.geometry.stripes() * chunk,
+            done: done * unit,
+            total: self.geometry.stripes() * unit,
             rate: 0,
             slot,
         })
@@ -147,7 +147,7 @@ impl<E: Env> RaidGroup<E> {
         let in_sync = self.in_sync.get().count_ones();
         self.rebuilding().is_some()
             || in_sync == u32::from(self.geometry.members())
-            || self.geometry.parity_slot(0).is_none() && in_sync > 1
+            || self.geometry.is_mirrored() && in_sync > 1
     }
 
     /// Runs one resync or rebuild to its end. Stripes that nobody can read are left out, and are all that is done
@@ -163,7 +163,7 @@ impl<E: Env> RaidGroup<E> {
         };
         let wanted = self.sync_wanted.get();
         let stripes = self.geometry.stripes();
-        let chunk = self.geometry.chunk();
+        let unit = self.geometry.stripe_on_member();
         let mut next = match slot {
             Some(_) => self.rebuild.get().map_or(0, |r| r.done),
             None => self.synced.get(),
@@ -197,8 +197,8 @@ impl<E: Env> RaidGroup<E> {
             let busy = now < busy_until;
             let gone = self.stopping.get() || !self.is_current(slot, wanted);
             let room = match busy {
-                true => (64 * 1024 / chunk).clamp(1, 8),
-                false => (WINDOW_BYTES / chunk).clamp(2, WINDOW_MAX),
+                true => (64 * 1024 / unit).clamp(1, 8),
+                false => (WINDOW_BYTES / unit).clamp(2, WINDOW_MAX),
             };
             while !gone && result.is_ok() && (window.len() as u64) < room {
                 let stripe = match next < stripes {
@@ -252,11 +252,11 @@ impl<E: Env> RaidGroup<E> {
             }
             let now = self.clock.now();
             if now.0 - mark_at.0 >= SECOND {
-                let rate = (done - mark) * chunk * SECOND / (now.0 - mark_at.0);
-                let total = stripes * chunk;
+                let rate = (done - mark) * unit * SECOND / (now.0 - mark_at.0);
+                let total = stripes * unit;
                 let status = SyncStatus {
                     action,
-                    done: done * chunk,
+                    done: done * unit,
                     total,
                     rate,
                     slot,
@@ -264,22 +264,22 @@ impl<E: Env> RaidGroup<E> {
                 *self.sync_status.borrow_mut() = Some(status);
                 (mark, mark_at) = (done, now);
             } else if self.sync_status.borrow().is_none() {
-                let total = stripes * chunk;
+                let total = stripes * unit;
                 let status = SyncStatus {
                     action,
-                    done: done * chunk,
+                    done: done * unit,
                     total,
                     rate: 0,
                     slot,
                 };
                 *self.sync_status.borrow_mut() = Some(status);
             }
-            let due = (done - saved) * chunk >= CURSOR_BYTES || now.0 - saved_at.0 >= CURSOR_AFTER;
+            let due = (done - saved) * unit >= CURSOR_BYTES || now.0 - saved_at.0 >= CURSOR_AFTER;
             if due && result.is_ok() && !gone {
                 result = self.save_cursor(slot, wanted, done).await;
                 (saved, saved_at) = (done, self.clock.now());
             }
-            self.throttle(busy, chunk).await;
+            self.throttle(busy, unit).await;
         }
         let mut why = "an I/O error on what it reads; tried again in 60 s".to_owned();
         if result.is_ok() && self.is_current(slot, wanted) {
@@ -325,7 +325,7 @@ impl<E: Env> RaidGroup<E> {
         let holes = self.holes.borrow();
         let first = holes
             .first()
-            .map_or(0, |stripe| stripe * self.geometry.chunk());
+            .map_or(0, |stripe| stripe * self.geometry.stripe_on_member());
         format!(
             "{} stripes could not be {what}: what they need cannot be read (the first is at byte {first} of the \
              members' data); tried again every 60 s, or write over it",
@@ -384,8 +384,9 @@ impl<E: Env> RaidGroup<E> {
             self.member(slot).state.set(MemberState::InSync);
             self.member(slot).reason.borrow_mut().clear();
             let whole = self.in_sync.get().count_ones() == u32::from(self.geometry.members());
-            if whole && self.geometry.parity_slot(0).is_some() {
-                // Every row was read and written: parity is right wherever the rebuilt slot is.
+            if whole && self.geometry.parities() == 1 {
+                // Every row was read and written: parity is right wherever the rebuilt slot is. (Of two parities only
+                // one is sure to fit what was computed.)
                 self.synced.set(self.geometry.stripes());
             }
         }

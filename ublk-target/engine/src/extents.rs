@@ -174,6 +174,10 @@ mod tests {
             (Level::Raid5, 4, 64 * KIB, 6 * 192 * KIB),
             (Level::Raid5, 64, MIB, 63 * MIB),
             (Level::Raid5, 8, 4 * KIB, 37 * 28 * KIB),
+            (Level::Linear, 2, 0, MIB),
+            (Level::Raid6, 5, 64 * KIB, 6 * 192 * KIB),
+            (Level::Raid10, 3, 64 * KIB, 6 * 192 * KIB),
+            (Level::Raid10, 5, MIB, 5 * MIB),
         ] {
             let g = Geometry::new(level, members, chunk, 64 * MIB).unwrap();
             assert_eq!(unit_bytes(&g), unit, "{g:?}");

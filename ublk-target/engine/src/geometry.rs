@@ -1,7 +1,8 @@
 //! Where the bytes of a group are on its members.
 //!
-//! Pure arithmetic on numbers checked once in [`Geometry::new`]; it owns nothing and allocates nothing.
-//! Byte for byte the layouts of Linux md: raid0 of equal members, raid1, raid5 `left_symmetric`.
+//! Pure arithmetic on numbers checked once in [`Geometry::new`]; on the data path it allocates nothing.
+//! Byte for byte the layouts of Linux md: linear, raid0 of equal members, raid1, raid5 and raid6 `left_symmetric`,
+//! raid10 `near=2`.
 //!
 //! ```text
 //! raid5 of 4 members: data chunks 0.. and parity P by stripe
@@ -10,16 +11,25 @@
 //! stripe 1      4       5       P       3
 //! stripe 2      8       P       6       7
 //! stripe 3      P       9      10      11
+//!
+//! raid6 of 5 members                 raid10 of 3 members: a stripe is two rows
+//! stripe 0      Q   0   1   2   P    stripe 0      0   0   1
+//! stripe 1      3   4   5   P   Q                  1   2   2
 //! ```
 //!
-//! Invariants: `locate` and `address` are inverse to each other; every (stripe, slot) holds either parity or
-//! exactly one data index (raid1: every slot holds data 0).
+//! A stripe's chunks have *parts*: its data chunks from 0, then P, then Q. A level has parity, or copies, or neither.
+//!
+//! Invariants: `locate` and `address` are inverse to each other; every chunk of every member holds either parity or
+//! exactly one data chunk; every data chunk is in `copies` places.
 
 use std::fmt;
 
 use lunar_api::target::Level;
 
-use crate::limits::{CHUNK_MAX, CHUNK_MIN, GRAIN, MEMBER_BYTES_MAX, MEMBERS_MAX, RAID1_STRIPE};
+use crate::limits::{
+    CHUNK_MAX, CHUNK_MIN, GRAIN, LINEAR_MEMBER_MAX, LINEAR_STRIPE, MEMBER_BYTES_MAX, MEMBERS_MAX,
+    RAID1_STRIPE,
+};
 
 /// Why a group cannot have this shape.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -32,22 +42,29 @@ pub enum GeometryError {
         min: usize,
         max: usize,
     },
+    /// The engine cannot run it yet.
+    #[error("raid6 is not built yet")]
+    NotBuilt,
     /// The chunk is not a power of two in range.
     #[error("a chunk of {chunk} bytes is not a power of two from {CHUNK_MIN} to {CHUNK_MAX}")]
     Chunk { chunk: u64 },
-    /// The data area of a member is empty, not whole chunks, or beyond all disks.
-    #[error("a data area of {member_bytes} bytes is not a whole number of chunks of {chunk} bytes")]
-    MemberBytes { member_bytes: u64, chunk: u64 },
+    /// The data area of a member is empty, not whole stripes, or beyond all disks.
+    #[error("a data area of {member_bytes} bytes is not whole stripes of {unit} bytes a member")]
+    MemberBytes { member_bytes: u64, unit: u64 },
 }
 
 /// The shape of a group: level, members, chunk, and how much of every member is data.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Geometry {
     level: Level,
     members: u16,
     data_slots: u16,
+    /// Chunks of every member in a stripe.
+    rows: u16,
     chunk_shift: u32,
     member_bytes: u64,
+    /// linear: where in the group the part of each member ends. Else empty.
+    ends: Box<[u64]>,
 }
 
 /// Where one byte of a group is.
@@ -56,7 +73,7 @@ pub struct Place {
     pub stripe: u64,
     /// Data index in the stripe, counted from 0.
     pub data: u16,
-    /// Slot that holds it (raid1: the first of all).
+    /// Slot that holds it (mirrors: the first that does).
     pub slot: u16,
     /// Bytes from the start of the chunk.
     pub in_chunk: u32,
@@ -70,7 +87,7 @@ pub struct Piece {
     pub stripe: u64,
     /// Data index in the stripe, counted from 0.
     pub data: u16,
-    /// Slot that holds it (raid1: the first of all).
+    /// Slot that holds it (mirrors: the first that does).
     pub slot: u16,
     /// Bytes from the start of the chunk.
     pub in_chunk: u32,
@@ -82,19 +99,27 @@ pub struct Piece {
     pub len: u32,
 }
 
-/// Returns the fewest members that a level has.
-pub fn members_min(level: Level) -> usize {
-    match level {
-        Level::Raid0 => 1,
-        Level::Raid1 => 2,
-        Level::Raid5 => 3,
-    }
+/// Where a chunk is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Spot {
+    pub slot: u16,
+    /// Bytes from the start of the member's data area to the chunk.
+    pub member_at: u64,
+}
+
+/// Copies of a chunk in a raid10: md's `near=2`.
+const NEAR: u16 = 2;
+
+/// Returns the slots of a group of so many members, as bits.
+fn all_slots(members: u16) -> u64 {
+    u64::MAX >> (64 - u32::from(members))
 }
 
 impl Geometry {
-    /// Checks a shape.
+    /// Checks a shape whose members have equal data areas.
     ///
-    /// # Units   bytes; `chunk` a power of two, ignored by raid1; `member_bytes` the data area of every member
+    /// # Units   bytes; `chunk` a power of two, ignored by raid1 and linear; `member_bytes` the data area of every
+    /// member, whole stripes ([`Self::member_unit`])
     /// # Errors  wrong count of members, chunk or size
     pub fn new(
         level: Level,
@@ -102,43 +127,99 @@ impl Geometry {
         chunk: u64,
         member_bytes: u64,
     ) -> Result<Self, GeometryError> {
-        let min = members_min(level);
         let out_of_range = GeometryError::Members {
             level,
             members,
-            min,
+            min: level.members_min(),
             max: MEMBERS_MAX,
         };
-        if members < min || members > MEMBERS_MAX {
+        if !(level.members_min()..=MEMBERS_MAX).contains(&members) {
             return Err(out_of_range);
         }
-        let members = u16::try_from(members).map_err(|_| out_of_range)?;
+        if level == Level::Linear {
+            return Self::linear(&vec![member_bytes; members]);
+        }
+        let n = u16::try_from(members).map_err(|_| out_of_range)?;
         let chunk = match level {
             Level::Raid1 => RAID1_STRIPE,
-            Level::Raid0 | Level::Raid5 => chunk,
+            _ => chunk,
         };
         if !chunk.is_power_of_two() || !(CHUNK_MIN..=CHUNK_MAX).contains(&chunk) {
             return Err(GeometryError::Chunk { chunk });
         }
         const { assert!(CHUNK_MIN.is_multiple_of(GRAIN)) };
-        if !member_bytes.is_multiple_of(chunk) || !(1..=MEMBER_BYTES_MAX).contains(&member_bytes) {
-            return Err(GeometryError::MemberBytes {
-                member_bytes,
-                chunk,
-            });
+        let unit = Self::member_unit(level, members, chunk);
+        if !member_bytes.is_multiple_of(unit) || !(1..=MEMBER_BYTES_MAX).contains(&member_bytes) {
+            return Err(GeometryError::MemberBytes { member_bytes, unit });
         }
-        let data_slots = match level {
-            Level::Raid0 => members,
-            Level::Raid1 => 1,
-            Level::Raid5 => members - 1,
+        let (rows, data_slots) = match level {
+            Level::Linear | Level::Raid0 => (1, n),
+            Level::Raid1 => (1, 1),
+            Level::Raid5 => (1, n - 1),
+            Level::Raid6 => (1, n - 2),
+            // The copies of an odd count of members come round after two rows.
+            Level::Raid10 if n.is_multiple_of(NEAR) => (1, n / NEAR),
+            Level::Raid10 => (NEAR, n),
         };
         Ok(Self {
             level,
-            members,
+            members: n,
             data_slots,
+            rows,
             chunk_shift: chunk.trailing_zeros(),
             member_bytes,
+            ends: Box::default(),
         })
+    }
+
+    /// Checks a linear group, whose members may have data areas of different sizes: one after the other.
+    ///
+    /// # Errors  wrong count of members; a size that is not whole MiB, or 4 PiB and more (a superblock counts them in
+    /// 32 bits of MiB)
+    pub fn linear(sizes: &[u64]) -> Result<Self, GeometryError> {
+        let out_of_range = GeometryError::Members {
+            level: Level::Linear,
+            members: sizes.len(),
+            min: Level::Linear.members_min(),
+            max: MEMBERS_MAX,
+        };
+        if !(Level::Linear.members_min()..=MEMBERS_MAX).contains(&sizes.len()) {
+            return Err(out_of_range);
+        }
+        let is_ok = |size: &u64| {
+            size.is_multiple_of(LINEAR_STRIPE) && (1..=LINEAR_MEMBER_MAX).contains(size)
+        };
+        if let Some(bad) = sizes.iter().find(|size| !is_ok(size)) {
+            return Err(GeometryError::MemberBytes {
+                member_bytes: *bad,
+                unit: LINEAR_STRIPE,
+            });
+        }
+        let ends = sizes.iter().scan(0, |end, size| {
+            *end += size;
+            Some(*end)
+        });
+        Ok(Self {
+            level: Level::Linear,
+            members: u16::try_from(sizes.len()).map_err(|_| out_of_range)?,
+            data_slots: 1,
+            rows: 1,
+            chunk_shift: LINEAR_STRIPE.trailing_zeros(),
+            member_bytes: sizes.iter().copied().max().unwrap_or(0),
+            ends: ends.collect(),
+        })
+    }
+
+    /// Returns what the data area of every member is a multiple of: its part of one stripe.
+    pub fn member_unit(level: Level, members: usize, chunk: u64) -> u64 {
+        match level {
+            Level::Linear => LINEAR_STRIPE,
+            Level::Raid1 => RAID1_STRIPE,
+            Level::Raid10 if !members.is_multiple_of(usize::from(NEAR)) => {
+                chunk.saturating_mul(NEAR.into())
+            }
+            Level::Raid0 | Level::Raid5 | Level::Raid6 | Level::Raid10 => chunk,
+        }
     }
 
     /// Returns the level.
@@ -151,14 +232,30 @@ impl Geometry {
         self.members
     }
 
-    /// Returns the bytes of a chunk (raid1: of its stripe).
+    /// Returns the slots, as bits.
+    pub fn slots(&self) -> u64 {
+        all_slots(self.members)
+    }
+
+    /// Returns the bytes of a chunk (raid1 and linear: of their stripe).
     pub fn chunk(&self) -> u64 {
         1 << self.chunk_shift
     }
 
-    /// Returns the bytes of data and parity on every member.
+    /// Returns the bytes of data and redundancy on every member (linear: on the largest).
     pub fn member_bytes(&self) -> u64 {
         self.member_bytes
+    }
+
+    /// Returns the bytes of data and redundancy on one member.
+    ///
+    /// # Panics  if there is no such slot
+    pub fn data_bytes(&self, slot: u16) -> u64 {
+        assert!(slot < self.members, "slot {slot} of {}", self.members);
+        if self.ends.is_empty() {
+            return self.member_bytes;
+        }
+        self.ends[usize::from(slot)] - self.start_of(slot)
     }
 
     /// Returns the chunks of data in a stripe.
@@ -166,66 +263,182 @@ impl Geometry {
         self.data_slots
     }
 
+    /// Returns the chunks of parity in a stripe.
+    pub fn parities(&self) -> u16 {
+        match self.level {
+            Level::Linear | Level::Raid0 | Level::Raid1 | Level::Raid10 => 0,
+            Level::Raid5 => 1,
+            Level::Raid6 => 2,
+        }
+    }
+
+    /// Returns how many times every chunk of data is there.
+    pub fn copies_of_each(&self) -> u16 {
+        match self.level {
+            Level::Linear | Level::Raid0 | Level::Raid5 | Level::Raid6 => 1,
+            Level::Raid1 => self.members,
+            Level::Raid10 => NEAR,
+        }
+    }
+
+    /// Says whether the redundancy is copies.
+    pub fn is_mirrored(&self) -> bool {
+        self.copies_of_each() > 1
+    }
+
     /// Returns the bytes of data in a stripe.
     pub fn stripe_bytes(&self) -> u64 {
         u64::from(self.data_slots) << self.chunk_shift
     }
 
+    /// Returns the bytes of every member in a stripe: what a cursor counts for one.
+    pub fn stripe_on_member(&self) -> u64 {
+        u64::from(self.rows) << self.chunk_shift
+    }
+
     /// Returns the count of stripes.
     pub fn stripes(&self) -> u64 {
-        self.member_bytes >> self.chunk_shift
+        match self.ends.last() {
+            Some(end) => end >> self.chunk_shift,
+            None => self.member_bytes / self.stripe_on_member(),
+        }
     }
 
     /// Returns the bytes of data in the group.
     pub fn capacity(&self) -> u64 {
-        self.member_bytes * u64::from(self.data_slots)
+        self.stripes() * self.stripe_bytes()
     }
 
-    /// Returns how many members may be lost.
+    /// Returns how many members may be lost, whichever they are.
     pub fn redundancy(&self) -> u16 {
+        self.margin(0)
+    }
+
+    /// Says whether all data is still there without these slots (as bits).
+    pub fn survives(&self, missing: u64) -> bool {
+        let missing = missing & self.slots();
         match self.level {
-            Level::Raid0 => 0,
-            Level::Raid1 => self.members - 1,
-            Level::Raid5 => 1,
+            Level::Linear | Level::Raid0 => missing == 0,
+            Level::Raid1 => missing != self.slots(),
+            Level::Raid5 | Level::Raid6 => missing.count_ones() <= u32::from(self.parities()),
+            Level::Raid10 => (0..self.data_slots).all(|d| self.copies_left(d, missing) > 0),
         }
     }
 
-    /// Returns the slot that holds the parity of a stripe.
-    ///
-    /// # Source  Linux drivers/md/raid5.c `raid5_compute_sector`, ALGORITHM_LEFT_SYMMETRIC
-    pub fn parity_slot(&self, stripe: u64) -> Option<u16> {
+    /// Returns how many more members may be lost without these slots (as bits), whichever they are.
+    pub fn margin(&self, missing: u64) -> u16 {
+        let lost = u16::try_from((missing & self.slots()).count_ones()).expect("at most 64");
         match self.level {
-            Level::Raid0 | Level::Raid1 => None,
-            Level::Raid5 => {
-                let turn = stripe % u64::from(self.members);
-                Some(self.members - 1 - u16::try_from(turn).expect("below the count of members"))
-            }
+            Level::Linear | Level::Raid0 => 0,
+            Level::Raid1 => (self.members - 1).saturating_sub(lost),
+            Level::Raid5 | Level::Raid6 => self.parities().saturating_sub(lost),
+            Level::Raid10 => (0..self.data_slots)
+                .map(|d| self.copies_left(d, missing).saturating_sub(1))
+                .min()
+                .unwrap_or(0),
         }
     }
 
-    /// Returns the slot that holds data chunk `d` of a stripe (raid1: the first of all).
+    /// Copies of data chunk `d` that are not in these slots; in all stripes the same.
+    fn copies_left(&self, d: u16, missing: u64) -> u16 {
+        let left = self
+            .copies(0, d)
+            .filter(|spot| missing & 1 << spot.slot == 0);
+        u16::try_from(left.count()).expect("at most 64")
+    }
+
+    /// Returns the slot that holds a part of a stripe of a level with parity or with neither parity nor copies: a data
+    /// chunk, P behind them, Q behind P.
     ///
-    /// # Panics  if the stripe has no such data chunk
-    pub fn data_slot(&self, stripe: u64, d: u16) -> u16 {
-        assert!(d < self.data_slots, "data chunk {d} of {}", self.data_slots);
-        match self.parity_slot(stripe) {
-            None => d,
-            Some(parity) => (parity + 1 + d) % self.members,
+    /// # Panics  if the stripe has no such part
+    /// # Source  Linux drivers/md/raid5.c `raid5_compute_sector`, ALGORITHM_LEFT_SYMMETRIC: of raid5 and raid6 P's
+    /// slot is the same, Q follows it, and data follows that
+    pub fn slot_of(&self, stripe: u64, part: u16) -> u16 {
+        let parities = self.parities();
+        assert!(
+            part < self.data_slots + parities,
+            "part {part} of {}",
+            self.data_slots + parities
+        );
+        if parities == 0 {
+            return self.copy(stripe, part, 0).slot;
+        }
+        let p = self.first_parity(stripe);
+        match part.checked_sub(self.data_slots) {
+            Some(parity) => (p + parity) % self.members,
+            None => (p + parities + part) % self.members,
         }
     }
 
-    /// Returns which data chunk of a stripe a slot holds; `None` for parity. Inverse of [`Self::data_slot`].
+    /// Returns the part of a stripe that a slot holds, of a level with parity. Inverse of [`Self::slot_of`].
     ///
     /// # Panics  if there is no such slot
-    pub fn data_index(&self, stripe: u64, slot: u16) -> Option<u16> {
+    pub fn part_of(&self, stripe: u64, slot: u16) -> u16 {
         assert!(slot < self.members, "slot {slot} of {}", self.members);
-        match (self.level, self.parity_slot(stripe)) {
-            (Level::Raid1, _) => Some(0),
-            (Level::Raid0 | Level::Raid5, None) => Some(slot),
-            (Level::Raid0 | Level::Raid5, Some(parity)) if slot == parity => None,
-            (Level::Raid0 | Level::Raid5, Some(parity)) => {
-                Some((slot + self.members - parity - 1) % self.members)
+        let after_p = (slot + self.members - self.first_parity(stripe)) % self.members;
+        match after_p.checked_sub(self.parities()) {
+            Some(data) => data,
+            None => self.data_slots + after_p,
+        }
+    }
+
+    /// Returns the slots that hold the parity of a stripe: P, then Q.
+    pub fn parity_slots(&self, stripe: u64) -> impl Iterator<Item = u16> {
+        (self.data_slots..self.data_slots + self.parities())
+            .map(move |part| self.slot_of(stripe, part))
+    }
+
+    fn first_parity(&self, stripe: u64) -> u16 {
+        let turn = stripe % u64::from(self.members);
+        self.members - 1 - u16::try_from(turn).expect("below the count of members")
+    }
+
+    /// Returns where copy `c` of data chunk `d` of a stripe is.
+    ///
+    /// # Panics  if the stripe has no such data chunk, or that no such copy
+    /// # Source  Linux drivers/md/raid10.c `__raid10_find_phys`: with `near` copies, copy `c` of chunk `k` is at
+    /// position `near * k + c`, counted along the rows
+    pub fn copy(&self, stripe: u64, d: u16, c: u16) -> Spot {
+        assert!(d < self.data_slots, "data chunk {d} of {}", self.data_slots);
+        assert!(
+            c < self.copies_of_each(),
+            "copy {c} of {}",
+            self.copies_of_each()
+        );
+        let row = stripe * u64::from(self.rows);
+        let (slot, row) = match self.level {
+            Level::Linear => {
+                let at = stripe << self.chunk_shift;
+                let slot = self.ends.partition_point(|end| *end <= at);
+                let slot = u16::try_from(slot).expect("at most 64 members");
+                let member_at = at - self.start_of(slot);
+                return Spot { slot, member_at };
             }
+            Level::Raid0 => (d, row),
+            Level::Raid1 => (c, row),
+            Level::Raid5 | Level::Raid6 => (self.slot_of(stripe, d), row),
+            Level::Raid10 => {
+                let position = NEAR * d + c;
+                let below = u64::from(position / self.members);
+                (position % self.members, row + below)
+            }
+        };
+        Spot {
+            slot,
+            member_at: row << self.chunk_shift,
+        }
+    }
+
+    /// Returns where every copy of a data chunk is.
+    pub fn copies(&self, stripe: u64, d: u16) -> impl Iterator<Item = Spot> {
+        (0..self.copies_of_each()).map(move |c| self.copy(stripe, d, c))
+    }
+
+    /// linear: where in the group the part of a member begins.
+    fn start_of(&self, slot: u16) -> u64 {
+        match slot.checked_sub(1) {
+            Some(before) => self.ends[usize::from(before)],
+            None => 0,
         }
     }
 
@@ -235,7 +448,7 @@ impl Geometry {
     /// # Units   bytes
     /// # Example 4 members, raid5, chunk 4096: byte 12288 -> stripe 1, data 0, slot 3, member byte 4096
     /// # Panics  if `at >= capacity`
-    /// # Source  Linux drivers/md/raid5.c `raid5_compute_sector`; table in fixtures/golden/left_symmetric_4.csv
+    /// # Source  as [`Self::slot_of`] and [`Self::copy`]; tables in fixtures/golden
     pub fn locate(&self, at: u64) -> Place {
         assert!(
             at < self.capacity(),
@@ -243,16 +456,16 @@ impl Geometry {
             self.capacity()
         );
         let chunk = at >> self.chunk_shift;
-        let slots = u64::from(self.data_slots);
-        let stripe = chunk / slots;
-        let data = u16::try_from(chunk % slots).expect("below the count of members");
-        let in_chunk = at & (self.chunk() - 1);
+        let stripe = chunk / u64::from(self.data_slots);
+        let data = u16::try_from(chunk % u64::from(self.data_slots)).expect("below data_slots");
+        let in_chunk = u32::try_from(at & (self.chunk() - 1)).expect("a chunk is at most 1 MiB");
+        let spot = self.copy(stripe, data, 0);
         Place {
             stripe,
             data,
-            slot: self.data_slot(stripe, data),
-            in_chunk: u32::try_from(in_chunk).expect("a chunk is at most 1 MiB"),
-            member_at: (stripe << self.chunk_shift) + in_chunk,
+            slot: spot.slot,
+            in_chunk,
+            member_at: spot.member_at + u64::from(in_chunk),
         }
     }
 
@@ -266,24 +479,33 @@ impl Geometry {
     ///
     /// # Panics  if there is no such slot or byte
     pub fn address_of_member(&self, slot: u16, member_at: u64) -> Option<u64> {
-        assert!(
-            member_at < self.member_bytes,
-            "byte {member_at} of {}",
-            self.member_bytes
-        );
-        let stripe = member_at >> self.chunk_shift;
-        let data = self.data_index(stripe, slot)?;
+        let bytes = self.data_bytes(slot);
+        assert!(member_at < bytes, "byte {member_at} of {bytes}");
+        let row = member_at >> self.chunk_shift;
+        let (stripe, below) = (row / u64::from(self.rows), row % u64::from(self.rows));
+        let data = match self.level {
+            Level::Linear => return Some(self.start_of(slot) + member_at),
+            Level::Raid0 => slot,
+            Level::Raid1 => 0,
+            Level::Raid5 | Level::Raid6 => {
+                Some(self.part_of(stripe, slot)).filter(|part| *part < self.data_slots)?
+            }
+            Level::Raid10 => {
+                let below = u16::try_from(below).expect("below the rows of a stripe");
+                (below * self.members + slot) / NEAR
+            }
+        };
         Some(self.address(stripe, data, 0) + (member_at & (self.chunk() - 1)))
     }
 
     /// Cuts a range of the group into the parts that lie in one chunk each, in order.
     ///
     /// # Panics  if the range leaves the group
-    pub fn pieces(&self, at: u64, len: u64) -> Pieces {
+    pub fn pieces(&self, at: u64, len: u64) -> Pieces<'_> {
         let end = at.checked_add(len).filter(|end| *end <= self.capacity());
         let end = end.unwrap_or_else(|| panic!("bytes {at}+{len} of {}", self.capacity()));
         Pieces {
-            geometry: *self,
+            geometry: self,
             start: at,
             at,
             end,
@@ -298,20 +520,21 @@ impl fmt::Debug for Geometry {
             .field("members", &self.members)
             .field("chunk", &self.chunk())
             .field("member_bytes", &self.member_bytes)
+            .field("ends", &self.ends)
             .finish()
     }
 }
 
 /// The iterator of [`Geometry::pieces`]; allocates nothing.
 #[derive(Debug, Clone)]
-pub struct Pieces {
-    geometry: Geometry,
+pub struct Pieces<'a> {
+    geometry: &'a Geometry,
     start: u64,
     at: u64,
     end: u64,
 }
 
-impl Iterator for Pieces {
+impl Iterator for Pieces<'_> {
     type Item = Piece;
 
     fn next(&mut self) -> Option<Piece> {
@@ -336,169 +559,4 @@ impl Iterator for Pieces {
 }
 
 #[cfg(test)]
-mod tests {
-    use lunar_api::units::{KIB, MIB};
-    use proptest::prelude::*;
-
-    use super::*;
-
-    const GOLDEN: &str = include_str!("../../../fixtures/golden/left_symmetric_4.csv");
-
-    fn geometry(level: Level, members: usize, chunk: u64, stripes: u64) -> Geometry {
-        let bytes = if level == Level::Raid1 {
-            RAID1_STRIPE
-        } else {
-            chunk
-        };
-        Geometry::new(level, members, chunk, stripes * bytes).unwrap()
-    }
-
-    #[test]
-    fn left_symmetric_equals_golden_table() {
-        let g = geometry(Level::Raid5, 4, 4 * KIB, 8);
-        for line in GOLDEN.lines().skip(1) {
-            let mut cells = line.split(',');
-            let stripe: u64 = cells.next().unwrap().parse().unwrap();
-            for slot in 0..4 {
-                let cell = cells.next().unwrap();
-                let at = g.address_of_member(slot, stripe * g.chunk());
-                let found = at.map_or("P".to_owned(), |at| (at / g.chunk()).to_string());
-                assert_eq!(found, cell, "stripe {stripe}, slot {slot}");
-            }
-        }
-    }
-
-    #[test]
-    fn raid0_goes_round_the_members() {
-        let g = geometry(Level::Raid0, 3, 64 * KIB, 4);
-        let place = g.locate(64 * KIB * 7 + 5);
-        let expected = Place {
-            stripe: 2,
-            data: 1,
-            slot: 1,
-            in_chunk: 5,
-            member_at: 128 * KIB + 5,
-        };
-        assert_eq!(place, expected);
-        assert_eq!(
-            (g.capacity(), g.redundancy(), g.parity_slot(1)),
-            (768 * KIB, 0, None)
-        );
-    }
-
-    #[test]
-    fn raid1_ignores_chunk_and_every_slot_holds_the_data() {
-        let g = Geometry::new(Level::Raid1, 3, 0, MIB).unwrap();
-        assert_eq!(
-            (g.stripe_bytes(), g.stripes(), g.capacity()),
-            (64 * KIB, 16, MIB)
-        );
-        assert_eq!(g.redundancy(), 2);
-        for slot in 0..3 {
-            assert_eq!(g.data_index(9, slot), Some(0));
-            assert_eq!(g.address_of_member(slot, 70_000), Some(70_000));
-        }
-    }
-
-    #[test]
-    fn new_refuses_illegal_shapes() {
-        let members = |level, members| Geometry::new(level, members, 4096, 1 << 30);
-        for (level, ok, bad) in [
-            (Level::Raid0, [1, 64], [0, 65]),
-            (Level::Raid1, [2, 64], [1, 65]),
-            (Level::Raid5, [3, 64], [2, 65]),
-        ] {
-            assert!(ok.iter().all(|n| members(level, *n).is_ok()), "{level:?}");
-            assert!(
-                bad.iter()
-                    .all(|n| matches!(members(level, *n), Err(GeometryError::Members { .. }))),
-                "{level:?}"
-            );
-        }
-        for chunk in [0, 1, 2048, 4097, 12288, 2 * MIB, u64::MAX] {
-            let refused = Geometry::new(Level::Raid0, 2, chunk, 1 << 30);
-            assert_eq!(refused, Err(GeometryError::Chunk { chunk }));
-        }
-        for bytes in [0, 1, 64 * KIB + 4096, u64::MAX - 65535] {
-            let refused = Geometry::new(Level::Raid5, 3, 64 * KIB, bytes);
-            assert!(
-                matches!(refused, Err(GeometryError::MemberBytes { .. })),
-                "{bytes}"
-            );
-        }
-    }
-
-    /// Every (stripe, slot) of every small shape holds parity or exactly one data chunk, all addresses are
-    /// used once, and all four mappings agree.
-    #[test]
-    fn mappings_agree_exhaustively() {
-        for level in [Level::Raid0, Level::Raid1, Level::Raid5] {
-            for members in members_min(level)..=9 {
-                let g = geometry(level, members, 4 * KIB, 20);
-                let chunks = g.stripes() * u64::from(g.data_slots());
-                let mut seen = vec![0_u16; usize::try_from(chunks).unwrap()];
-                for stripe in 0..g.stripes() {
-                    for slot in 0..g.members() {
-                        let at = g.address_of_member(slot, stripe * g.chunk());
-                        assert_eq!(at.is_none(), g.parity_slot(stripe) == Some(slot));
-                        let Some(at) = at else { continue };
-                        seen[usize::try_from(at / g.chunk()).unwrap()] += 1;
-                        let place = g.locate(at);
-                        assert_eq!(g.data_index(stripe, slot), Some(place.data));
-                        assert_eq!(place.stripe, stripe);
-                        assert_eq!(place.slot, if level == Level::Raid1 { 0 } else { slot });
-                    }
-                }
-                let copies = if level == Level::Raid1 {
-                    g.members()
-                } else {
-                    1
-                };
-                assert!(seen.iter().all(|n| *n == copies), "{g:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn pieces_of_nothing_are_none() {
-        let g = geometry(Level::Raid5, 3, 4 * KIB, 4);
-        assert_eq!(g.pieces(0, 0).next(), None);
-        assert_eq!(g.pieces(g.capacity(), 0).next(), None);
-    }
-
-    fn shapes() -> impl Strategy<Value = Geometry> {
-        let level = prop_oneof![Just(Level::Raid0), Just(Level::Raid1), Just(Level::Raid5)];
-        (level, 3_usize..=64, 12_u32..=20, 1_u64..1 << 30)
-            .prop_map(|(level, members, shift, n)| geometry(level, members, 1 << shift, n))
-    }
-
-    proptest! {
-        #[test]
-        fn locate_inverts(g in shapes(), at in any::<u64>()) {
-            let at = at % g.capacity();
-            let p = g.locate(at);
-            prop_assert!(p.member_at < g.member_bytes() && p.slot < g.members());
-            prop_assert_eq!(g.address(p.stripe, p.data, p.in_chunk), at);
-            prop_assert_eq!(g.address_of_member(p.slot, p.member_at), Some(at));
-            prop_assert_ne!(g.parity_slot(p.stripe), Some(p.slot));
-        }
-
-        #[test]
-        fn pieces_cover_the_range_once(g in shapes(), at in any::<u64>(), len in 0_u64..3 << 20) {
-            let at = at % g.capacity();
-            let len = len.min(g.capacity() - at);
-            let mut done = 0;
-            for piece in g.pieces(at, len) {
-                prop_assert_eq!(piece.offset_in_request, done);
-                let first = g.locate(at + done);
-                let last = g.locate(at + done + u64::from(piece.len) - 1);
-                prop_assert_eq!((first.stripe, first.data), (piece.stripe, piece.data));
-                prop_assert_eq!((last.stripe, last.data), (piece.stripe, piece.data));
-                prop_assert_eq!((first.slot, first.member_at), (piece.slot, piece.member_at));
-                prop_assert_eq!(first.in_chunk, piece.in_chunk);
-                done += u64::from(piece.len);
-            }
-            prop_assert_eq!(done, len);
-        }
-    }
-}
+mod tests;

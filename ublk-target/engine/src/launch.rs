@@ -55,7 +55,7 @@ impl<E: Env> RaidGroup<E> {
         died: bool,
     ) -> Rc<Self> {
         rest.pool.set_aside();
-        let chunk = geometry.chunk();
+        let unit = geometry.stripe_on_member();
         let (mut in_sync, mut rebuild) = (0, None);
         let mut members = Vec::new();
         for (i, (slot, entry)) in (0u16..).zip(slots.into_iter().zip(&record.members)) {
@@ -65,7 +65,7 @@ impl<E: Env> RaidGroup<E> {
                     match state {
                         MemberState::InSync => in_sync |= 1 << i,
                         MemberState::Rebuilding => {
-                            let done = entry.rebuilt_to / chunk;
+                            let done = entry.rebuilt_to / unit;
                             rebuild = Some(Rebuild {
                                 slot: i,
                                 done,
@@ -87,7 +87,7 @@ impl<E: Env> RaidGroup<E> {
                 }
             }
         }
-        let synced = record.synced_to / chunk;
+        let synced = record.synced_to / unit;
         let log = InflightLog::start(&rest.pool, record.uuid, generation, died);
         let lus = config.lus.clone();
         let group = Rc::new(Self {

@@ -15,6 +15,10 @@ pub const CHUNK_MIN: u64 = GRAIN;
 pub const CHUNK_MAX: u64 = MIB;
 /// Stripe of a raid1, in bytes. raid1 has no chunk; this is the granule of its locks and its sync.
 pub const RAID1_STRIPE: u64 = 64 * KIB;
+/// Stripe of a linear group, in bytes: it has no chunk; data areas and extents are whole MiB.
+pub const LINEAR_STRIPE: u64 = MIB;
+/// Largest data area in a linear group, in bytes: a superblock has 32 bits for its MiB.
+pub const LINEAR_MEMBER_MAX: u64 = u32::MAX as u64 * MIB;
 
 /// Longest host read or write, in bytes. The kernel cuts a longer one, and what it has to cut it does not submit at
 /// once (`bio_split_rw` answers EAGAIN to `REQ_NOWAIT`, which every io_uring request has): it goes to a worker thread

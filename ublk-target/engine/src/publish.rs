@@ -28,13 +28,7 @@ impl<E: Env> RaidGroup<E> {
 
     /// Says whether data survives without these slots too.
     pub(crate) fn can_lose(&self, slots: u64) -> bool {
-        let left = (self.in_sync.get() & !slots).count_ones();
-        left >= self.slots_needed()
-    }
-
-    /// In-sync members without which data is missing.
-    pub(crate) fn slots_needed(&self) -> u32 {
-        u32::from(self.geometry.members() - self.geometry.redundancy())
+        self.geometry.survives(!self.in_sync.get() | slots)
     }
 
     /// Fails members in memory: from now on nobody reads them or waits for them. Not durable yet.
@@ -275,21 +269,23 @@ impl<E: Env> RaidGroup<E> {
     pub(crate) fn record_now(&self) -> GroupRecord {
         let record = self.record.borrow();
         let members = self.members.borrow();
-        let chunk = self.geometry.chunk();
+        let unit = self.geometry.stripe_on_member();
         GroupRecord {
             flags: Flags {
                 dirty: self.dirty.get(),
                 ..record.flags
             },
-            synced_to: self.durable_synced.get() * chunk,
+            synced_to: self.durable_synced.get() * unit,
             floor: self.floor.get(),
             members: members
                 .iter()
-                .map(|member| MemberEntry {
+                .zip(&record.members)
+                .map(|(member, entry)| MemberEntry {
                     disk: member.uuid,
+                    data_bytes: entry.data_bytes,
                     state: member.state.get(),
                     rebuilt_to: match member.state.get() {
-                        MemberState::Rebuilding => self.durable_rebuild.get() * chunk,
+                        MemberState::Rebuilding => self.durable_rebuild.get() * unit,
                         MemberState::InSync | MemberState::Faulty | MemberState::Missing => 0,
                     },
                 })
@@ -359,10 +355,9 @@ impl<E: Env> RaidGroup<E> {
     }
 
     pub(crate) fn group_state(&self) -> GroupState {
-        let in_sync = self.in_sync.get().count_ones();
-        if self.failed.get() || in_sync < self.slots_needed() {
+        if self.failed.get() || !self.can_lose(0) {
             GroupState::Failed
-        } else if in_sync < u32::from(self.geometry.members()) {
+        } else if self.in_sync.get() != self.geometry.slots() {
             GroupState::Degraded
         } else {
             GroupState::Optimal

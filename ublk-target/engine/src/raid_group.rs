@@ -175,7 +175,7 @@ impl Lu {
     /// # Panics  if the range leaves the LU
     pub(crate) fn pieces(
         &self,
-        geometry: Geometry,
+        geometry: &Geometry,
         at: u64,
         len: u64,
     ) -> impl Iterator<Item = Piece> {
@@ -356,6 +356,8 @@ impl<E: Env> RaidGroup<E> {
             name: config.name.clone(),
             level: self.geometry.level(),
             chunk: self.geometry.chunk(),
+            stripe_bytes: self.geometry.stripe_bytes(),
+            can_lose: self.geometry.margin(!self.in_sync.get()),
             consistency: record.consistency,
             state: self.group_state(),
             reason: self.reason(),

@@ -2,8 +2,8 @@
 //! splitting of redundant writes into stripes.
 
 use arrayvec::ArrayVec;
-use lunar_api::target::Level;
 
+use crate::geometry::{Piece as GroupPiece, Spot};
 use crate::limits::MEMBERS_MAX;
 use crate::member::{MemberIo, add};
 use crate::plan::Span;
@@ -87,12 +87,9 @@ impl<E: Env> RaidGroup<E> {
         let mut runs: ArrayVec<Run, MEMBERS_MAX> = ArrayVec::new();
         let mut ios: Ios<E> = ArrayVec::new();
         let (mut failed, mut lost) = (0u64, false);
-        let leg = self.choose_leg();
-        for piece in lu.pieces(self.geometry, request.at, request.len) {
-            let slot = match self.geometry.level() {
-                Level::Raid1 => self.leg_for(leg, piece.stripe),
-                Level::Raid0 | Level::Raid5 => piece.slot,
-            };
+        let turn = self.next_turn();
+        for piece in lu.pieces(&self.geometry, request.at, request.len) {
+            let Spot { slot, member_at } = self.leg(turn, &piece);
             if verb == DiskVerb::Read && self.readable(piece.stripe) & 1 << slot == 0 {
                 lost = true;
                 continue;
@@ -103,7 +100,7 @@ impl<E: Env> RaidGroup<E> {
             };
             let open = runs.iter().position(|r| r.slot == slot);
             if let Some(i) = open {
-                if extend(&mut runs[i], piece.member_at, part) {
+                if extend(&mut runs[i], member_at, part) {
                     continue;
                 }
                 let run = runs.swap_remove(i);
@@ -114,7 +111,7 @@ impl<E: Env> RaidGroup<E> {
             pieces.push(part);
             runs.push(Run {
                 slot,
-                at: piece.member_at,
+                at: member_at,
                 len: u64::from(piece.len),
                 pieces,
             });
@@ -194,7 +191,7 @@ impl<E: Env> RaidGroup<E> {
             return self.fill(&request, 0, request.len, &lease).await;
         }
         // Pieces that came straight from a member are in the request already.
-        for piece in lu.pieces(self.geometry, request.at, request.len) {
+        for piece in lu.pieces(&self.geometry, request.at, request.len) {
             if self.is_lost(&piece, failed) || lost {
                 let (start, len) = (piece.offset_in_request, u64::from(piece.len));
                 self.fill(&request, start, len, &lease).await?;
@@ -203,14 +200,10 @@ impl<E: Env> RaidGroup<E> {
         Ok(())
     }
 
-    fn is_lost(&self, piece: &crate::geometry::Piece, failed: u64) -> bool {
-        match self.geometry.level() {
-            // Which leg was asked is not remembered: all pieces are read again.
-            Level::Raid1 => true,
-            Level::Raid0 | Level::Raid5 => {
-                (failed | !self.readable(piece.stripe)) & 1 << piece.slot != 0
-            }
-        }
+    fn is_lost(&self, piece: &GroupPiece, failed: u64) -> bool {
+        // Which copy was asked is not remembered: all pieces are read again.
+        self.geometry.is_mirrored()
+            || (failed | !self.readable(piece.stripe)) & 1 << piece.slot != 0
     }
 
     /// Reads into the lease what did not come from its own member.
@@ -222,7 +215,7 @@ impl<E: Env> RaidGroup<E> {
         lease: &Lease,
     ) -> Result<(), Errno> {
         let join = self.stripes.open();
-        for piece in lu.pieces(self.geometry, request.at, request.len) {
+        for piece in lu.pieces(&self.geometry, request.at, request.len) {
             let task = Task::Read {
                 span: span_of(&piece),
                 lease: lease.clone(),
@@ -319,7 +312,7 @@ impl<E: Env> RaidGroup<E> {
             .map_err(|_| EIO)?;
         let join = self.stripes.open();
         let mut partial = false;
-        for piece in lu.pieces(self.geometry, at, len) {
+        for piece in lu.pieces(&self.geometry, at, len) {
             let span = span_of(&piece);
             partial |= span.is_partial_in(&span.grains());
             let task = Task::Write {
@@ -330,7 +323,7 @@ impl<E: Env> RaidGroup<E> {
             };
             self.push(lu, piece.stripe, task, join);
         }
-        if partial && self.geometry.level() == Level::Raid5 {
+        if partial && self.geometry.parities() > 0 {
             add(&lu.counters.bounced, 1);
         }
         drop(lease);
@@ -357,25 +350,36 @@ impl<E: Env> RaidGroup<E> {
         self.wait_durable().await
     }
 
-    /// The mirror leg with the fewest requests of late.
-    fn choose_leg(&self) -> u16 {
-        if self.geometry.level() != Level::Raid1 {
-            return 0;
-        }
-        let legs = self.in_sync.get();
+    /// Says whose turn among copies it is.
+    fn next_turn(&self) -> u32 {
         let turn = self.turn.get().wrapping_add(1);
         self.turn.set(turn);
-        let n = legs.count_ones().max(1);
-        bits(legs).nth((turn % n) as usize).unwrap_or(0)
+        turn
     }
 
-    /// Where equality is not proven every read goes to the same leg.
-    fn leg_for(&self, chosen: u16, stripe: u64) -> u16 {
-        if self.is_synced(stripe) {
-            chosen
-        } else {
-            u16::try_from(self.in_sync.get().trailing_zeros().min(63)).expect("at most 63")
+    /// Where a piece is: on the one member that has it, or on the one of those with a copy whose turn it is. Where
+    /// equality is not proven every read goes to the same copy.
+    fn leg(&self, turn: u32, piece: &GroupPiece) -> Spot {
+        let own = Spot {
+            slot: piece.slot,
+            member_at: piece.member_at,
+        };
+        if !self.geometry.is_mirrored() {
+            return own;
         }
+        let in_sync = self.in_sync.get();
+        let copies = self.geometry.copies(piece.stripe, piece.data);
+        let legs: ArrayVec<Spot, MEMBERS_MAX> = copies
+            .filter(|spot| in_sync & 1 << spot.slot != 0)
+            .collect();
+        let nth = match self.is_synced(piece.stripe) {
+            true => turn as usize % legs.len().max(1),
+            false => 0,
+        };
+        legs.get(nth).map_or(own, |leg| Spot {
+            slot: leg.slot,
+            member_at: leg.member_at + u64::from(piece.in_chunk),
+        })
     }
 }
 
@@ -405,7 +409,7 @@ pub(crate) fn bits(mut set: u64) -> impl Iterator<Item = u16> {
     })
 }
 
-fn span_of(piece: &crate::geometry::Piece) -> Span {
+fn span_of(piece: &GroupPiece) -> Span {
     Span {
         data: piece.data,
         start: piece.in_chunk,

@@ -2,12 +2,12 @@
 
 use std::rc::Rc;
 
-use lunar_api::target::MemberState;
+use lunar_api::target::{Level, MemberState};
 use lunar_api::{ApiError, DiskUuid, ErrorKind, History};
 
 use crate::assembly::{self, Conditions, Present, SlotPlan};
 use crate::config::GroupConfig;
-use crate::geometry::Geometry;
+use crate::geometry::{Geometry, GeometryError};
 use crate::inflight::{self, Left};
 use crate::label::{read_superblock, read_superblock_to};
 use crate::launch::{Slot, split};
@@ -54,9 +54,7 @@ impl<E: Env> RaidGroup<E> {
             }
         }
         let n = u16::try_from(members.len()).expect("MEMBERS_MAX is below 2^16");
-        let bytes = crate::reserve::member_bytes(&reserves);
-        let geometry = Geometry::new(spec.level, usize::from(n), spec.chunk, bytes)
-            .map_err(|error| refuse(error.to_string()))?;
+        let geometry = shape(&spec, &reserves).map_err(|error| refuse(error.to_string()))?;
         let config = GroupConfig::new(&spec.name).map_err(|error| refuse(error.to_string()))?;
         let clean = spec.assume_clean || geometry.redundancy() == 0;
         let record = GroupRecord {
@@ -80,10 +78,15 @@ impl<E: Env> RaidGroup<E> {
             floor: 0,
             members: members
                 .iter()
-                .map(|m| MemberEntry {
+                .zip(0..n)
+                .map(|(m, slot)| MemberEntry {
                     disk: m.uuid,
                     state: MemberState::InSync,
                     rebuilt_to: 0,
+                    data_bytes: match spec.level {
+                        Level::Linear => geometry.data_bytes(slot),
+                        _ => 0,
+                    },
                 })
                 .collect(),
         };
@@ -217,7 +220,7 @@ impl<E: Env> RaidGroup<E> {
             .filter(|disk| record.slot_of(**disk).is_some())
             .map(left_out)
             .collect();
-        let slots = seat(&plan.slots, readable, &superblocks, record.member_bytes);
+        let slots = seat(&plan.slots, readable, &superblocks, &record);
         // Replay comes first: what is read from here on may take the memory that it writes from.
         let mut unreplayed = 0;
         if let Some(left) = &left {
@@ -287,14 +290,14 @@ fn seat<D>(
     plans: &[SlotPlan],
     given: Vec<Given<D>>,
     superblocks: &[Superblock],
-    data_bytes: u64,
+    record: &GroupRecord,
 ) -> Vec<Slot<D>> {
     let mut given: Vec<Option<Given<D>>> = given.into_iter().map(Some).collect();
-    let mut seat = |i: usize| {
+    let mut seat = |i: usize, slot: usize| {
         let superblock = &superblocks[i];
         let reserve = Reserve {
             layout: superblock.member.as_ref()?.layout,
-            data_bytes,
+            data_bytes: record.data_bytes(slot),
             end_copy: superblock.end_copy,
         };
         let place = MemberPlace {
@@ -305,8 +308,23 @@ fn seat<D>(
     };
     plans
         .iter()
-        .map(|plan| plan.used().and_then(&mut seat))
+        .enumerate()
+        .map(|(slot, plan)| plan.used().and_then(|i| seat(i, slot)))
         .collect()
+}
+
+/// The shape of a new group: all members alike as large as the smallest allows, or, linear, each as it is.
+fn shape(spec: &CreateSpec, reserves: &[Reserve]) -> Result<Geometry, GeometryError> {
+    if spec.level == Level::Linear {
+        let sizes: Vec<u64> = reserves.iter().map(|reserve| reserve.data_bytes).collect();
+        return Geometry::linear(&sizes);
+    }
+    if spec.level == Level::Raid6 {
+        return Err(GeometryError::NotBuilt);
+    }
+    let bytes = crate::reserve::member_bytes(reserves);
+    let unit = Geometry::member_unit(spec.level, reserves.len(), spec.chunk).max(1);
+    Geometry::new(spec.level, reserves.len(), spec.chunk, bytes / unit * unit)
 }
 
 fn left_out(disk: &DiskUuid) -> String {

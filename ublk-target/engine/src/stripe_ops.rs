@@ -6,7 +6,6 @@
 use std::rc::Rc;
 
 use arrayvec::ArrayVec;
-use lunar_api::target::Level;
 
 use crate::member::{MemberIo, add};
 use crate::plan::{GRAIN, StripeState};
@@ -34,9 +33,9 @@ impl<E: Env> RaidGroup<E> {
         let mut batch = Batch::new();
         while let Some((stripe, head)) = self.stripes.take(&mut batch).await {
             let result = match batch.first().map(|item| &item.task) {
-                Some(Task::Write { .. }) => match self.geometry.level() {
-                    Level::Raid5 => self.write_parity(stripe, &batch).await,
-                    Level::Raid1 | Level::Raid0 => self.write_mirrors(stripe, &batch).await,
+                Some(Task::Write { .. }) => match self.geometry.is_mirrored() {
+                    true => self.write_mirrors(stripe, &batch).await,
+                    false => self.write_parity(stripe, &batch).await,
                 },
                 Some(Task::Read {
                     span,
@@ -89,13 +88,14 @@ impl<E: Env> RaidGroup<E> {
         let data = self.geometry.data_slots();
         let mut missing = 0;
         for d in 0..data {
-            if readable & 1 << self.geometry.data_slot(stripe, d) == 0 {
+            if readable & 1 << self.geometry.slot_of(stripe, d) == 0 {
                 missing |= 1 << d;
             }
         }
         let parity = self
             .geometry
-            .parity_slot(stripe)
+            .parity_slots(stripe)
+            .next()
             .map_or(0, |slot| 1u64 << slot);
         StripeState {
             data,

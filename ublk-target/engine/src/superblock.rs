@@ -100,7 +100,7 @@ pub struct GroupRecord {
     pub logical_block: u32,
     /// Bytes: 4096.
     pub physical_block: u32,
-    /// Bytes of the data area of every member.
+    /// Bytes of the data area of every member (linear: of the largest).
     pub member_bytes: u64,
     /// Bytes of a region of the intent and missed maps.
     pub region_bytes: u64,
@@ -151,6 +151,8 @@ pub struct MemberEntry {
     pub state: MemberState,
     /// While rebuilding: bytes of its data area that are right. Else 0.
     pub rebuilt_to: u64,
+    /// linear: bytes of its data area. Else 0: it is that of all.
+    pub data_bytes: u64,
 }
 
 /// Why bytes are no superblock to be believed.
@@ -353,7 +355,7 @@ impl Member {
         }
         let data = Area {
             offset: self.layout.data_offset,
-            len: group.member_bytes,
+            len: group.data_bytes(usize::from(self.slot)),
         };
         check_area("data area", data, device_size)?;
         for (name, area) in self.layout.areas() {
@@ -407,12 +409,22 @@ fn check_apart(layout: &Layout, data: Area, end_copy: Area) -> Result<(), Superb
 impl GroupRecord {
     /// Returns the shape of the group.
     pub fn geometry(&self) -> Result<Geometry, GeometryError> {
-        Geometry::new(
-            self.level,
-            self.members.len(),
-            self.chunk,
-            self.member_bytes,
-        )
+        let members = self.members.len();
+        if self.level == Level::Linear {
+            let sizes: Vec<u64> = (0..members).map(|slot| self.data_bytes(slot)).collect();
+            return Geometry::linear(&sizes);
+        }
+        Geometry::new(self.level, members, self.chunk, self.member_bytes)
+    }
+
+    /// Returns the bytes of the data area of a slot.
+    ///
+    /// # Panics  if there is no such slot
+    pub fn data_bytes(&self, slot: usize) -> u64 {
+        match self.level {
+            Level::Linear => self.members[slot].data_bytes,
+            _ => self.member_bytes,
+        }
     }
 
     /// Returns the slot that names a disk.
@@ -466,7 +478,7 @@ impl GroupRecord {
             (
                 "member bytes",
                 self.member_bytes,
-                self.member_bytes.is_multiple_of(GRAIN),
+                self.member_bytes == geometry.member_bytes(),
             ),
             ("region", self.region_bytes, region_ok),
             ("synced_to", self.synced_to, self.is_cursor(self.synced_to)),
@@ -511,6 +523,13 @@ impl GroupRecord {
                 return Err(SuperblockError::Field {
                     field: "rebuild cursor",
                     value,
+                });
+            }
+            let is_own_size = self.level == Level::Linear;
+            if (entry.data_bytes != 0) != is_own_size {
+                return Err(SuperblockError::Field {
+                    field: "data area of slot",
+                    value: slot as u64,
                 });
             }
             let again = self.members[..slot]

@@ -350,6 +350,12 @@ fn write_and_read_equal_the_model() {
         (7, Level::Raid5, 4, 65536),
         (8, Level::Raid5, 5, 1 << 20),
         (9, Level::Raid5, 8, 16384),
+        (15, Level::Raid10, 2, 65536),
+        (16, Level::Raid10, 3, 4096),
+        (17, Level::Raid10, 4, 65536),
+        (18, Level::Raid10, 5, 1 << 20),
+        (19, Level::Linear, 1, 1 << 20),
+        (20, Level::Linear, 3, 1 << 20),
     ] {
         let seed = seed + round();
         for clean in [true, false] {
@@ -363,7 +369,11 @@ fn write_and_read_equal_the_model() {
 /// Adjacent writes are merged to a longest request wherever the first of them began.
 #[test]
 fn longest_write_may_begin_within_a_grain() {
-    for (level, n, chunk) in [(Level::Raid1, 2, 65536), (Level::Raid5, 4, 65536)] {
+    for (level, n, chunk) in [
+        (Level::Raid1, 2, 65536),
+        (Level::Raid5, 4, 65536),
+        (Level::Raid10, 3, 65536),
+    ] {
         let rig = rig(21, level, n, chunk, true);
         for at in [0, 512, 3584, 65024] {
             let bytes: Vec<u8> = (0..MAX_IO).map(|_| rig.world.random(256) as u8).collect();
@@ -390,6 +400,9 @@ fn member_lost_under_writes_then_replaced_and_each_other_taken_away() {
         (12, Level::Raid5, 3, 4096),
         (13, Level::Raid5, 4, 65536),
         (14, Level::Raid5, 5, 1 << 20),
+        (15, Level::Raid10, 3, 65536),
+        (16, Level::Raid10, 4, 4096),
+        (17, Level::Raid10, 5, 65536),
     ] {
         let seed = seed + round();
         for lost in 0..n.min(3) {
@@ -431,7 +444,7 @@ fn member_lost_under_writes_then_replaced_and_each_other_taken_away() {
 
 #[test]
 fn unreadable_sector_is_rewritten_from_redundancy() {
-    for (level, n) in [(Level::Raid1, 2), (Level::Raid5, 4)] {
+    for (level, n) in [(Level::Raid1, 2), (Level::Raid5, 4), (Level::Raid10, 3)] {
         let rig = rig(21, level, n, 65536, true);
         rig.storm(100, || ());
         for store in &rig.stores[..1] {
@@ -503,6 +516,8 @@ fn killed_process_loses_nothing_healthy_or_degraded() {
         (33, Level::Raid5, 3, 4096),
         (34, Level::Raid5, 4, 65536),
         (35, Level::Raid5, 6, 16384),
+        (36, Level::Raid10, 2, 4096),
+        (37, Level::Raid10, 5, 16384),
     ] {
         let seed = seed + round();
         for lost in [None, Some(0), Some(n - 1)] {

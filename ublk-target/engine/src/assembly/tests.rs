@@ -34,6 +34,10 @@ impl World {
             disk: disk(slot),
             state: MemberState::InSync,
             rebuilt_to: 0,
+            data_bytes: match level {
+                Level::Linear => reserve.data_bytes,
+                _ => 0,
+            },
         };
         let record = GroupRecord {
             uuid: GROUP,
@@ -41,7 +45,10 @@ impl World {
             parents: Vec::new(),
             flags: Flags::default(),
             level,
-            chunk: 64 * KIB,
+            chunk: match level {
+                Level::Linear => MIB,
+                _ => 64 * KIB,
+            },
             consistency: Consistency::None,
             logical_block: 512,
             physical_block: 4096,
@@ -327,10 +334,15 @@ fn a_missing_member_renews_the_history() {
 
 #[test]
 fn more_missing_than_redundancy_is_refused_whatever_is_forced() {
-    for (level, members, there, redundancy) in [
-        (Level::Raid0, 3, vec![0, 1], 0),
-        (Level::Raid5, 4, vec![1, 3], 1),
-        (Level::Raid5, 3, vec![2], 1),
+    let neighbours = "one of each two that hold the same chunks may be";
+    for (level, members, there, allowed) in [
+        (Level::Linear, 3, vec![0, 1], "0 may be"),
+        (Level::Raid0, 3, vec![0, 1], "0 may be"),
+        (Level::Raid5, 4, vec![1, 3], "1 may be"),
+        (Level::Raid5, 3, vec![2], "1 may be"),
+        (Level::Raid6, 5, vec![1, 3], "2 may be"),
+        (Level::Raid10, 4, vec![2, 3], neighbours),
+        (Level::Raid10, 5, vec![1, 2, 3], neighbours),
     ] {
         for conditions in [CALM, FORCE, DEATH] {
             let refused = World::new(level, members)
@@ -338,13 +350,13 @@ fn more_missing_than_redundancy_is_refused_whatever_is_forced() {
                 .unwrap_err();
             let AssemblyError::TooFew {
                 members: m,
-                redundancy: r,
+                allowed: a,
                 lost,
             } = &refused
             else {
                 panic!("{refused}");
             };
-            assert_eq!((usize::from(*m), *r), (members, redundancy));
+            assert_eq!((usize::from(*m), a.as_str()), (members, allowed));
             assert_eq!(lost.len(), members - there.len());
             assert_eq!(refused.kind(), ErrorKind::NoRedundancy);
         }
@@ -354,6 +366,15 @@ fn more_missing_than_redundancy_is_refused_whatever_is_forced() {
         (plan.degraded, plan.slots),
         (3, vec![Missing, Missing, InSync(0), Missing])
     );
+    for (level, members, there) in [
+        (Level::Raid6, 5, vec![0, 2, 3]),
+        (Level::Raid10, 4, vec![1, 2]),
+        (Level::Raid10, 5, vec![0, 2, 3]),
+    ] {
+        let plan = World::new(level, members).assemble(&there, CALM).unwrap();
+        assert_eq!(usize::from(plan.degraded), members - there.len());
+        assert!(plan.renew_history);
+    }
 }
 
 #[test]
@@ -388,11 +409,13 @@ fn a_disk_that_was_in_another_slot_is_stale() {
             disk: disk(2),
             state: MemberState::Rebuilding,
             rebuilt_to: MIB,
+            data_bytes: 0,
         };
         group.members[2] = MemberEntry {
             disk: DiskUuid::from_bytes([77; 16]),
             state: MemberState::InSync,
             rebuilt_to: 0,
+            data_bytes: 0,
         };
     });
     let plan = world.assemble(&[0, 2], CALM);
@@ -435,6 +458,7 @@ fn an_empty_slot_is_missing() {
             disk: DiskUuid::NIL,
             state: MemberState::Missing,
             rebuilt_to: 0,
+            data_bytes: 0,
         };
     });
     let plan = world.assemble(&[0, 1], CALM).unwrap();
@@ -455,7 +479,13 @@ fn no_combination_starts_without_enough_members() {
         MemberState::Rebuilding,
         MemberState::Missing,
     ];
-    for level in [Level::Raid0, Level::Raid1, Level::Raid5] {
+    for level in [
+        Level::Linear,
+        Level::Raid0,
+        Level::Raid1,
+        Level::Raid5,
+        Level::Raid10,
+    ] {
         for combination in 0..4_usize.pow(3) {
             let world = World::new(level, 3).update(&[combination % 3], |group| {
                 group.flags.dirty = combination % 2 == 0;
@@ -471,6 +501,8 @@ fn no_combination_starts_without_enough_members() {
                         continue;
                     };
                     let in_sync = plan.slots.iter().filter(|s| matches!(s, InSync(_))).count();
+                    let missing = (0..3).filter(|slot| !matches!(plan.slots[*slot], InSync(_)));
+                    let missing = missing.fold(0, |set, slot| set | 1 << slot);
                     let geometry = world.superblocks[0]
                         .member
                         .as_ref()
@@ -478,10 +510,7 @@ fn no_combination_starts_without_enough_members() {
                         .group
                         .geometry();
                     let geometry = geometry.unwrap();
-                    assert!(
-                        in_sync >= 3 - usize::from(geometry.redundancy()),
-                        "{plan:?}"
-                    );
+                    assert!(geometry.survives(missing), "{plan:?}");
                     assert_eq!(usize::from(plan.degraded), 3 - in_sync);
                 }
             }

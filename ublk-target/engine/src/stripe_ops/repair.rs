@@ -3,9 +3,9 @@
 use std::ops::Range;
 
 use arrayvec::ArrayVec;
-use lunar_api::target::Level;
 
 use super::{Ios, PASS_BYTES, piece, rows_of};
+use crate::geometry::Spot;
 use crate::limits::MEMBERS_MAX;
 use crate::parity;
 use crate::plan::{GRAIN, Span};
@@ -13,6 +13,9 @@ use crate::pool::{Lease, Quota};
 use crate::raid_group::{EIO, Errno, RaidGroup};
 use crate::serve::bits;
 use crate::traits::{Buf, DiskVerb, Env, Piece};
+
+/// The copies of a chunk.
+type Spots = ArrayVec<Spot, MEMBERS_MAX>;
 
 impl<E: Env> RaidGroup<E> {
     /// Reads a span whose own member cannot be used or just failed, and repairs that member where it can.
@@ -51,23 +54,13 @@ impl<E: Env> RaidGroup<E> {
         to: u32,
         avoid: u64,
     ) -> Result<(), Errno> {
-        let own = self.geometry.data_slot(stripe, span.data);
-        let at = self.chunk_at(stripe) + u64::from(span.start);
         let whole = piece(to as usize, (span.end - span.start) as usize);
-        let readable = self.readable(stripe);
-        if self.geometry.level() == Level::Raid1 {
-            let mut bad = readable & avoid;
-            for slot in bits(readable & !avoid).chain(bits(readable & avoid)) {
-                if self.read_one(slot, at, lease, whole).await.is_ok() {
-                    for bad in bits(bad & !(1 << slot)) {
-                        self.rewrite(bad, at, lease, whole, None).await?;
-                    }
-                    return Ok(());
-                }
-                bad |= 1 << slot;
-            }
-            return Err(EIO);
+        if self.geometry.is_mirrored() {
+            return self.read_copy(stripe, span, lease, whole, avoid).await;
         }
+        let own = self.geometry.slot_of(stripe, span.data);
+        let at = self.chunk_at(stripe) + u64::from(span.start);
+        let readable = self.readable(stripe);
         if readable & !avoid & 1 << own != 0 && self.read_one(own, at, lease, whole).await.is_ok() {
             return Ok(());
         }
@@ -78,6 +71,40 @@ impl<E: Env> RaidGroup<E> {
             self.rewrite(own, at, lease, whole, None).await?;
         }
         Ok(())
+    }
+
+    /// Reads a span of a chunk from any copy, those of `avoid` last, and writes those that could not be read.
+    async fn read_copy(
+        &self,
+        stripe: u64,
+        span: Span,
+        lease: &Lease,
+        whole: Piece,
+        avoid: u64,
+    ) -> Result<(), Errno> {
+        let readable = self.readable(stripe);
+        let copies = self.geometry.copies(stripe, span.data);
+        let (last, first): (Spots, Spots) = copies
+            .filter(|spot| readable & 1 << spot.slot != 0)
+            .partition(|spot| avoid & 1 << spot.slot != 0);
+        let at = |spot: &Spot| spot.member_at + u64::from(span.start);
+        let mut bad = last.clone();
+        for spot in first.iter().chain(&last) {
+            if self
+                .read_one(spot.slot, at(spot), lease, whole)
+                .await
+                .is_ok()
+            {
+                for bad in bad.iter().filter(|bad| bad.slot != spot.slot) {
+                    self.rewrite(bad.slot, at(bad), lease, whole, None).await?;
+                }
+                return Ok(());
+            }
+            if !bad.contains(spot) {
+                bad.push(*spot);
+            }
+        }
+        Err(EIO)
     }
 
     pub(super) async fn read_one(

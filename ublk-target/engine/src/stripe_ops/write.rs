@@ -113,7 +113,7 @@ impl<E: Env> RaidGroup<E> {
             0 => None,
             bytes => Some(self.lease(Quota::Work, bytes).await?),
         };
-        let parity_slot = self.geometry.parity_slot(stripe);
+        let parity_slot = self.geometry.parity_slots(stripe).next();
         let chunk_at = self.chunk_at(stripe);
         let mut ios: Ios<E> = ArrayVec::new();
         // Old content.
@@ -122,7 +122,7 @@ impl<E: Env> RaidGroup<E> {
             if let Some(work) = &work {
                 let mut buffer = at;
                 let parity = parity_slot.filter(|_| band.read_parity);
-                let data = bits(band.reads).map(|d| self.geometry.data_slot(stripe, d));
+                let data = bits(band.reads).map(|d| self.geometry.slot_of(stripe, d));
                 for slot in data.chain(parity) {
                     let piece = piece(buffer, band.bytes());
                     let from = chunk_at + u64::from(band.rows.start * GRAIN);
@@ -161,7 +161,7 @@ impl<E: Env> RaidGroup<E> {
             };
             layout.compute(batch, self.geometry.data_slots());
             for d in bits(band.modified) {
-                let slot = self.geometry.data_slot(stripe, d);
+                let slot = self.geometry.slot_of(stripe, d);
                 if writable & 1 << slot != 0 {
                     let (lease, from, source) = layout.source(batch, d);
                     let write = Write {
@@ -248,15 +248,15 @@ impl<E: Env> RaidGroup<E> {
         Ok(())
     }
 
-    /// Writes one stripe of every mirror leg from one private copy.
+    /// Writes every copy of what a stripe holds from one private copy.
     ///
-    /// # Crash  each write is on all legs by one entry of the log, or on none
+    /// # Crash  each write is on all members with a copy by one entry of the log, or on none
     pub(super) async fn write_mirrors(&self, stripe: u64, batch: &[Item]) -> Result<(), Errno> {
         if self.failed.get() {
             return Err(EIO);
         }
-        let legs = usize::from(self.geometry.members());
-        for part in batch.chunks(SEGMENTS_MAX / legs) {
+        let copies = usize::from(self.geometry.copies_of_each());
+        for part in batch.chunks(SEGMENTS_MAX / copies) {
             let mut fua = false;
             let mut writes = Writes::new();
             let writable = self.writable(stripe);
@@ -271,9 +271,11 @@ impl<E: Env> RaidGroup<E> {
                     continue;
                 };
                 fua |= item_fua;
-                writes.extend(bits(writable).map(|slot| Write {
-                    slot,
-                    at: self.chunk_at(stripe) + u64::from(span.start),
+                let spots = self.geometry.copies(stripe, span.data);
+                let spots = spots.filter(|spot| writable & 1 << spot.slot != 0);
+                writes.extend(spots.map(|spot| Write {
+                    slot: spot.slot,
+                    at: spot.member_at + u64::from(span.start),
                     len: span.end - span.start,
                     from: absolute(lease, *from as usize),
                     source,

@@ -3,6 +3,7 @@
 use std::mem::offset_of;
 
 use lunar_api::target::{Consistency, Level, MemberState};
+use lunar_api::units::MIB;
 use lunar_api::{DiskUuid, GroupUuid, History, SystemUuid};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -33,7 +34,8 @@ const RESERVED: usize = 1560;
 pub(super) struct RawMember {
     disk: [u8; 16],
     state: u8,
-    reserved: [u8; 7],
+    reserved: [u8; 3],
+    data_mib: U32,
     rebuilt_to: U64,
 }
 const _: () = assert!(size_of::<RawMember>() == 32);
@@ -166,7 +168,10 @@ fn encode_group(group: &GroupRecord, raw: &mut Raw) {
         *to = RawMember {
             disk: entry.disk.to_bytes(),
             state: state_to_byte(entry.state),
-            reserved: [0; 7],
+            reserved: [0; 3],
+            data_mib: u32::try_from(entry.data_bytes / MIB)
+                .expect("checked: a size of linear")
+                .into(),
             rebuilt_to: entry.rebuilt_to.into(),
         };
     }
@@ -339,6 +344,7 @@ fn decode_entry(raw: &RawMember) -> Result<MemberEntry, SuperblockError> {
         disk,
         state: state_from_byte(raw.state)?,
         rebuilt_to: raw.rebuilt_to.get(),
+        data_bytes: u64::from(raw.data_mib.get()) * MIB,
     })
 }
 
@@ -420,6 +426,9 @@ fn level_to_byte(level: Level) -> u8 {
         Level::Raid0 => 1,
         Level::Raid1 => 2,
         Level::Raid5 => 3,
+        Level::Raid6 => 4,
+        Level::Raid10 => 5,
+        Level::Linear => 6,
     }
 }
 
@@ -428,6 +437,9 @@ fn level_from_byte(byte: u8) -> Result<Level, SuperblockError> {
         1 => Ok(Level::Raid0),
         2 => Ok(Level::Raid1),
         3 => Ok(Level::Raid5),
+        4 => Ok(Level::Raid6),
+        5 => Ok(Level::Raid10),
+        6 => Ok(Level::Linear),
         other => Err(SuperblockError::Field {
             field: "level",
             value: other.into(),

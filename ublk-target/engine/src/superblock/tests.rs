@@ -21,6 +21,7 @@ fn sample() -> Superblock {
         disk: DiskUuid::from_bytes(uuid(n)),
         state,
         rebuilt_to,
+        data_bytes: 0,
     };
     let group = GroupRecord {
         uuid: GroupUuid::from_bytes(uuid(2)),
@@ -351,6 +352,17 @@ fn one_broken_thing_is_refused() {
         ("shape", |_, m| m.group.chunk = 5000),
         ("shape", |_, m| m.group.member_bytes -= 4096),
         ("shape", |_, m| m.group.member_bytes = 0),
+        ("shape", |_, m| m.group.level = Level::Linear),
+        ("data area of slot", |_, m| {
+            m.group.members[1].data_bytes = m.group.member_bytes
+        }),
+        ("member bytes", |_, m| {
+            m.group.level = Level::Linear;
+            m.group.chunk = MIB;
+            for entry in &mut m.group.members {
+                entry.data_bytes = m.group.member_bytes - MIB;
+            }
+        }),
         ("chunk", |_, m| {
             m.group.level = Level::Raid1;
             m.group.chunk = 4096;
@@ -479,8 +491,8 @@ fn superblocks() -> impl Strategy<Value = Superblock> {
     let shape = (
         26_u32..50,
         0_u64..1 << 20,
-        0_usize..3,
-        3_usize..=64,
+        0_usize..6,
+        4_usize..=64,
         12_u32..=20,
     );
     let state = (
@@ -495,7 +507,16 @@ fn superblocks() -> impl Strategy<Value = Superblock> {
         let device_size = (1 << size) + odd * 512;
         let reserve = lay_out(device_size).unwrap();
         let member_bytes = reserve.data_bytes;
-        let level = [Level::Raid0, Level::Raid1, Level::Raid5][level];
+        let level = [
+            Level::Raid0,
+            Level::Raid1,
+            Level::Raid5,
+            Level::Raid6,
+            Level::Raid10,
+            Level::Linear,
+        ][level];
+        // Odd ones of raid10 have two rows a stripe.
+        let member_bytes = member_bytes / (2 * MIB) * (2 * MIB);
         let cursor = cursor % (member_bytes / 4096 + 1) * 4096;
         let states = [
             MemberState::InSync,
@@ -516,6 +537,10 @@ fn superblocks() -> impl Strategy<Value = Superblock> {
                     disk: DiskUuid::from_bytes(disk),
                     state,
                     rebuilt_to,
+                    data_bytes: match level {
+                        Level::Linear => member_bytes - i as u64 % 2 * MIB,
+                        _ => 0,
+                    },
                 }
             })
             .collect::<Vec<_>>();
@@ -540,10 +565,10 @@ fn superblocks() -> impl Strategy<Value = Superblock> {
             .map(|n| History::from_bytes([u8::try_from(n).unwrap() + 100; 16]))
             .collect();
         group.level = level;
-        group.chunk = if level == Level::Raid1 {
-            64 * KIB
-        } else {
-            1 << chunk
+        group.chunk = match level {
+            Level::Raid1 => 64 * KIB,
+            Level::Linear => MIB,
+            _ => 1 << chunk,
         };
         group.member_bytes = member_bytes;
         group.region_bytes = region_bytes(member_bytes);

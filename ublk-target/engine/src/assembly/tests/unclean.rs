@@ -5,16 +5,19 @@ use super::*;
 #[test]
 fn an_unclean_stop_is_resynced_a_mere_death_is_not() {
     for (level, resync) in [
+        (Level::Linear, false),
         (Level::Raid0, false),
         (Level::Raid1, true),
         (Level::Raid5, true),
+        (Level::Raid6, true),
+        (Level::Raid10, true),
     ] {
-        let world = World::new(level, 3).dirty();
-        let plan = world.assemble(&[0, 1, 2], CALM).unwrap();
+        let world = World::new(level, 4).dirty();
+        let plan = world.assemble(&[0, 1, 2, 3], CALM).unwrap();
         let from = if resync { 0 } else { 58 * MIB };
         assert_eq!((plan.resync, plan.synced_to), (resync, from), "{level:?}");
-        assert_eq!(plan.torn, level == Level::Raid5);
-        let plan = world.assemble(&[0, 1, 2], DEATH).unwrap();
+        assert_eq!(plan.torn, matches!(level, Level::Raid5 | Level::Raid6));
+        let plan = world.assemble(&[0, 1, 2, 3], DEATH).unwrap();
         assert_eq!(
             (plan.resync, plan.synced_to, plan.torn),
             (false, 58 * MIB, false)
@@ -28,16 +31,21 @@ fn dirty_and_degraded_by_level_and_condition() {
         (Level::Raid5, CALM, false),
         (Level::Raid5, FORCE, true),
         (Level::Raid5, DEATH, true),
+        (Level::Raid6, CALM, false),
+        (Level::Raid6, FORCE, true),
+        (Level::Raid6, DEATH, true),
+        (Level::Raid10, CALM, true),
+        (Level::Raid10, DEATH, true),
         (Level::Raid1, CALM, true),
         (Level::Raid1, DEATH, true),
     ] {
-        let world = World::new(level, 3).dirty();
+        let world = World::new(level, 4).dirty();
         // Gone with the power, or failed before.
-        let failed = world.clone().update(&[0, 2], fails(1, 2));
+        let failed = world.clone().update(&[0, 2, 3], fails(1, 2));
         for (world, there) in [
-            (&world, &[0, 2][..]),
-            (&failed, &[0, 2]),
-            (&failed, &[0, 1, 2]),
+            (&world, &[0, 2, 3][..]),
+            (&failed, &[0, 2, 3]),
+            (&failed, &[0, 1, 2, 3]),
         ] {
             let plan = world.assemble(there, conditions);
             assert_eq!(plan.is_ok(), starts, "{level:?} {conditions:?} {there:?}");

@@ -1,0 +1,271 @@
+//! One row of everything, for tests that hold what is printed and answered.
+// Each test binary takes what it needs.
+#![allow(dead_code)]
+
+use std::path::Path;
+
+use lunar_api::mgmt::Role;
+use lunar_api::rows::*;
+use lunar_api::target::{
+    Consistency, Features, GroupState, Level, LuCounters, SyncAction, SyncStatus,
+};
+use lunar_api::{DiskUuid, GroupUuid, History, LuUuid, SystemUuid};
+
+/// Compares with the committed file, or writes it when told to.
+pub(crate) fn hold(path: &Path, text: &str) {
+    if std::env::var_os("LUNAR_BLESS").is_some() {
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    }
+    let committed = std::fs::read_to_string(path).unwrap_or_default();
+    assert_eq!(
+        committed,
+        text,
+        "{}: LUNAR_BLESS=1 cargo test -p mgmtd writes it",
+        path.display()
+    );
+}
+
+pub(crate) fn disk_row() -> DiskRow {
+    DiskRow {
+        disk: 1,
+        path: "/dev/disk/by-id/wwn-0x5000c500a1".into(),
+        capacity: 4_000_000_000_000,
+        role: Role::Data,
+        state: DiskState::InSync,
+        group: Some(1),
+        errors: 3,
+    }
+}
+
+pub(crate) fn disk_show() -> DiskShow {
+    DiskShow {
+        disk: 1,
+        path: disk_row().path,
+        capacity: 1 << 40,
+        role: Role::Spare,
+        state: DiskState::Spare,
+        group: None,
+        errors: 0,
+        uuid: DiskUuid::from_bytes([1; 16]),
+        group_name: None,
+        slot: None,
+        reason: String::new(),
+        read_errors: 0,
+        write_errors: 0,
+    }
+}
+
+pub(crate) fn path_row() -> PathRow {
+    let device = Some("/dev/ublkb0".into());
+    PathRow {
+        path: 1,
+        lu: 1,
+        head: "host".into(),
+        device,
+        state: PathState::Online,
+    }
+}
+
+pub(crate) fn group_row() -> GroupRow {
+    GroupRow {
+        group: 1,
+        name: "data".into(),
+        level: Some(Level::Raid5),
+        disks: vec![Some(1), Some(2), None],
+        chunk: 65536,
+        consistency: Some(Consistency::None),
+        state: GroupState::Degraded,
+    }
+}
+
+pub(crate) fn group_show() -> GroupShow {
+    GroupShow {
+        group: 1,
+        name: "data".into(),
+        level: Some(Level::Raid5),
+        disks: group_row().disks,
+        chunk: 65536,
+        consistency: Some(Consistency::None),
+        state: GroupState::Degraded,
+        uuid: GroupUuid::from_bytes([2; 16]),
+        reason: "disk 3 (slot 2) failed".into(),
+        action: "add a disk (lunar disk add PATH), then: lunar disk replace 3 NEW".into(),
+        capacity: 1 << 40,
+        free: 1 << 30,
+        logical_block: 512,
+        write_hole_open: true,
+        zero_copy: true,
+        allocations: 0,
+        history: Some(History::from_bytes([3; 16])),
+        generation: 7,
+        members: vec![member()],
+        lus: vec![1],
+        sync: Some(sync()),
+    }
+}
+
+pub(crate) fn lu_row() -> LuRow {
+    LuRow {
+        lu: 1,
+        name: "vol".into(),
+        group: 1,
+        capacity: 10 << 30,
+        device: Some("/dev/lunar/vol".into()),
+        paths: vec![path_row()],
+        counters: LuCounters::default(),
+    }
+}
+
+pub(crate) fn lu_show() -> LuShow {
+    LuShow {
+        lu: 1,
+        name: "vol".into(),
+        group: 1,
+        capacity: 10 << 30,
+        device: lu_row().device,
+        paths: vec![path_row()],
+        counters: LuCounters {
+            reads: 1,
+            zero_copy: 1,
+            ..LuCounters::default()
+        },
+        uuid: LuUuid::from_bytes([4; 16]),
+        group_name: "data".into(),
+        depth: 128,
+        problem: String::new(),
+        holders: vec!["mounted at /srv".into()],
+        members: vec![member()],
+        mkfs: vec!["mkfs.ext4 -b 4096 -E stride=16,stripe_width=32 /dev/lunar/vol".into()],
+        fstab: "/dev/lunar/vol /srv/vol ext4 defaults,nofail 0 2".into(),
+    }
+}
+
+pub(crate) fn member() -> MemberRow {
+    MemberRow {
+        slot: 0,
+        disk: Some(1),
+        path: disk_row().path,
+        state: DiskState::Rebuilding,
+        data_offset: 8 << 20,
+        reason: "replaced".into(),
+        reads: 1,
+        writes: 2,
+        read_bytes: 4096,
+        write_bytes: 8192,
+        read_errors: 0,
+        write_errors: 3,
+    }
+}
+
+pub(crate) fn sync() -> SyncStatus {
+    SyncStatus {
+        action: SyncAction::Recover,
+        done: 1,
+        total: 8,
+        rate: 2,
+        slot: Some(0),
+    }
+}
+
+pub(crate) fn job() -> JobRow {
+    JobRow {
+        job: 7,
+        kind: JobKind::Recover,
+        group: 1,
+        group_name: "data".into(),
+        disk: Some(5),
+        state: JobState::Done,
+        done: 8,
+        total: 8,
+        rate: 2,
+        started: 1_700_000_000_000,
+        ended: Some(1_700_000_360_000),
+        reason: String::new(),
+    }
+}
+
+pub(crate) fn event() -> EventRow {
+    EventRow {
+        event: 1,
+        time: 1_700_000_000_000,
+        name: "Fail".into(),
+        group: Some(1),
+        disk: Some(2),
+        lu: None,
+        text: "disk 2 failed".into(),
+    }
+}
+
+pub(crate) fn status() -> StatusReply {
+    let status = StatusData {
+        health: Health::Degraded,
+        system: SystemUuid::from_bytes([9; 16]),
+        target_up: true,
+        features: Features::default(),
+        groups: vec![GroupHealth {
+            group: 1,
+            name: "data".into(),
+            level: Some(Level::Raid5),
+            state: GroupState::Degraded,
+            reason: group_show().reason,
+            action: group_show().action,
+            write_hole_open: true,
+            sync: Some(sync()),
+            members: vec![MemberHealth {
+                slot: 0,
+                disk: Some(1),
+                path: disk_row().path,
+                state: DiskState::Rebuilding,
+                read_errors: 0,
+                write_errors: 3,
+            }],
+            lus: vec![LuHealth {
+                lu: 1,
+                name: "vol".into(),
+                capacity: 10 << 30,
+                device: lu_row().device,
+                problem: String::new(),
+            }],
+        }],
+        disks: vec![disk_row()],
+        bad_disks: vec![BadDisk {
+            disk: 2,
+            path: "/dev/sdb".into(),
+            problem: "cannot be read: Input/output error".into(),
+        }],
+        strangers: vec![Stranger {
+            path: "/dev/sdc".into(),
+            kind: StrangerKind::OtherSystem,
+            system: Some(SystemUuid::from_bytes([8; 16])),
+            group_name: "old".into(),
+            text: "belongs to another system".into(),
+        }],
+    };
+    StatusReply {
+        exit: 3,
+        text: " group: data   raid5\n".into(),
+        status,
+    }
+}
+
+/// The answer to `ConfigSave`.
+pub(crate) fn config_text() -> ConfigText {
+    let text = "{\n  \"format\": \"lunar.config/1\"\n}\n".into();
+    ConfigText { text }
+}
+
+/// The answer to a changing verb.
+pub(crate) fn changed() -> Changed {
+    Changed {
+        outcome: Outcome::Changed,
+        text: vec!["it is done".into()],
+        steps: vec!["do it".into()],
+        dies: vec!["LU vol: 10 GiB".into()],
+        confirm: Some("vol".into()),
+        job: Some(7),
+        disks: vec![disk_row()],
+        group: Some(group_row()),
+        lu: Some(lu_row()),
+    }
+}
