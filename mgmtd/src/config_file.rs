@@ -563,3 +563,151 @@ pub fn archive(state_dir: &Path, file: &ConfigFile) -> std::io::Result<()> {
     }
     std::fs::File::open(&dir)?.sync_all()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::views::tests::view;
+
+    fn saved() -> ConfigFile {
+        ConfigFile::of(&view(), None)
+    }
+
+    fn complaint(text: &str) -> String {
+        let error = ConfigFile::parse(text).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Usage);
+        error.causes.join("; ")
+    }
+
+    #[test]
+    fn parse_reads_what_is_written_and_names_the_line_of_what_is_not() {
+        let text = saved().text();
+        assert_eq!(ConfigFile::parse(&text).unwrap(), saved());
+        let line = |what: &str| text.lines().position(|l| l.contains(what)).unwrap() + 1;
+        for (from, to, says) in [
+            ("\"role\"", "\"roel\"", format!("line {}", line("\"role\""))),
+            ("\"disk\": 2", "\"disk\": 1", "there twice".into()),
+            ("\"disk\": 1", "\"disk\": 0", "is 0".into()),
+            (
+                "lunar.config/1",
+                "lunar.config/2",
+                format!("line {}: its format", line("format")),
+            ),
+            (
+                "\"name\": \"vol\"",
+                "\"name\": \"a b\"",
+                "`a b` cannot be a name".into(),
+            ),
+            (
+                "\"chunk\": 65536",
+                "\"chunk\": -1",
+                format!("line {}", line("chunk")),
+            ),
+        ] {
+            assert!(text.contains(from), "{from}");
+            let why = complaint(&text.replacen(from, to, 1));
+            assert!(why.contains(&says), "{from}: {why}");
+        }
+        assert!(complaint("").contains("line 1"));
+        assert!(complaint(&text[..text.len() / 2]).contains("line "));
+        let mut lost = saved();
+        lost.disks.remove(0);
+        assert!(complaint(&lost.text()).contains("is not among the disks"));
+    }
+
+    #[test]
+    fn compare_gives_numbers_back_and_tells_what_differs() {
+        let file = saved();
+        let same = compare(&view(), &file);
+        assert!(same.steps.is_empty() && same.differs.is_empty(), "{same:?}");
+        // Numbers turned round, a role gone, and a disk that the file does not know.
+        let mut now = view();
+        let rows: Vec<DiskSave> = now.tables.disks.values().cloned().collect();
+        let count = u32::try_from(rows.len()).unwrap();
+        for (number, row) in (1..).zip(rows.iter().rev()) {
+            now.tables.put_disk(DiskSave {
+                number,
+                role: Role::Spare,
+                ..row.clone()
+            });
+        }
+        let mut file = file;
+        let unknown = file.disks.remove(0);
+        let load = compare(&now, &file);
+        let at = |uuid| load.disks.iter().find(|d| d.uuid == uuid).unwrap();
+        for entry in &file.disks {
+            assert_eq!(
+                (at(entry.uuid).number, at(entry.uuid).role),
+                (entry.disk, entry.role)
+            );
+        }
+        let numbers: BTreeSet<u32> = load.disks.iter().map(|d| d.number).collect();
+        assert_eq!(numbers.len(), rows.len(), "each has its own: {load:?}");
+        assert!(!(2..=count).contains(&at(unknown.uuid).number));
+        assert!(
+            load.differs
+                .iter()
+                .any(|d| d.contains("is not in the file")),
+            "{load:?}"
+        );
+        load.apply(&mut now.tables);
+        let again = compare(&now, &file);
+        assert!(again.steps.is_empty(), "{again:?}");
+        // What is in the file only.
+        let mut more = saved();
+        more.groups[0].lus[0].uuid = LuUuid::from_bytes([0x55; 16]);
+        let load = compare(&view(), &more);
+        assert!(
+            load.differs.iter().any(|d| d.contains("is not here")),
+            "{load:?}"
+        );
+    }
+
+    #[test]
+    fn the_description_of_a_group_that_is_not_up_is_kept() {
+        let file = saved();
+        let mut down = view();
+        down.live.groups.clear();
+        let kept = ConfigFile::of(&down, Some(&file));
+        assert_eq!(kept, file);
+        assert_eq!(ConfigFile::of(&down, None).groups[0].level, None);
+    }
+
+    #[test]
+    fn refill_is_for_lost_tables_of_the_same_system() {
+        let file = saved();
+        let lost = |system| {
+            let mut tables = Tables::default();
+            tables.system = system;
+            tables
+        };
+        let mut tables = lost(file.system);
+        assert!(refill(&mut tables, &file));
+        assert_eq!(tables.disks.len(), view().tables.disks.len());
+        assert!(!tables.take_writes().is_empty(), "they become durable");
+        assert!(!refill(&mut tables, &file), "they are not lost any more");
+        assert!(!refill(
+            &mut lost(SystemUuid::from_bytes([0x66; 16])),
+            &file
+        ));
+    }
+
+    #[test]
+    fn the_archive_keeps_the_last_ones_and_the_newest_that_is_whole_counts() {
+        let dir = std::env::temp_dir().join(format!("lunar-archive-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&dir);
+        let mut file = saved();
+        for n in 1..=ARCHIVE_MAX + 3 {
+            file.disks[0].capacity = n as u64;
+            archive(&dir, &file).unwrap();
+        }
+        let all = archived(&dir);
+        assert_eq!(all.len(), ARCHIVE_MAX);
+        let (path, found) = newest(&dir).unwrap();
+        assert_eq!(found, file);
+        std::fs::write(path, "{").unwrap();
+        let (_, found) = newest(&dir).unwrap();
+        assert_eq!(found.disks[0].capacity, (ARCHIVE_MAX + 2) as u64);
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+}

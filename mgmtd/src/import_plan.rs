@@ -289,3 +289,254 @@ fn groups(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use lunar_api::History;
+    use lunar_api::target::Level;
+
+    use super::*;
+    use crate::sightings::sort;
+    use crate::tables::DiskSave;
+
+    const OWN: SystemUuid = SystemUuid::from_bytes([1; 16]);
+    const OLD: SystemUuid = SystemUuid::from_bytes([2; 16]);
+    const THIRD: SystemUuid = SystemUuid::from_bytes([3; 16]);
+
+    fn disk(n: u8) -> DiskUuid {
+        DiskUuid::from_bytes([n; 16])
+    }
+
+    const GROUP: GroupUuid = GroupUuid::from_bytes([9; 16]);
+
+    /// Member n of the group `data` of disks 1 to 3.
+    fn member(n: u8, system: SystemUuid) -> Probe {
+        let label = Label {
+            system,
+            disk: disk(n),
+            group: GROUP,
+            group_name: "data".into(),
+            level: Some(Level::Raid5),
+            slots: 3,
+            slot: Some(u16::from(n) - 1),
+            history: History::NIL,
+            generation: 5,
+            members: vec![disk(1), disk(2), disk(3)],
+            deleted: false,
+            damaged: None,
+        };
+        Probe {
+            path: format!("/dev/{n}"),
+            capacity: 1 << 30,
+            logical_block: 512,
+            label: Some(label),
+            problem: None,
+        }
+    }
+
+    fn with(mut probe: Probe, change: impl Fn(&mut Label)) -> Probe {
+        probe.label.iter_mut().for_each(change);
+        probe
+    }
+
+    struct Asked {
+        view: View,
+        probes: Vec<Probe>,
+        deleted: bool,
+        take: bool,
+    }
+
+    impl Asked {
+        /// A system that has nothing sees these disks, and is to import them all.
+        fn new(probes: Vec<Probe>) -> Self {
+            let mut view = View::default();
+            view.tables.system = OWN;
+            let (deleted, take) = (false, false);
+            Self {
+                view,
+                probes,
+                deleted,
+                take,
+            }
+        }
+
+        /// It has a disk of its own.
+        fn settled(mut self) -> Self {
+            let (path, capacity) = ("/dev/own".into(), 1 << 30);
+            self.view.tables.put_disk(DiskSave {
+                number: 1,
+                uuid: disk(77),
+                path,
+                role: Default::default(),
+                capacity,
+                was: None,
+            });
+            self
+        }
+
+        fn plan(&self) -> Result<ImportPlan, ApiError> {
+            let system = self.view.tables.system;
+            let none = BTreeSet::new();
+            let seen = sort(system, &BTreeMap::new(), &none, self.probes.clone());
+            let given: Vec<Given> = (self.probes.iter())
+                .map(|probe| Given::Lunar(probe.path.clone(), Box::new(probe.clone())))
+                .collect();
+            plan(&Facts {
+                view: &self.view,
+                seen: &seen,
+                given: &given,
+                deleted: self.deleted,
+                take: self.take,
+                boot: "now",
+            })
+        }
+    }
+
+    fn all(system: SystemUuid) -> Vec<Probe> {
+        [3, 1, 2].map(|n| member(n, system)).into()
+    }
+
+    #[test]
+    fn a_system_that_has_nothing_becomes_that_of_the_disks() {
+        let plan = Asked::new(all(OLD)).plan().unwrap();
+        assert_eq!(plan.become_system, Some(OLD));
+        let disks: Vec<_> = plan.disks.iter().map(|(disk, _)| *disk).collect();
+        assert_eq!(
+            disks,
+            [disk(3), disk(1), disk(2)],
+            "numbers in the order given"
+        );
+        assert_eq!(
+            (plan.start.len(), plan.take.len(), plan.left.len()),
+            (1, 0, 0)
+        );
+        assert!(plan.steps[0].contains(&OLD.to_string()), "{:?}", plan.steps);
+        assert!(plan.steps.last().unwrap().contains("start group data"));
+        // Of two systems it can become one, and nobody said which.
+        let mut mixed = all(OLD);
+        mixed.push(with(member(4, THIRD), |label| label.group = GroupUuid::NIL));
+        let refused = Asked::new(mixed).plan().unwrap_err();
+        assert_eq!(refused.kind, ErrorKind::Refused);
+        assert!(
+            refused.causes.iter().any(|why| why.contains("/dev/4")),
+            "{refused:?}"
+        );
+    }
+
+    #[test]
+    fn a_system_that_has_something_leaves_others_alone_unless_told() {
+        let refused = Asked::new(all(OLD)).settled().plan().unwrap_err();
+        assert_eq!(
+            (refused.kind, refused.causes.len()),
+            (ErrorKind::Refused, 3)
+        );
+        assert!(refused.causes[0].contains(&OLD.to_string()), "{refused:?}");
+        let mut asked = Asked::new(all(OLD)).settled();
+        asked.take = true;
+        let plan = asked.plan().unwrap();
+        assert_eq!(
+            (plan.become_system, &plan.take[..]),
+            (None, &[(GROUP, OLD)][..])
+        );
+        assert_eq!(plan.members[&(GROUP, OLD)].len(), 3);
+        assert!(plan.steps[0].contains("group data"), "{:?}", plan.steps);
+        // Mixed with its own: those are imported, the others named.
+        let mut mixed = Asked::new(all(OWN)).settled();
+        mixed
+            .probes
+            .push(with(member(4, THIRD), |label| label.group = GroupUuid::NIL));
+        let plan = mixed.plan().unwrap();
+        assert_eq!((plan.disks.len(), plan.left.len()), (3, 1));
+        assert!(plan.left[0].contains("/dev/4"), "{:?}", plan.left);
+    }
+
+    #[test]
+    fn a_take_over_writes_the_highest_generation_first() {
+        let mut asked = Asked::new(all(OLD)).settled();
+        asked.take = true;
+        for (probe, generation) in asked.probes.iter_mut().zip([4, 9, 7]) {
+            *probe = with(probe.clone(), |label| label.generation = generation);
+        }
+        let plan = asked.plan().unwrap();
+        let order = plan.members[&(GROUP, OLD)]
+            .iter()
+            .map(|probe| probe.path.as_str());
+        assert_eq!(order.collect::<Vec<_>>(), ["/dev/1", "/dev/2", "/dev/3"]);
+    }
+
+    #[test]
+    fn what_is_deleted_replaced_or_there_twice_is_told() {
+        let gone = |label: &mut Label| label.deleted = true;
+        let mut asked = Asked::new(all(OWN).into_iter().map(|p| with(p, gone)).collect());
+        let plan = asked.plan().unwrap();
+        assert_eq!(
+            (plan.start.len(), plan.disks.len(), plan.left.len()),
+            (0, 3, 3)
+        );
+        asked.deleted = true;
+        let plan = asked.plan().unwrap();
+        assert_eq!(
+            (&plan.start[..], &plan.undelete[..]),
+            (&[GROUP][..], &[GROUP][..])
+        );
+
+        let mut replaced = Asked::new(all(OWN));
+        let newer = |label: &mut Label| {
+            label.generation = 8;
+            label.members[2] = disk(4);
+        };
+        for probe in replaced.probes.iter_mut().skip(1) {
+            *probe = with(probe.clone(), newer);
+        }
+        let plan = replaced.plan().unwrap();
+        assert_eq!(plan.disks[0], (disk(3), Some((GROUP, 2))));
+        assert!(
+            plan.left[0].contains("/dev/3 is no member"),
+            "{:?}",
+            plan.left
+        );
+
+        let mut twice = Asked::new(all(OWN));
+        let path = "/dev/copy".to_string();
+        twice.probes.push(Probe {
+            path,
+            ..member(1, OWN)
+        });
+        let plan = twice.plan().unwrap();
+        assert_eq!((plan.disks.len(), plan.left.len()), (2, 2));
+        assert!(
+            plan.left.iter().all(|l| l.contains("/dev/1 and /dev/copy")),
+            "{:?}",
+            plan.left
+        );
+    }
+
+    #[test]
+    fn the_second_time_there_is_nothing_to_do() {
+        let mut asked = Asked::new(all(OWN));
+        for n in 1..=3 {
+            let (path, capacity) = (format!("/dev/{n}"), 1 << 30);
+            asked.view.tables.put_disk(DiskSave {
+                number: n,
+                uuid: disk(u8::try_from(n).unwrap()),
+                path,
+                role: Default::default(),
+                capacity,
+                was: None,
+            });
+        }
+        let number = asked.view.tables.number_group(GROUP, "data");
+        let mut row = asked.view.tables.groups[&number].clone();
+        row.stopped_in = Some("now".into());
+        asked.view.tables.put_group(row);
+        let plan = asked.plan().unwrap();
+        assert!(
+            plan.steps.is_empty() && plan.start.is_empty(),
+            "{:?}",
+            plan.steps
+        );
+        assert!(plan.left[0].contains("stopped by hand"), "{:?}", plan.left);
+    }
+}
