@@ -203,9 +203,9 @@ pub fn correct(daemon: &Daemon, seen: &Sightings) {
                 None if member => tables.next_disk(),
                 None => continue,
             };
-            let (role, was) = old
+            let (role, was, sick) = old
                 .as_ref()
-                .map_or_else(Default::default, |o| (o.role, o.was));
+                .map_or_else(Default::default, |o| (o.role, o.was, o.sick.clone()));
             if let Some(old) = old.filter(|old| old.path != path) {
                 moved.push((
                     *uuid,
@@ -220,6 +220,7 @@ pub fn correct(daemon: &Daemon, seen: &Sightings) {
                 role,
                 capacity,
                 was,
+                sick,
             });
             if let Some(label) = probe.label.as_ref().filter(|_| member) {
                 tables.number_group(label.group, &label.group_name);
@@ -682,12 +683,13 @@ mod tests {
             damaged: None,
         };
         let path = format!("/dev/{disk}");
-        let (capacity, logical_block, problem) = (1 << 30, 512, None);
+        let (capacity, data_bytes, logical_block, problem) = (1 << 30, 1 << 29, 512, None);
         (
             id(disk),
             Probe {
                 path,
                 capacity,
+                data_bytes,
                 logical_block,
                 label: Some(label),
                 problem,

@@ -492,6 +492,7 @@ pub fn refill(tables: &mut Tables, file: &ConfigFile) -> bool {
             role: d.role,
             capacity: d.capacity,
             was: None,
+            sick: None,
         });
     }
     for g in &file.groups {

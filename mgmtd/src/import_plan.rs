@@ -330,6 +330,7 @@ mod tests {
         Probe {
             path: format!("/dev/{n}"),
             capacity: 1 << 30,
+            data_bytes: 1 << 29,
             logical_block: 512,
             label: Some(label),
             problem: None,
@@ -372,6 +373,7 @@ mod tests {
                 role: Default::default(),
                 capacity,
                 was: None,
+                sick: None,
             });
             self
         }
@@ -525,6 +527,7 @@ mod tests {
                 role: Default::default(),
                 capacity,
                 was: None,
+                sick: None,
             });
         }
         let number = asked.view.tables.number_group(GROUP, "data");

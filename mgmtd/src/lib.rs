@@ -27,6 +27,7 @@ pub mod resolve;
 pub mod server;
 pub mod sightings;
 pub mod signature;
+pub mod spares;
 pub mod store;
 pub mod supervisor;
 pub mod tables;

@@ -12,6 +12,8 @@ pub const REOPEN_LIMIT: Duration = Duration::from_secs(30);
 pub const OPEN_LIMIT: Duration = Duration::from_secs(10);
 /// Pause between two tries to open a disk exclusively.
 pub const REOPEN_PAUSE: Duration = Duration::from_millis(20);
+/// Pause between two looks whether a slot wants a spare; what happens in between rings at once.
+pub const SPARES_PAUSE: Duration = Duration::from_secs(5);
 /// Pause between two looks whether a group's disks, all held, are let go of.
 pub const HELD_PAUSE: Duration = Duration::from_secs(1);
 /// Longest wait for another change to end.

@@ -10,7 +10,7 @@ use clap::{CommandFactory, Parser};
 use lunar_api::SystemUuid;
 use mgmtd::daemon::{Config, Daemon};
 use mgmtd::store::{self, Store};
-use mgmtd::{holders, notify, probe, server, supervisor};
+use mgmtd::{holders, notify, probe, server, spares, supervisor};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// The management daemon of Lunar. Its end leaves the data path running; `lunar shutdown` stops all.
@@ -135,6 +135,7 @@ async fn run(args: Args) -> Result<(), String> {
     let mut int = signal(SignalKind::interrupt()).map_err(|e| say("signals", &e))?;
     tokio::task::spawn_local(server::serve(daemon.clone(), listener));
     let mut supervisor = tokio::spawn(supervisor::supervise(daemon.clone()));
+    tokio::spawn(spares::watch(daemon.clone()));
     tokio::select! {
         _ = term.recv() => tracing::info!("mgmtd ends, the data path stays up"),
         _ = int.recv() => tracing::info!("mgmtd ends, the data path stays up"),

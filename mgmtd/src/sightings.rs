@@ -226,6 +226,7 @@ mod tests {
         Probe {
             path: path.into(),
             capacity: 1 << 30,
+            data_bytes: 1 << 29,
             logical_block: 512,
             label: Some(label),
             problem: None,

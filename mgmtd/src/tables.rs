@@ -42,6 +42,9 @@ pub struct DiskSave {
     /// It failed in this group, slot, and was replaced.
     #[serde(default)]
     pub was: Option<(GroupUuid, u16)>,
+    /// Why this spare did not do; until it is added again it is faulty.
+    #[serde(default)]
+    pub sick: Option<String>,
 }
 
 /// A group, as saved.
@@ -264,6 +267,7 @@ mod tests {
             role: Role::Data,
             capacity: 1,
             was: None,
+            sick: None,
         };
         tables.put_disk(row.clone());
         tables.put_disk(row);

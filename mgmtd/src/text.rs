@@ -7,9 +7,10 @@ use lunar_api::rows::{
     DiskState, GroupHealth, Health, LuHealth, MemberHealth, StatusData, StatusReply, Stranger,
     StrangerKind,
 };
-use lunar_api::target::{GroupState, GroupStatus, Level, MemberState, SyncAction, SyncStatus};
+use lunar_api::target::{GroupState, GroupStatus, Level, SyncAction, SyncStatus};
 use lunar_api::units::format_size;
 
+use crate::spares::replaced;
 use crate::tables::GroupSave;
 use crate::views::{View, is_write_hole_open, member_state};
 
@@ -212,6 +213,20 @@ pub fn action(view: &View, save: &GroupSave) -> String {
     }
 }
 
+/// What there is to do while a slot is filled: nothing, but a disk may wait to be taken out.
+fn recovering_action(view: &View, group: &GroupStatus) -> String {
+    let slot = group.sync.as_ref().and_then(|sync| sync.slot);
+    let member = group.members.iter().find(|m| Some(m.slot) == slot);
+    let spare = member.and_then(|m| Some((view.tables.disk(m.disk)?, m.disk)));
+    match spare.and_then(|(spare, disk)| Some((spare, replaced(view, group, disk)?))) {
+        Some((spare, was)) => format!(
+            "none needed, spare {} took its place; take the failed disk out: lunar disk remove {}",
+            spare.number, was.number
+        ),
+        None => "none needed, the rebuild is running".into(),
+    }
+}
+
 /// What ends a quarantine.
 pub fn again(name: &str) -> String {
     format!("lunar group start {name} --again")
@@ -239,16 +254,14 @@ fn started_action(view: &View, group: &GroupStatus) -> String {
         }
         (_, Some(m)) => {
             let known = view.tables.disk(m.disk).map(|d| d.number.to_string());
-            let back = match (&known, m.state) {
-                (Some(n), MemberState::Missing) => {
-                    format!("; or, with the same disk back: lunar disk replace {n} {n}")
-                }
-                _ => String::new(),
-            };
+            // It is stale, whatever it says: it missed what was written since.
+            let back = known.as_ref().map_or(String::new(), |n| {
+                format!("; or, with the same disk back and sound: lunar disk replace {n} {n}")
+            });
             let old = known.unwrap_or(m.path.clone());
             format!("add a disk (lunar disk add PATH), then: lunar disk replace {old} NEW{back}")
         }
-        (_, None) if recovering => "none needed, the rebuild is running".into(),
+        (_, None) if recovering => recovering_action(view, group),
         (_, None) => "lunar events".into(),
     }
 }
@@ -423,6 +436,7 @@ pub fn word(state: DiskState) -> &'static str {
 mod tests {
     use super::*;
     use crate::views::tests::view;
+    use lunar_api::target::MemberState;
 
     fn compose(view: &View) -> StatusReply {
         status(

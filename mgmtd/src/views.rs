@@ -71,7 +71,7 @@ impl View {
         if let Some((_, member)) = self.member(disk.uuid) {
             return member_state(member.state);
         }
-        if disk.was.is_some() {
+        if disk.was.is_some() || disk.sick.is_some() {
             return DiskState::Faulty;
         }
         if !self.live.probes.contains_key(&disk.uuid) {
@@ -481,6 +481,7 @@ pub(crate) mod tests {
                 role: Role::Data,
                 capacity,
                 was: None,
+                sick: None,
             });
         }
         view.tables.number_group(group.group, &group.name);

@@ -442,6 +442,7 @@ fn unusable(path: String, problem: String) -> Probe {
     Probe {
         path,
         capacity: 0,
+        data_bytes: 0,
         logical_block: 0,
         label: None,
         problem: Some(problem),

@@ -309,6 +309,8 @@ pub struct Probe {
     pub path: String,
     /// Bytes.
     pub capacity: u64,
+    /// Bytes of a group's data that it has room for as a member; 0: none.
+    pub data_bytes: u64,
     /// Bytes.
     pub logical_block: u32,
     /// None: no Lunar superblock there.

@@ -56,7 +56,8 @@ pub async fn show(daemon: &Daemon, name: &str) -> Result<DiskOne, ApiError> {
         uuid: save.uuid,
         group_name: group.map(|g| g.name_seen.clone()),
         slot: member.map(|m| m.slot),
-        reason: member.map_or(String::new(), |m| m.reason.clone()) + bad.map_or("", |b| b),
+        reason: member.map_or(save.sick.clone().unwrap_or_default(), |m| m.reason.clone())
+            + bad.map_or("", |b| b),
         read_errors: member.map_or(0, |m| m.read_errors),
         write_errors: member.map_or(0, |m| m.write_errors),
     };
@@ -102,7 +103,7 @@ pub async fn add(daemon: &Daemon, ask: DiskAdd) -> Result<Changed, ApiError> {
     }
     let view = view(daemon).await;
     let mut seen = BTreeSet::new();
-    let (mut unknown, mut numbers) = (Vec::new(), Vec::new());
+    let (mut unknown, mut numbers, mut changes) = (Vec::new(), Vec::new(), Vec::new());
     for path in &ask.paths {
         let path = PathBuf::from(path);
         let identity = check_kind(&path)?;
@@ -113,7 +114,12 @@ pub async fn add(daemon: &Daemon, ask: DiskAdd) -> Result<Changed, ApiError> {
             );
         }
         match known_disk(&view, identity) {
-            Some(known) => numbers.push(known.number),
+            Some(known) => {
+                numbers.push(known.number);
+                if is_changed(&view, known, ask.role)? {
+                    changes.push(known.clone());
+                }
+            }
             None => unknown.push((path, identity)),
         }
     }
@@ -126,7 +132,7 @@ pub async fn add(daemon: &Daemon, ask: DiskAdd) -> Result<Changed, ApiError> {
         fresh.push(check_fresh(daemon, &view, path, &ask).await?);
     }
     let there = numbers.clone();
-    if fresh.is_empty() {
+    if fresh.is_empty() && changes.is_empty() {
         let plan = Plan::unchanged("these disks are already given to Lunar");
         if let Gate::Answer(mut answer) = plan.gate(ask.dry_run, ask.yes)? {
             answer.disks = rows(&view, &numbers);
@@ -147,9 +153,20 @@ pub async fn add(daemon: &Daemon, ask: DiskAdd) -> Result<Changed, ApiError> {
         });
         plan.dies.extend(disk.dies.clone());
     }
+    for disk in &changes {
+        let (n, role) = (disk.number, role_word(ask.role));
+        plan.steps.push(match disk.role == ask.role {
+            true => format!("take disk {n} for a good {role} disk again"),
+            false => format!("make disk {n} a {role} disk"),
+        });
+    }
     // A signature that is named with --force is confirmed by that.
     if let Gate::Answer(answer) = plan.gate(ask.dry_run, ask.yes)? {
         return Ok(*answer);
+    }
+    look_again(daemon, &changes).await?;
+    for disk in &changes {
+        give_role(daemon, disk, ask.role);
     }
     for disk in fresh {
         numbers.push(take(daemon, disk, ask.role).await?);
@@ -164,11 +181,8 @@ pub async fn add(daemon: &Daemon, ask: DiskAdd) -> Result<Changed, ApiError> {
         .disks
         .iter()
         .map(|d| {
-            let unchanged = if there.contains(&d.disk) {
-                ", unchanged"
-            } else {
-                ""
-            };
+            let is_same = there.contains(&d.disk) && !changes.iter().any(|c| c.number == d.disk);
+            let unchanged = if is_same { ", unchanged" } else { "" };
             let size = format_size(d.capacity);
             format!("disk {}: {} ({size}){unchanged}", d.disk, d.path)
         })
@@ -182,6 +196,49 @@ fn rows(view: &View, numbers: &[u32]) -> Vec<lunar_api::rows::DiskRow> {
         .filter_map(|n| view.tables.disks.get(n))
         .map(|d| view.disk_row(d))
         .collect()
+}
+
+/// Says whether adding a known disk with a role changes it.
+///
+/// # Errors  `Busy` for a member that is no spare: what it is for was said when its group was made
+fn is_changed(view: &View, disk: &DiskSave, role: Role) -> Result<bool, ApiError> {
+    if disk.role == role {
+        return Ok(disk.sick.is_some());
+    }
+    let Some(group) = view.group_of(disk) else {
+        return Ok(true);
+    };
+    if (disk.role, role) == (Role::Spare, Role::Data) {
+        return Ok(true);
+    }
+    let group = (view.tables.group(group)).map_or(group.to_string(), |g| g.name_seen.clone());
+    let what = format!(
+        "disk {} does not become a {} disk",
+        disk.number,
+        role_word(role)
+    );
+    Err(ApiError::new(ErrorKind::Busy, what)
+        .because(format!("it is a member of group {group}"))
+        .hint("lunar disk list"))
+}
+
+fn role_word(role: Role) -> &'static str {
+    match role {
+        Role::Data => "data",
+        Role::Spare => "spare",
+        Role::Work => "work",
+    }
+}
+
+/// Gives a known disk another role; whatever it was before, it is tried again.
+fn give_role(daemon: &Daemon, disk: &DiskSave, role: Role) {
+    daemon.tables().put_disk(DiskSave {
+        role,
+        sick: None,
+        ..disk.clone()
+    });
+    let text = format!("disk {} is a {} disk now", disk.number, role_word(role));
+    daemon.event("DiskRole", About::disk(disk.uuid), text);
 }
 
 /// Labels one disk and gives it a number.
@@ -225,6 +282,7 @@ async fn take(daemon: &Daemon, fresh: Fresh, role: Role) -> Result<u32, ApiError
             role,
             capacity,
             was: None,
+            sick: None,
         });
         number
     };
@@ -376,6 +434,7 @@ pub async fn replace(daemon: &Daemon, ask: DiskReplace) -> Result<Changed, ApiEr
         }
         tables.put_disk(DiskSave {
             was: None,
+            sick: None,
             role: Role::Data,
             ..new.clone()
         });

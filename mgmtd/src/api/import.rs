@@ -272,6 +272,7 @@ fn row(daemon: &Daemon, uuid: DiskUuid, probe: &Probe, was: Option<(GroupUuid, u
         role: Default::default(),
         capacity: probe.capacity,
         was,
+        sick: None,
     });
 }
 

@@ -91,7 +91,7 @@ fn bad_files() -> Result<(), Failure> {
     let before = rig.json(&["status"])?;
     for (edit, says) in [
         ("echo hello", "line 1"),
-        ("head -n 4 /tmp/good.json", "line 4"),
+        ("head -n 4 /tmp/good.json", "line 5"),
         (
             "sed 's/\"lunar.config.1\"/\"lunar.config\\/9\"/' /tmp/good.json",
             "line 2: its format is lunar.config/9",

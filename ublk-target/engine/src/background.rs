@@ -41,11 +41,13 @@ impl<E: Env> RaidGroup<E> {
         while !self.stopping.get() {
             self.clock.sleep(LOOK).await;
             self.recall_memory();
+            self.let_go();
             let mut stalled = 0;
             for slot in bits(self.in_sync.get() | self.rebuilding().map_or(0, |slot| 1 << slot)) {
                 if self
                     .member(slot)
                     .disk
+                    .borrow()
                     .as_ref()
                     .is_some_and(|disk| disk.oldest() > DISK_LIMIT)
                 {
@@ -54,6 +56,20 @@ impl<E: Env> RaidGroup<E> {
             }
             if stalled != 0 && self.can_lose(stalled) {
                 self.fail_now(stalled, "no answer for 30 s");
+            }
+        }
+    }
+
+    /// Closes members that have failed, once their I/O is over: whoever repairs such a disk may hand it in again.
+    fn let_go(&self) {
+        for member in self.members.borrow().iter() {
+            let is_out = matches!(
+                member.state.get(),
+                MemberState::Faulty | MemberState::Missing
+            );
+            let is_over = |disk: &Rc<E::Disk>| disk.oldest() == 0;
+            if is_out && member.disk.borrow().as_ref().is_some_and(is_over) {
+                member.disk.take();
             }
         }
     }
@@ -294,6 +310,9 @@ impl<E: Env> RaidGroup<E> {
             if result.is_ok() && is_whole {
                 let text = format!("{stripes} of {stripes} stripes");
                 self.event(&format!("{name}Finished"), slot, &text);
+                if slot.is_some() {
+                    self.event("SpareActive", slot, "it is filled, and in sync from now on");
+                }
             } else if result.is_ok() && done == stripes {
                 why = self.holes_text(if slot.is_some() { "rebuilt" } else { "synced" });
                 if let Some(slot) = slot {

@@ -151,6 +151,7 @@ pub async fn probe<D: Disk>(disk: &D, path: &str, pool: &Rc<Pool>) -> Probe {
     Probe {
         path: path.to_owned(),
         capacity,
+        data_bytes: lay_out(capacity).map_or(0, |reserve| reserve.data_bytes),
         logical_block,
         label,
         problem,

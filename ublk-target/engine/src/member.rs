@@ -18,7 +18,8 @@ pub(crate) struct Member<D> {
     pub slot: u16,
     pub uuid: DiskUuid,
     pub path: String,
-    pub disk: Option<Rc<D>>,
+    /// Let go of when it has failed and its I/O is over.
+    pub disk: RefCell<Option<Rc<D>>>,
     /// Where its metadata lies; none if the disk is not there.
     pub place: Option<MemberPlace>,
     /// A place for its superblock, held for as long as it or a write of it: publishing never waits for memory.
@@ -49,7 +50,7 @@ impl<D: Disk> Member<D> {
             slot,
             uuid,
             path,
-            disk: None,
+            disk: RefCell::default(),
             place: None,
             meta: None,
             data_offset: 0,
@@ -74,7 +75,7 @@ impl<D: Disk> Member<D> {
     ) -> Self {
         Self {
             data_offset: place.reserve.layout.data_offset,
-            disk: Some(Rc::new(given.disk)),
+            disk: RefCell::new(Some(Rc::new(given.disk))),
             place: Some(place),
             meta: Some(meta),
             ..Self::new(slot, given.uuid, given.path, state)
@@ -115,6 +116,7 @@ impl<D: Disk> Member<D> {
     ) -> MemberIo<D> {
         let io = self
             .disk
+            .borrow()
             .as_ref()
             .map(|disk| disk.submit(verb, at, len, buf, pieces));
         MemberIo {

@@ -48,15 +48,20 @@ impl<E: Env> RaidGroup<E> {
             let member = self.member(slot);
             member.state.set(MemberState::Faulty);
             *member.reason.borrow_mut() = why.to_owned();
-            if let Some(disk) = &member.disk {
+            if let Some(disk) = &*member.disk.borrow() {
                 disk.abandon();
                 if disk.oldest() > 0 {
                     self.hung.borrow_mut().push(Rc::clone(disk));
                     self.pool.lend();
                 }
             }
+            // md's words: a disk that was being filled was a spare until then.
+            let name = match rebuilding & 1 << slot {
+                0 => "Fail",
+                _ => "FailSpare",
+            };
             self.event(
-                "Fail",
+                name,
                 Some(slot),
                 &format!("disk {} (slot {slot}): {why}", member.path),
             );
