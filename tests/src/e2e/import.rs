@@ -20,9 +20,12 @@ pub(super) fn tests(to: &mut Vec<Test>) {
 
 const RAID5: [&str; 3] = ["--level", "raid5", "--assume-clean"];
 
-/// A checksum of every byte of some disks.
+/// A checksum of every byte of some disks, read past what is cached.
 fn bytes_of(paths: &[String]) -> Result<String, Failure> {
-    sh(&format!("cat {} | sha256sum", paths.join(" ")))
+    sh(&format!(
+        "for d in {}; do dd if=$d bs=1M iflag=direct 2>/dev/null; done | cksum",
+        paths.join(" ")
+    ))
 }
 
 /// Runs something that must not change a byte of some disks.
@@ -167,8 +170,8 @@ fn another_system() -> Result<(), Failure> {
     seed(&rig)?;
     let system = text(&rig.json(&["status"])?["system"]);
     let own = ["/dev/ram4", "/dev/ram5"].map(String::from);
+    rig.shutdown()?;
     unwritten(&theirs, || {
-        rig.shutdown()?;
         sh(&format!("mv {0} {0}.a; mkdir {0}", rig.state_dir()))?;
         rig.start()?;
         rig.lunar(&["disk", "add", &own[0], &own[1]])?;
@@ -241,7 +244,7 @@ fn another_system() -> Result<(), Failure> {
 /// The system that the first superblock of a disk names.
 fn system_on(path: &str) -> Result<String, Failure> {
     sh(&format!(
-        "dd if={path} bs=1 skip=$((4096 + 40)) count=16 2>/dev/null | od -An -tx1 | tr -d ' \\n'"
+        "dd if={path} bs=4096 skip=1 count=1 iflag=direct 2>/dev/null | od -An -tx1 -j40 -N16 | tr -d ' \\n'"
     ))
 }
 
