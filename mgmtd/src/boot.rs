@@ -110,11 +110,13 @@ fn name_bad(daemon: &Daemon, path: &str, problem: Option<String>) {
 
 /// Finds every known disk and corrects its path (steps 1 and 2).
 ///
-/// # Errors  ublk-target does not answer, or the tables cannot be saved
+/// # Errors  ublk-target does not answer
 pub async fn find_disks(daemon: &Daemon) -> Result<(), ApiError> {
     let seen = look(daemon, &[]).await?;
     correct(daemon, &seen);
-    daemon.save().await
+    // Groups do not wait for a state directory that has room; what is not saved is told by `status`.
+    let _ = daemon.save().await;
+    Ok(())
 }
 
 /// Looks at every disk that there is, and at `also`; takes what is ours as found.
@@ -460,7 +462,10 @@ pub async fn look_again(daemon: &Daemon, disks: &[DiskSave]) -> Result<(), ApiEr
 }
 
 fn not_started(daemon: &Daemon, group: GroupUuid, error: &ApiError) {
-    say_not_started(daemon, group, Problem::from(error));
+    // It is up, only the tables could not be saved.
+    if !daemon.live().groups.contains_key(&group) {
+        say_not_started(daemon, group, Problem::from(error));
+    }
 }
 
 fn say_not_started(daemon: &Daemon, group: GroupUuid, problem: Problem) {
@@ -569,7 +574,7 @@ pub async fn start_group(
     let TargetAnswer::Group { group: status } = answer else {
         return Err(unexpected(&answer));
     };
-    daemon.absorb_group(*status).await?;
+    let saved = daemon.absorb_group(*status).await;
     if let Some((rebuild_min_bytes, rebuild_max_bytes)) = rates.filter(|r| *r != (None, None)) {
         let set = TargetRequest::GroupSet {
             group,
@@ -578,7 +583,7 @@ pub async fn start_group(
         };
         daemon.ask(&set, Vec::new()).await?;
     }
-    Ok(())
+    saved
 }
 
 /// Members as far as they could be opened.

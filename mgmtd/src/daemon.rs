@@ -47,6 +47,8 @@ pub struct Live {
     pub bad_paths: BTreeMap<String, String>,
     /// Disks with a Lunar superblock that are left alone.
     pub strangers: Vec<Stranger>,
+    /// Why the tables could not be saved last; empty: they are.
+    pub unsaved: String,
     /// Groups that would leave disks behind if they started, and why.
     pub barred: BTreeMap<GroupUuid, Problem>,
     /// Groups that ublk-target crashes by, and how.
@@ -193,6 +195,7 @@ impl Daemon {
         let result = tokio::task::spawn_blocking(move || store.write(&rows)).await;
         let result = match result {
             Ok(Ok(())) => {
+                self.live().unsaved.clear();
                 let told = |w: &Write| matches!(w.kind, Kind::Disks | Kind::Groups | Kind::Lus);
                 if writes.iter().any(told) {
                     self.archive().await;
@@ -202,6 +205,7 @@ impl Daemon {
             Ok(Err(error)) => store::one_line(&error),
             Err(error) => error.to_string(),
         };
+        self.live().unsaved.clone_from(&result);
         // They are kept and go with the next: what was done stays done, and the data path needs none of it.
         self.tables().put_back(writes);
         let dir = self.config.state_dir.display();

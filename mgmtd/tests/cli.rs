@@ -35,6 +35,7 @@ const VERBS: &[(&str, &str)] = &[
     ("group list", ""),
     ("group show", "data"),
     ("group set", "data --rebuild-max 1MiB"),
+    ("group scrub", "data"),
     ("group start", "data"),
     ("group resolve", "data --keep 1 --yes"),
     ("group stop", "data"),

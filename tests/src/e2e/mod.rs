@@ -14,6 +14,7 @@ mod import;
 mod layout;
 mod life;
 mod manage;
+mod scrub;
 mod spares;
 
 use shell::Failure;
@@ -31,6 +32,7 @@ pub fn tests() -> Vec<Test> {
     life::tests(&mut all);
     hostile::tests(&mut all);
     manage::tests(&mut all);
+    scrub::tests(&mut all);
     spares::tests(&mut all);
     import::tests(&mut all);
     config::tests(&mut all);

@@ -33,6 +33,8 @@ pub(crate) enum Task {
     },
     /// Make the redundancy of the whole stripe right, or fill the slot that is rebuilt.
     Sync,
+    /// Compare the whole stripe, and make it fit.
+    Scrub { repair: bool },
 }
 
 /// A task with who waits for it.
