@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use lunar_api::target::{MESSAGE_MAX, TARGET_API, TargetAnswer, TargetReply, TargetRequest};
 use lunar_api::{ApiError, ErrorKind, SystemUuid};
+use lunar_engine::config::Queues;
 
 use crate::groups::Groups;
 use crate::socket::{self, Message};
@@ -201,7 +202,15 @@ fn dispatch(
             name,
             size,
             depth,
-        } => groups.get(group)?.lu_create(lu, name, size, depth),
+            queues,
+        } => {
+            let queues = Queues {
+                count: queues,
+                depth,
+            };
+            groups.get(group)?.lu_create(lu, name, size, queues)
+        }
+        TargetRequest::LuSet { group, lu, queues } => groups.get(group)?.lu_set(lu, queues),
         TargetRequest::LuDelete { group, lu } => groups.get(group)?.lu_delete(lu),
         TargetRequest::LuDeleted { group } => groups.get(group)?.deleted_lus(),
         TargetRequest::LuUndelete { group, lu } => groups.get(group)?.lu_undelete(lu),

@@ -14,6 +14,7 @@ mod import;
 mod layout;
 mod life;
 mod manage;
+mod queues;
 mod scrub;
 mod spares;
 
@@ -32,6 +33,7 @@ pub fn tests() -> Vec<Test> {
     life::tests(&mut all);
     hostile::tests(&mut all);
     manage::tests(&mut all);
+    queues::tests(&mut all);
     scrub::tests(&mut all);
     spares::tests(&mut all);
     import::tests(&mut all);

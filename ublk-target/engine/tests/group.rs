@@ -5,6 +5,8 @@
 mod scrubs;
 #[path = "group/troubles.rs"]
 mod troubles;
+#[path = "group/views.rs"]
+mod views;
 mod world;
 
 use std::cell::{Cell, RefCell};
