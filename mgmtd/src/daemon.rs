@@ -23,7 +23,7 @@ use crate::limits::{CALL_LIMIT, INTENT_LIMIT, STATUS_LIMIT};
 use crate::link::{Link, unexpected};
 use crate::store::{self, Store};
 use crate::tables::{EventSave, Kind, Tables, Write};
-use crate::{devnodes, jobs, probe};
+use crate::{devnodes, hardware, jobs, probe};
 
 /// Where everything is.
 #[derive(Debug, Clone)]
@@ -33,6 +33,9 @@ pub struct Config {
     pub socket: PathBuf,
     pub system: Option<u32>,
     pub target_bin: PathBuf,
+    /// Programs run when something happens.
+    pub hooks_dir: PathBuf,
+    pub hook_limit: Duration,
 }
 
 /// What was last seen; nothing of it is saved.
@@ -41,6 +44,9 @@ pub struct Live {
     pub groups: BTreeMap<GroupUuid, GroupStatus>,
     pub features: Features,
     pub target_pid: Option<u32>,
+    pub target_version: String,
+    /// Model and serial of disks, remembered when they are gone.
+    pub labels: BTreeMap<DiskUuid, String>,
     /// What the disks carried when they were last probed.
     pub probes: BTreeMap<DiskUuid, Probe>,
     /// Paths that could not be read when they were last probed, and why.
@@ -105,6 +111,8 @@ impl About {
 #[derive(Debug)]
 pub struct Daemon {
     pub config: Config,
+    /// Since when this mgmtd runs.
+    pub started: std::time::Instant,
     store: Store,
     tables: Mutex<Tables>,
     live: Mutex<Live>,
@@ -139,6 +147,7 @@ impl Daemon {
         let archived = archived.map(|(_, file)| file);
         Arc::new(Self {
             config,
+            started: std::time::Instant::now(),
             store,
             tables: Mutex::new(tables),
             live: Mutex::default(),
@@ -356,10 +365,11 @@ impl Daemon {
                 api: TARGET_API,
                 pid,
                 features,
-                ..
+                version,
             } => {
                 let mut live = self.live();
                 live.target_pid = Some(pid);
+                live.target_version = version;
                 live.features = features;
             }
             other => return Err(unexpected(&other)),
@@ -419,8 +429,20 @@ impl Daemon {
             }
             jobs::derive(&mut tables, &groups, probe::now_ms());
         }
+        self.learn_labels();
         self.sync_nodes();
         self.save().await
+    }
+
+    fn learn_labels(&self) {
+        let disks: Vec<_> = self.tables().disks.values().cloned().collect();
+        for disk in disks {
+            let known = self.live().labels.contains_key(&disk.uuid);
+            if !known {
+                let label = hardware::label(&disk.path);
+                self.live().labels.insert(disk.uuid, label);
+            }
+        }
     }
 
     fn sync_nodes(&self) {

@@ -345,8 +345,10 @@ fn group_text(
         let (state, r, w) = (word(m.state), m.read_errors, m.write_errors);
         let _ = writeln!(
             text,
-            "        {disk:<5} {:<5} {state:<10} {r:>5} {w:>5}     0  {}",
-            m.slot, m.path
+            "        {disk:<5} {:<5} {state:<10} {r:>5} {w:>5}     0  {}{}",
+            m.slot,
+            m.path,
+            label_of(view, m.disk, m.state)
         );
     }
     for was in view
@@ -361,9 +363,10 @@ fn group_text(
             continue;
         }
         let (n, path) = (was.number, &was.path);
+        let label = label_of(view, Some(n), DiskState::Faulty);
         let _ = writeln!(
             text,
-            "        {n:<5} {slot:<5} faulty         -     -     -  {path}  (was)"
+            "        {n:<5} {slot:<5} faulty         -     -     -  {path}  (was){label}"
         );
     }
     for (at, lu) in group.lus.iter().enumerate() {
@@ -371,6 +374,17 @@ fn group_text(
         let _ = writeln!(text, "{label} {}", lu_text(view, lu, holders));
     }
     text.push('\n');
+}
+
+/// What stands on a disk that has to be taken out of the machine.
+fn label_of(view: &View, disk: Option<u32>, state: DiskState) -> String {
+    let out = matches!(state, DiskState::Faulty | DiskState::Missing);
+    let uuid = disk.and_then(|n| view.tables.disks.get(&n)).map(|d| d.uuid);
+    let label = uuid.and_then(|uuid| view.live.labels.get(&uuid));
+    match label.filter(|label| out && !label.is_empty()) {
+        Some(label) => format!("  {label}"),
+        None => String::new(),
+    }
 }
 
 fn lu_text(view: &View, lu: &LuHealth, holders: &dyn Fn(u32) -> Vec<String>) -> String {
@@ -567,6 +581,8 @@ mod tests {
     #[test]
     fn status_degraded_exits_3_and_says_what_to_type() {
         let mut view = view();
+        let disk = view.tables.disks[&2].uuid;
+        (view.live.labels).insert(disk, "ST4000VN (serial Z1F0A)".into());
         for group in view.live.groups.values_mut() {
             group.state = GroupState::Degraded;
             group.reason = "disk 2 (slot 1) failed".into();
@@ -576,6 +592,11 @@ mod tests {
         let reply = compose(&view);
         assert_eq!(reply.exit, 3);
         assert!(reply.text.contains("state: DEGRADED"), "{}", reply.text);
+        assert!(
+            reply.text.contains("wwn-2  ST4000VN (serial Z1F0A)\n"),
+            "{}",
+            reply.text
+        );
         let risk = "  risk: it survives one more failure";
         assert!(reply.text.contains(risk), "{}", reply.text);
         assert!(

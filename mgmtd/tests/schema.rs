@@ -42,12 +42,18 @@ fn methods() -> Methods {
     };
     m.add::<mgmt::StatusAsk, rows::StatusReply>("Status");
     m.add::<mgmt::EventsAsk, rows::EventsReply>("Events");
+    m.add::<mgmt::EventsTestAsk, rows::Changed>("EventsTest");
+    m.add::<mgmt::Nothing, rows::DoctorReply>("Doctor");
+    m.add::<mgmt::Nothing, rows::MetricsReply>("Metrics");
+    m.add::<mgmt::Nothing, rows::StatReply>("Stat");
+    m.add::<mgmt::Nothing, rows::ReportReply>("Report");
     m.add::<mgmt::Nothing, rows::JobList>("JobList");
     m.add::<mgmt::JobOne, rows::JobOneReply>("JobShow");
     m.add::<mgmt::JobEnd, rows::Changed>("JobCancel");
     m.add::<mgmt::Nothing, rows::DiskList>("DiskList");
     m.add::<mgmt::One, rows::DiskOne>("DiskShow");
     m.add::<mgmt::DiskAdd, rows::Changed>("DiskAdd");
+    m.add::<mgmt::DiskLocate, rows::LocateReply>("DiskLocate");
     m.add::<mgmt::DiskFail, rows::Changed>("DiskFail");
     m.add::<mgmt::DiskReplace, rows::Changed>("DiskReplace");
     m.add::<mgmt::DiskRemove, rows::Changed>("DiskRemove");

@@ -70,6 +70,11 @@ requests! {
         after: u64,
         wait_ms: u32,
     }
+    /// Records a test message.
+    EventsTestAsk {
+        dry_run: bool,
+        yes: bool,
+    }
     /// Names one job.
     JobOne {
         job: u32,
@@ -88,6 +93,14 @@ requests! {
         force: Option<String>,
         /// A disk of this system becomes a new one: what it holds dies.
         as_new: bool,
+        dry_run: bool,
+        yes: bool,
+    }
+    /// Says where disks are and lights their LEDs.
+    DiskLocate {
+        disks: Vec<String>,
+        /// Puts the LEDs out.
+        off: bool,
         dry_run: bool,
         yes: bool,
     }
@@ -242,6 +255,21 @@ pub enum Request {
     /// What happened. Answer: `EventsReply`.
     #[serde(rename = "io.lunar.Events")]
     Events(EventsAsk),
+    /// Records a `TestMessage` for every group and runs the hooks with it. Answer: `Changed`.
+    #[serde(rename = "io.lunar.EventsTest")]
+    EventsTest(EventsTestAsk),
+    /// Checks the machine and the set-up. Answer: `DoctorReply`.
+    #[serde(rename = "io.lunar.Doctor")]
+    Doctor(Nothing),
+    /// Counters and states for Prometheus. Answer: `MetricsReply`.
+    #[serde(rename = "io.lunar.Metrics")]
+    Metrics(Nothing),
+    /// The I/O of LUs and members. Answer: `StatReply`.
+    #[serde(rename = "io.lunar.Stat")]
+    Stat(Nothing),
+    /// What a bug report needs. Answer: `ReportReply`.
+    #[serde(rename = "io.lunar.Report")]
+    Report(Nothing),
     /// Every job. Answer: `JobList`.
     #[serde(rename = "io.lunar.JobList")]
     JobList(Nothing),
@@ -260,6 +288,9 @@ pub enum Request {
     /// Gives disks to Lunar. Answer: `Changed`.
     #[serde(rename = "io.lunar.DiskAdd")]
     DiskAdd(DiskAdd),
+    /// Says where disks are. Answer: `LocateReply`.
+    #[serde(rename = "io.lunar.DiskLocate")]
+    DiskLocate(DiskLocate),
     /// Fails a member. Answer: `Changed`.
     #[serde(rename = "io.lunar.DiskFail")]
     DiskFail(DiskFail),
@@ -338,12 +369,18 @@ pub enum Request {
 pub const VERBS: &[(&str, bool)] = &[
     ("io.lunar.Status", false),
     ("io.lunar.Events", false),
+    ("io.lunar.EventsTest", true),
+    ("io.lunar.Doctor", false),
+    ("io.lunar.Metrics", false),
+    ("io.lunar.Stat", false),
+    ("io.lunar.Report", false),
     ("io.lunar.JobList", false),
     ("io.lunar.JobShow", false),
     ("io.lunar.JobCancel", true),
     ("io.lunar.DiskList", false),
     ("io.lunar.DiskShow", false),
     ("io.lunar.DiskAdd", true),
+    ("io.lunar.DiskLocate", true),
     ("io.lunar.DiskFail", true),
     ("io.lunar.DiskReplace", true),
     ("io.lunar.DiskRemove", true),

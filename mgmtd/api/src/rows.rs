@@ -77,6 +77,29 @@ pub enum JobKind {
     Scrub,
 }
 
+/// A light at a disk's place in an enclosure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum Led {
+    On,
+    Off,
+    /// There is none, or nobody knows of one.
+    None,
+}
+
+/// What a check of `doctor` found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum CheckState {
+    Ok,
+    /// It works, but may hurt one day.
+    Warn,
+    /// It does not work, or data is at risk.
+    Fail,
+}
+
 /// The worst state of anything.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -143,6 +166,42 @@ rows! {
         reason: String,
         read_errors: u64,
         write_errors: u64,
+        /// As the disk says; empty when it does not.
+        model: String,
+        serial: String,
+        /// Every lasting name of it in /dev.
+        links: Vec<String>,
+        /// Its place in an enclosure.
+        place: Option<String>,
+        /// `write back` (volatile) or `write through`; empty for a file.
+        write_cache: String,
+    }
+    /// Where a disk is.
+    LocateRow {
+        disk: u32,
+        path: String,
+        state: DiskState,
+        model: String,
+        serial: String,
+        links: Vec<String>,
+        place: Option<String>,
+        led: Led,
+    }
+    /// One check of `doctor`.
+    CheckRow {
+        /// What was looked at: `kernel`, `memlock`, `group data`, ...
+        check: String,
+        state: CheckState,
+        /// What was found, and what follows from it.
+        text: String,
+        /// What to type about it; empty when it is fine.
+        action: String,
+    }
+    /// A group's I/O in `stat`.
+    GroupIo {
+        group: u32,
+        name: String,
+        members: Vec<MemberRow>,
     }
     /// A row of table raid-groups.
     GroupRow {
@@ -421,6 +480,35 @@ rows! {
     JobOneReply { job: JobRow, }
     /// Answer to `Events`.
     EventsReply { events: Vec<EventRow>, }
+    /// Answer to `DiskLocate`.
+    LocateReply {
+        outcome: Outcome,
+        /// What is done, or would be done.
+        steps: Vec<String>,
+        disks: Vec<LocateRow>,
+    }
+    /// Answer to `Doctor`.
+    DoctorReply {
+        /// Exit code of `lunar doctor`.
+        exit: u8,
+        checks: Vec<CheckRow>,
+    }
+    /// Answer to `Metrics`.
+    MetricsReply {
+        /// Prometheus' text format 0.0.4.
+        text: String,
+    }
+    /// Answer to `Stat`: counts since the group started, or the LU's device came up.
+    StatReply {
+        /// Milliseconds of a clock that only runs forward: differences count.
+        at: u64,
+        groups: Vec<GroupIo>,
+        lus: Vec<LuRow>,
+    }
+    /// Answer to `Report`.
+    ReportReply {
+        text: String,
+    }
     /// Answer to every changing verb.
     Changed {
         outcome: Outcome,

@@ -68,12 +68,15 @@ pub(crate) enum Noun {
     Table { name: Table },
     /// Tell what happened
     #[command(
-        after_help = "Examples:\n  lunar events\n  lunar events --follow\n  lunar events --json"
+        after_help = "Examples:\n  lunar events\n  lunar events --follow\n  lunar events --json\n  lunar events --test     (a TestMessage for every group, also to the hooks)"
     )]
     Events {
         /// Go on until Ctrl-C
         #[arg(long, short)]
         follow: bool,
+        /// Record a TestMessage for every group and run the hooks with it
+        #[arg(long, conflicts_with = "follow")]
+        test: bool,
     },
     /// Background jobs
     #[command(
@@ -138,6 +141,35 @@ pub(crate) enum Noun {
         #[command(subcommand)]
         verb: Config,
     },
+    /// Check the machine and the set-up, and say what to do about what is not well
+    #[command(
+        after_help = "Examples:\n  lunar doctor\n  lunar doctor --all\n  lunar doctor --json\n\nExit status: 0 nothing failed (warnings allowed), 1 a check failed."
+    )]
+    Doctor {
+        /// Print the checks that are fine too
+        #[arg(long, short)]
+        all: bool,
+    },
+    /// Print counters and states for Prometheus (text format 0.0.4)
+    #[command(
+        after_help = "Examples:\n  lunar metrics\n  lunar metrics > /var/lib/node_exporter/lunar.prom     (textfile collector)"
+    )]
+    Metrics,
+    /// Print the I/O of LUs and members
+    #[command(
+        after_help = "Examples:\n  lunar stat           (counts since the group started)\n  lunar stat 2         (a second's I/O, every 2 s, until Ctrl-C)\n  lunar stat 1 10 --json"
+    )]
+    Stat {
+        /// Seconds between two lines; without: counts since the group started
+        #[arg(value_parser = clap::value_parser!(u32).range(1..=86400))]
+        interval: Option<u32>,
+        /// How many times; without: until Ctrl-C
+        #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+        count: Option<u32>,
+    },
+    /// Print all that a bug report needs, without secrets
+    #[command(after_help = "Examples:\n  lunar report > lunar-report.txt")]
+    Report,
     /// Print what a shell needs to complete lunar's verbs, options and names
     #[command(
         after_help = "Examples:\n  lunar completions bash > /usr/share/bash-completion/completions/lunar\n  lunar completions zsh > /usr/local/share/zsh/site-functions/_lunar\n  lunar completions fish > /etc/fish/completions/lunar.fish"
@@ -219,6 +251,16 @@ pub(crate) enum Disk {
         /// Number, name or path
         #[arg(add = ArgValueCandidates::new(complete::disks))]
         disk: String,
+    },
+    /// Say where disks are (links, model, serial, slot), and light their LEDs
+    #[command(after_help = "Examples:\n  lunar disk locate 2\n  lunar disk locate 2-4 --off")]
+    Locate {
+        /// Numbers, ranges, names or paths
+        #[arg(required = true, value_name = "DISK", add = ArgValueCandidates::new(complete::disks))]
+        disks: Vec<String>,
+        /// Put the LEDs out
+        #[arg(long)]
+        off: bool,
     },
     /// Fail a member by hand
     #[command(after_help = "Examples:\n  lunar disk fail 2")]

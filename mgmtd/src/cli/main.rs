@@ -9,6 +9,7 @@ mod import;
 mod manual;
 mod run;
 mod show;
+mod stat;
 
 use std::process::ExitCode;
 

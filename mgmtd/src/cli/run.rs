@@ -5,19 +5,21 @@ use std::path::{Path, PathBuf};
 
 use lunar_api::mgmt::{self, EventsAsk, JobOne, Nothing, One, Request, ScrubAsk, StatusAsk};
 use lunar_api::rows::{
-    Changed, DiskList, DiskOne, EventsReply, GroupList, GroupOne, JobList, JobOneReply, JobState,
-    LuList, LuOne, Outcome, PathList, StatusReply,
+    Changed, DiskList, DiskOne, DoctorReply, EventsReply, GroupList, GroupOne, JobList,
+    JobOneReply, JobState, LocateReply, LuList, LuOne, MetricsReply, Outcome, PathList,
+    ReportReply, StatusReply,
 };
 use lunar_api::{ApiError, ErrorKind};
 use serde_json::{Value, json};
 
 use crate::args::{Args, Disk, Group, Job, Lu, Noun, PathVerb, Table};
 use crate::client::Client;
-use crate::{manual, show};
+use crate::{manual, show, stat};
 
 /// Does what was typed and gives the exit code.
 pub(crate) fn run(args: &Args) -> Result<u8, ApiError> {
     match &args.noun {
+        Noun::Doctor { all } => return doctor(args, *all),
         Noun::Completions { shell } => return manual::completions(*shell).map(|()| 0),
         Noun::Man { out } => return manual::write_pages(out).map(|()| 0),
         _ => {}
@@ -26,7 +28,12 @@ pub(crate) fn run(args: &Args) -> Result<u8, ApiError> {
     let c = &mut client;
     match &args.noun {
         Noun::Status { unhealthy, watch } => status(args, c, *unhealthy, *watch),
-        Noun::Events { follow } => events(args, c, *follow),
+        Noun::Events { test: true, .. } => {
+            let (dry_run, yes) = flags(args);
+            let ask = |yes| Request::EventsTest(mgmt::EventsTestAsk { dry_run, yes });
+            change(args, c, "events.test", ask, yes)
+        }
+        Noun::Events { follow, .. } => events(args, c, *follow),
         Noun::Table { name } => match name {
             Table::Disks => disks(args, c, "table.disks"),
             Table::RaidGroups => groups(args, c, "table.raid_groups"),
@@ -46,12 +53,47 @@ pub(crate) fn run(args: &Args) -> Result<u8, ApiError> {
             let ask = |yes| Request::Shutdown(mgmt::ShutdownAsk { dry_run, yes });
             change(args, c, "shutdown", ask, yes)
         }
-        Noun::Completions { .. } | Noun::Man { .. } => Ok(0),
+        Noun::Metrics => {
+            let reply: MetricsReply = c.call(&Request::Metrics(Nothing {}))?;
+            print(args, "metrics", &reply, || reply.text.clone());
+            Ok(0)
+        }
+        Noun::Report => {
+            let reply: ReportReply = c.call(&Request::Report(Nothing {}))?;
+            print(args, "report", &reply, || reply.text.clone());
+            Ok(0)
+        }
+        Noun::Stat { interval, count } => stat::stat(args, c, *interval, *count),
+        Noun::Completions { .. } | Noun::Man { .. } | Noun::Doctor { .. } => Ok(0),
     }
 }
 
 pub(crate) fn flags(args: &Args) -> (bool, bool) {
     (args.dry_run, args.yes)
+}
+
+/// The checks of mgmtd; those that need no mgmtd when it cannot be reached.
+fn doctor(args: &Args, all: bool) -> Result<u8, ApiError> {
+    let asked = Client::connect(args).and_then(|mut c| c.call(&Request::Doctor(Nothing {})));
+    let reply: DoctorReply = match asked {
+        Err(error) if error.kind == ErrorKind::Unreachable => {
+            let base = args.system.map_or(String::new(), |n| format!("/{n}"));
+            let (state, run) = (format!("/var/lib/lunar{base}"), format!("/run/lunar{base}"));
+            let mut checks = mgmtd::doctor::machine(Path::new(&state), Path::new(&run));
+            checks.push(lunar_api::rows::CheckRow {
+                check: "mgmtd".into(),
+                state: lunar_api::rows::CheckState::Fail,
+                text: format!("{}: {}", error.message, error.causes.join(", ")),
+                action: error.hint.unwrap_or_default(),
+            });
+            DoctorReply { exit: 1, checks }
+        }
+        other => other?,
+    };
+    print(args, "doctor", &reply.checks, || {
+        show::checks(&reply.checks, all)
+    });
+    Ok(reply.exit)
 }
 
 /// Prints the envelope of `--json`, or what `text` gives.
@@ -248,6 +290,17 @@ fn disk(args: &Args, client: &mut Client, verb: &Disk) -> Result<u8, ApiError> {
                 })
             };
             change(args, client, "disk.add", ask, yes)
+        }
+        Disk::Locate { disks, off } => {
+            let request = Request::DiskLocate(mgmt::DiskLocate {
+                disks: disks.iter().map(|d| absolute(d)).collect(),
+                off: *off,
+                dry_run,
+                yes,
+            });
+            let reply: LocateReply = client.call(&request)?;
+            print(args, "disk.locate", &reply, || show::locate(&reply));
+            Ok(0)
         }
         Disk::Fail { disk } => {
             let ask = |yes| {
