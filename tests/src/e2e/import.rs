@@ -67,7 +67,15 @@ fn status_says(rig: &Rig, what: &[&str]) -> Result<(), Failure> {
     .map_err(|why| format!("{why} has {what:?}: {said}\n{}", rig.log_tail()))
 }
 
+/// After a start mgmtd answers before its LUs are there: a write then would make a plain file.
+fn lu_is_there() -> Result<(), Failure> {
+    until("the LU is there", 60, || {
+        Ok(sh("test -b /dev/lunar/vol && echo yes || true")? == "yes")
+    })
+}
+
 fn seed(rig: &Rig) -> Result<(), Failure> {
+    lu_is_there()?;
     let device = rig.device()?;
     sh(&format!(
         "head -c 8M /dev/urandom > /tmp/seed; dd if=/tmp/seed of={device} bs=1M oflag=direct conv=fsync 2>/dev/null"
@@ -76,9 +84,7 @@ fn seed(rig: &Rig) -> Result<(), Failure> {
 }
 
 fn seed_is_there() -> Result<(), Failure> {
-    until("the LU is there", 30, || {
-        Ok(sh("test -b /dev/lunar/vol && echo yes || true")? == "yes")
-    })?;
+    lu_is_there()?;
     sh("cmp -n $((8 << 20)) /tmp/seed /dev/lunar/vol").map(drop)
 }
 
