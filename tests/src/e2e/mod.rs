@@ -5,11 +5,13 @@ pub mod shell;
 
 mod blocks;
 mod concurrent;
+mod config;
 mod data;
 mod discard;
 mod disks;
 mod failing;
 mod hostile;
+mod import;
 mod layout;
 mod life;
 mod manage;
@@ -36,6 +38,8 @@ pub fn tests() -> Vec<Test> {
     queues::tests(&mut all);
     scrub::tests(&mut all);
     spares::tests(&mut all);
+    import::tests(&mut all);
+    config::tests(&mut all);
     all
 }
 
