@@ -10,6 +10,7 @@ mod disks;
 mod failing;
 mod hostile;
 mod layout;
+mod levels;
 mod life;
 mod manage;
 mod queues;
@@ -28,6 +29,7 @@ pub fn tests() -> Vec<Test> {
     failing::tests(&mut all);
     concurrent::tests(&mut all);
     layout::tests(&mut all);
+    levels::tests(&mut all);
     life::tests(&mut all);
     hostile::tests(&mut all);
     manage::tests(&mut all);
