@@ -48,6 +48,8 @@ pub const HOOKS_AT_ONCE: usize = 4;
 pub const EVENTS_MAX: usize = 5000;
 /// Rows kept for later when the state directory takes none.
 pub const WRITES_MAX: usize = 10_000;
+/// Saved configurations kept in the state directory.
+pub const ARCHIVE_MAX: usize = 20;
 /// Ended jobs kept.
 pub const JOBS_MAX: usize = 500;
 /// Deaths of ublk-target in a minute before restarts are slowed down.

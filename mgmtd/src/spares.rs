@@ -239,6 +239,7 @@ mod tests {
             generation: 1,
             members: Vec::new(),
             deleted: false,
+            damaged: None,
         };
         let probe = Probe {
             path,

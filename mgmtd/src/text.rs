@@ -1,9 +1,11 @@
 //! The text of `lunar status`, composed here and never in the client. Pure.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use lunar_api::rows::{
     DiskState, GroupHealth, Health, LuHealth, MemberHealth, ScrubRow, StatusData, StatusReply,
+    Stranger, StrangerKind,
 };
 use lunar_api::target::{GroupState, GroupStatus, Level, ScrubState, SyncAction, SyncStatus};
 use lunar_api::units::format_size;
@@ -69,6 +71,14 @@ pub fn status(
             bad.disk, bad.path, bad.problem, bad.disk
         );
     }
+    if !view.live.unsaved.is_empty() {
+        let why = &view.live.unsaved;
+        let _ = writeln!(
+            text,
+            "the state directory takes no write: {why}. Data is safe, what commands change is kept in memory only. Make room: df"
+        );
+    }
+    strangers_text(&mut text, view);
     for note in &view.live.features.notes {
         let _ = writeln!(text, "  note: {note}");
     }
@@ -96,7 +106,52 @@ pub fn status(
             groups,
             disks,
             bad_disks,
+            strangers: view.live.strangers.clone(),
+            unsaved: view.live.unsaved.clone(),
         },
+    }
+}
+
+/// Disks of other systems, a line for each system, and what else is left alone.
+fn strangers_text(text: &mut String, view: &View) {
+    let strangers = &view.live.strangers;
+    let mut systems: BTreeMap<_, Vec<&Stranger>> = BTreeMap::new();
+    for stranger in strangers {
+        match (stranger.kind, stranger.system) {
+            (StrangerKind::OtherSystem, Some(system)) => {
+                systems.entry(system).or_default().push(stranger);
+            }
+            _ => {
+                let _ = writeln!(text, "{} {}", stranger.path, stranger.text);
+            }
+        }
+    }
+    let is_new = view.is_new();
+    for (system, disks) in systems {
+        let paths: Vec<&str> = disks.iter().map(|s| s.path.as_str()).collect();
+        let mut groups: Vec<&str> = disks.iter().map(|s| s.group_name.as_str()).collect();
+        groups.sort_unstable();
+        groups.dedup();
+        groups.retain(|name| !name.is_empty());
+        let of = match groups.is_empty() {
+            true => String::new(),
+            false => format!(" (group {})", groups.join(", ")),
+        };
+        let paths = paths.join(" ");
+        let _ = writeln!(
+            text,
+            "disks of Lunar system {system}{of} are here and left alone: {paths}"
+        );
+        let _ = match is_new {
+            true => writeln!(
+                text,
+                "this system is new; if its state directory was lost, all comes back by: lunar import {paths}"
+            ),
+            false => writeln!(
+                text,
+                "if that system is to lose them to this one: lunar import --take {paths}"
+            ),
+        };
     }
 }
 

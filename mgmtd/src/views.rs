@@ -35,6 +35,11 @@ impl View {
         })
     }
 
+    /// Whether this system has nothing: no disk was ever given to it, or all is lost.
+    pub fn is_new(&self) -> bool {
+        self.tables.disks.is_empty() && self.tables.groups.is_empty() && self.live.groups.is_empty()
+    }
+
     /// Known disks whose path could not be read, and why.
     pub fn bad_disks(&self) -> Vec<BadDisk> {
         let bad = |(path, problem): (&String, &String)| {
@@ -58,7 +63,9 @@ impl View {
         }
         let label = self.live.probes.get(&disk.uuid)?.label.as_ref()?;
         let up = self.live.groups.contains_key(&label.group);
-        (!label.group.is_nil() && !label.deleted && !up).then_some(label.group)
+        let newest = self.newest_label(label.group);
+        let deleted = newest.is_some_and(|newest| newest.deleted);
+        (!label.group.is_nil() && !deleted && !up).then_some(label.group)
     }
 
     fn disk_state(&self, disk: &DiskSave) -> DiskState {

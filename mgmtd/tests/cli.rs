@@ -44,6 +44,7 @@ const VERBS: &[(&str, &str)] = &[
     ("group set", "data --rebuild-max 1MiB"),
     ("group scrub", "data"),
     ("group start", "data"),
+    ("group resolve", "data --keep 1 --yes"),
     ("group stop", "data"),
     ("group rename", "data archive"),
     ("group delete", "data --yes"),
@@ -54,6 +55,9 @@ const VERBS: &[(&str, &str)] = &[
     ("lu set", "vol --queues 2"),
     ("lu delete", "vol --yes"),
     ("path list", ""),
+    ("import", "/dev/sdb"),
+    ("config save", ""),
+    ("config load", "Cargo.toml"),
     ("shutdown", "--yes"),
 ];
 
@@ -99,6 +103,7 @@ fn answer(method: &str, ask: &Value) -> Value {
         "PathList" => json_of(PathList {
             paths: vec![path_row()],
         }),
+        "ConfigSave" => json_of(config_text()),
         _ => json_of(changed()),
     };
     value.unwrap()

@@ -63,6 +63,7 @@ fn methods() -> Methods {
     m.add::<mgmt::GroupSet, rows::Changed>("GroupSet");
     m.add::<mgmt::GroupScrub, rows::Changed>("GroupScrub");
     m.add::<mgmt::GroupStart, rows::Changed>("GroupStart");
+    m.add::<mgmt::GroupResolve, rows::Changed>("GroupResolve");
     m.add::<mgmt::GroupEnd, rows::Changed>("GroupStop");
     m.add::<mgmt::Rename, rows::Changed>("GroupRename");
     m.add::<mgmt::GroupEnd, rows::Changed>("GroupDelete");
@@ -73,6 +74,9 @@ fn methods() -> Methods {
     m.add::<mgmt::LuSet, rows::Changed>("LuSet");
     m.add::<mgmt::LuEnd, rows::Changed>("LuDelete");
     m.add::<mgmt::Nothing, rows::PathList>("PathList");
+    m.add::<mgmt::Import, rows::Changed>("Import");
+    m.add::<mgmt::Nothing, rows::ConfigText>("ConfigSave");
+    m.add::<mgmt::ConfigLoad, rows::Changed>("ConfigLoad");
     m.add::<mgmt::ShutdownAsk, rows::Changed>("Shutdown");
     m.generator.subschema_for::<ApiError>();
     m

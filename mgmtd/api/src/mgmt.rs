@@ -91,6 +91,8 @@ requests! {
         role: Role,
         /// The one foreign signature that may be destroyed.
         force: Option<String>,
+        /// A disk of this system becomes a new one: what it holds dies.
+        as_new: bool,
         dry_run: bool,
         yes: bool,
     }
@@ -165,6 +167,35 @@ requests! {
         again: bool,
         /// Starts although data may be old or wrong.
         force: bool,
+        dry_run: bool,
+        yes: bool,
+    }
+    /// Chooses a side of a group whose members were written apart from each other.
+    GroupResolve {
+        group: String,
+        /// A disk of the side that goes on.
+        keep: String,
+        /// Starts although it was not stopped cleanly and is degraded.
+        force: bool,
+        dry_run: bool,
+        yes: bool,
+    }
+    /// Takes disks and what is on them from what they say themselves.
+    Import {
+        paths: Vec<String>,
+        /// Brings deleted groups and LUs back.
+        deleted: bool,
+        /// Takes groups away from the system that they belong to.
+        take: bool,
+        dry_run: bool,
+        yes: bool,
+    }
+    /// Gives numbers, roles and options as a saved configuration has them.
+    ConfigLoad {
+        /// The file's text.
+        text: String,
+        /// Makes its groups and LUs anew on blank disks.
+        create: bool,
         dry_run: bool,
         yes: bool,
     }
@@ -287,6 +318,9 @@ pub enum Request {
     /// Starts a stopped group. Answer: `Changed`.
     #[serde(rename = "io.lunar.GroupStart")]
     GroupStart(GroupStart),
+    /// Chooses a side of a group in two. Answer: `Changed`.
+    #[serde(rename = "io.lunar.GroupResolve")]
+    GroupResolve(GroupResolve),
     /// Stops a group. Answer: `Changed`.
     #[serde(rename = "io.lunar.GroupStop")]
     GroupStop(GroupEnd),
@@ -317,6 +351,15 @@ pub enum Request {
     /// The table of paths. Answer: `PathList`.
     #[serde(rename = "io.lunar.PathList")]
     PathList(Nothing),
+    /// Takes disks and what is on them. Answer: `Changed`.
+    #[serde(rename = "io.lunar.Import")]
+    Import(Import),
+    /// What no disk carries, and what there is. Answer: `ConfigText`.
+    #[serde(rename = "io.lunar.ConfigSave")]
+    ConfigSave(Nothing),
+    /// Loads what `ConfigSave` gave. Answer: `Changed`.
+    #[serde(rename = "io.lunar.ConfigLoad")]
+    ConfigLoad(ConfigLoad),
     /// Stops all in order. Answer: `Changed`.
     #[serde(rename = "io.lunar.Shutdown")]
     Shutdown(ShutdownAsk),
@@ -347,6 +390,7 @@ pub const VERBS: &[(&str, bool)] = &[
     ("io.lunar.GroupSet", true),
     ("io.lunar.GroupScrub", true),
     ("io.lunar.GroupStart", true),
+    ("io.lunar.GroupResolve", true),
     ("io.lunar.GroupStop", true),
     ("io.lunar.GroupRename", true),
     ("io.lunar.GroupDelete", true),
@@ -357,6 +401,9 @@ pub const VERBS: &[(&str, bool)] = &[
     ("io.lunar.LuSet", true),
     ("io.lunar.LuDelete", true),
     ("io.lunar.PathList", false),
+    ("io.lunar.Import", true),
+    ("io.lunar.ConfigSave", false),
+    ("io.lunar.ConfigLoad", true),
     ("io.lunar.Shutdown", true),
 ];
 

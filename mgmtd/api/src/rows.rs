@@ -113,6 +113,19 @@ pub enum Health {
     NoService,
 }
 
+/// Why a disk is left alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum StrangerKind {
+    /// It belongs to another system.
+    OtherSystem,
+    /// Another disk has the same identity: one is a copy of the other.
+    Copy,
+    /// Its superblock cannot be believed.
+    NotValid,
+}
+
 /// What a changing verb did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -406,6 +419,17 @@ rows! {
         path: String,
         problem: String,
     }
+    /// Disks that carry a Lunar superblock and are left alone.
+    Stranger {
+        path: String,
+        kind: StrangerKind,
+        /// That it belongs to.
+        system: Option<SystemUuid>,
+        /// The name of its group; empty: it is in none, or that cannot be read.
+        group_name: String,
+        /// Why it is left alone.
+        text: String,
+    }
     /// `data` of `lunar status --json`.
     StatusData {
         health: Health,
@@ -418,6 +442,10 @@ rows! {
         disks: Vec<DiskRow>,
         /// Known disks that could not be read when they were last looked at.
         bad_disks: Vec<BadDisk>,
+        /// Disks with a Lunar superblock that are left alone.
+        strangers: Vec<Stranger>,
+        /// Why the state directory takes no write; empty when it does.
+        unsaved: String,
     }
     /// Answer to `Status`.
     StatusReply {
@@ -426,6 +454,11 @@ rows! {
         /// For people, composed here and never in the client.
         text: String,
         status: StatusData,
+    }
+    /// Answer to `ConfigSave`.
+    ConfigText {
+        /// JSON, a line a field.
+        text: String,
     }
     /// Answer to `DiskList`.
     DiskList { disks: Vec<DiskRow>, }

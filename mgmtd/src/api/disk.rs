@@ -13,7 +13,7 @@ use lunar_api::{ApiError, DiskUuid, ErrorKind};
 
 use super::admission::{Fresh, check_fresh, check_kind, check_unused, error, known_disk};
 use super::{last_view, view};
-use crate::boot::{look_again, probe_paths};
+use crate::boot::{find_disks, look_again, probe_paths};
 use crate::daemon::{About, Daemon};
 use crate::limits::{PATHS_MAX, REOPEN_LIMIT};
 use crate::link::unexpected;
@@ -137,7 +137,7 @@ pub async fn add(daemon: &Daemon, ask: DiskAdd) -> Result<Changed, ApiError> {
     }
     let mut fresh = Vec::new();
     for (path, _) in &unknown {
-        fresh.push(check_fresh(daemon, &view, path, ask.force.as_deref()).await?);
+        fresh.push(check_fresh(daemon, &view, path, &ask).await?);
     }
     let there = numbers.clone();
     if fresh.is_empty() && changes.is_empty() {
@@ -159,6 +159,7 @@ pub async fn add(daemon: &Daemon, ask: DiskAdd) -> Result<Changed, ApiError> {
             Some(_) => format!("take {at} ({size}) back"),
             None => format!("label {at} ({size})"),
         });
+        plan.dies.extend(disk.dies.clone());
     }
     for disk in &changes {
         let (n, role) = (disk.number, role_word(ask.role));
@@ -167,7 +168,8 @@ pub async fn add(daemon: &Daemon, ask: DiskAdd) -> Result<Changed, ApiError> {
             false => format!("make disk {n} a {role} disk"),
         });
     }
-    if let Gate::Answer(answer) = plan.gate(ask.dry_run, true)? {
+    // A signature that is named with --force is confirmed by that.
+    if let Gate::Answer(answer) = plan.gate(ask.dry_run, ask.yes)? {
         return Ok(*answer);
     }
     look_again(daemon, &changes).await?;
@@ -176,6 +178,9 @@ pub async fn add(daemon: &Daemon, ask: DiskAdd) -> Result<Changed, ApiError> {
     }
     for disk in fresh {
         numbers.push(take(daemon, disk, ask.role).await?);
+    }
+    if ask.as_new {
+        find_disks(daemon).await?;
     }
     let view = last_view(daemon);
     let mut answer = plan.done("");

@@ -1,8 +1,10 @@
 //! What the verbs do: one file per resource. Each resolves its arguments, checks, plans, then carries out.
 
 mod admission;
+pub mod config;
 pub mod disk;
 pub mod group;
+pub mod import;
 pub mod lu;
 pub mod state;
 
@@ -33,6 +35,9 @@ pub async fn answer(daemon: &Daemon, request: Request) -> Result<Value, ApiError
         Request::JobCancel(ask) => json(state::job_cancel(daemon, ask).await?),
         Request::PathList(_) => json(state::path_list(daemon).await?),
         Request::Shutdown(ask) => json(state::shutdown(daemon, ask).await?),
+        Request::Import(ask) => json(import::import(daemon, ask).await?),
+        Request::ConfigSave(_) => json(config::save(daemon).await?),
+        Request::ConfigLoad(ask) => json(config::load(daemon, ask).await?),
         Request::DiskList(_) => json(disk::list(daemon).await?),
         Request::DiskShow(ask) => json(disk::show(daemon, &ask.name).await?),
         Request::DiskAdd(ask) => json(disk::add(daemon, ask).await?),
@@ -46,6 +51,7 @@ pub async fn answer(daemon: &Daemon, request: Request) -> Result<Value, ApiError
         Request::GroupSet(ask) => json(group::set(daemon, ask).await?),
         Request::GroupScrub(ask) => json(group::scrub(daemon, ask).await?),
         Request::GroupStart(ask) => json(group::start(daemon, ask).await?),
+        Request::GroupResolve(ask) => json(import::resolve(daemon, ask).await?),
         Request::GroupStop(ask) => json(group::stop(daemon, ask).await?),
         Request::GroupRename(ask) => json(group::rename(daemon, ask).await?),
         Request::GroupDelete(ask) => json(group::delete(daemon, ask).await?),

@@ -31,7 +31,9 @@ const EVENTS_ANSWER_MAX: usize = 1000;
 ///
 /// # Errors  never
 pub async fn status(daemon: &Daemon, ask: StatusAsk) -> Result<StatusReply, ApiError> {
-    let up = daemon.refresh().await.is_ok();
+    // Tables that cannot be saved are another matter.
+    let refreshed = daemon.refresh().await;
+    let up = !matches!(&refreshed, Err(error) if error.kind == ErrorKind::Unreachable);
     let view = last_view(daemon);
     let boot = boot_id();
     let look = holders::Look::now();

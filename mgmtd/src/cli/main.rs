@@ -5,6 +5,7 @@
 mod args;
 mod client;
 mod complete;
+mod import;
 mod manual;
 mod run;
 mod show;

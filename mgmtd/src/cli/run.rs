@@ -47,6 +47,7 @@ pub(crate) fn run(args: &Args) -> Result<u8, ApiError> {
         Noun::Path {
             verb: PathVerb::List,
         } => paths(args, c, "path.list"),
+        Noun::Import { .. } | Noun::Config { .. } => crate::import::run(args, c),
         Noun::Shutdown => {
             let (dry_run, yes) = flags(args);
             let ask = |yes| Request::Shutdown(mgmt::ShutdownAsk { dry_run, yes });
@@ -67,7 +68,7 @@ pub(crate) fn run(args: &Args) -> Result<u8, ApiError> {
     }
 }
 
-fn flags(args: &Args) -> (bool, bool) {
+pub(crate) fn flags(args: &Args) -> (bool, bool) {
     (args.dry_run, args.yes)
 }
 
@@ -255,7 +256,7 @@ fn absolute(name: &str) -> String {
     name.split(',').map(one).collect::<Vec<_>>().join(",")
 }
 
-fn absolute_path(path: &Path) -> String {
+pub(crate) fn absolute_path(path: &Path) -> String {
     let whole = std::path::absolute(path).unwrap_or_else(|_| PathBuf::from(path));
     whole.display().to_string()
 }
@@ -269,15 +270,21 @@ fn disk(args: &Args, client: &mut Client, verb: &Disk) -> Result<u8, ApiError> {
             print(args, "disk.show", &reply.disk, || show::object(&reply.disk));
             Ok(0)
         }
-        Disk::Add { paths, role, force } => {
+        Disk::Add {
+            paths,
+            role,
+            force,
+            as_new,
+        } => {
             let paths: Vec<String> = paths.iter().map(|p| absolute_path(p)).collect();
-            let (role, force) = ((*role).into(), force.clone());
+            let (role, force, as_new) = ((*role).into(), force.clone(), *as_new);
             let ask = |yes| {
                 let (paths, force) = (paths.clone(), force.clone());
                 Request::DiskAdd(mgmt::DiskAdd {
                     paths,
                     role,
                     force,
+                    as_new,
                     dry_run,
                     yes,
                 })
@@ -418,6 +425,19 @@ fn group(args: &Args, client: &mut Client, verb: &Group) -> Result<u8, ApiError>
             };
             change(args, client, "group.start", ask, yes)
         }
+        Group::Resolve { group, keep, force } => {
+            let ask = |yes| {
+                let (group, keep, force) = (group.clone(), absolute(keep), *force);
+                Request::GroupResolve(mgmt::GroupResolve {
+                    group,
+                    keep,
+                    force,
+                    dry_run,
+                    yes,
+                })
+            };
+            change(args, client, "group.resolve", ask, yes)
+        }
         Group::Stop { group } => change(
             args,
             client,
@@ -508,7 +528,7 @@ fn lu(args: &Args, client: &mut Client, verb: &Lu) -> Result<u8, ApiError> {
 }
 
 /// Sends a changing request; on a terminal what dies is shown first and its name has to be typed.
-fn change(
+pub(crate) fn change(
     args: &Args,
     client: &mut Client,
     name: &str,

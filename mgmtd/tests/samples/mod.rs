@@ -330,12 +330,26 @@ pub(crate) fn status() -> StatusReply {
             path: "/dev/sdb".into(),
             problem: "cannot be read: Input/output error".into(),
         }],
+        strangers: vec![Stranger {
+            path: "/dev/sdc".into(),
+            kind: StrangerKind::OtherSystem,
+            system: Some(SystemUuid::from_bytes([8; 16])),
+            group_name: "old".into(),
+            text: "belongs to another system".into(),
+        }],
+        unsaved: String::new(),
     };
     StatusReply {
         exit: 3,
         text: " group: data   raid5\n".into(),
         status,
     }
+}
+
+/// The answer to `ConfigSave`.
+pub(crate) fn config_text() -> ConfigText {
+    let text = "{\n  \"format\": \"lunar.config/1\"\n}\n".into();
+    ConfigText { text }
 }
 
 /// The answer to a changing verb.

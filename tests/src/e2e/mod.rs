@@ -5,10 +5,12 @@ pub mod shell;
 
 mod blocks;
 mod concurrent;
+mod config;
 mod data;
 mod disks;
 mod failing;
 mod hostile;
+mod import;
 mod layout;
 mod levels;
 mod life;
@@ -36,6 +38,8 @@ pub fn tests() -> Vec<Test> {
     queues::tests(&mut all);
     scrub::tests(&mut all);
     spares::tests(&mut all);
+    import::tests(&mut all);
+    config::tests(&mut all);
     all
 }
 

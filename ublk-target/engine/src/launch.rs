@@ -21,7 +21,7 @@ use crate::view::Views;
 
 /// What is left of the parts when the members are taken out.
 pub(crate) struct Rest<E: Env> {
-    system: SystemUuid,
+    pub system: SystemUuid,
     pub pool: Rc<Pool>,
     clock: E::Clock,
     front: E::Front,
@@ -119,6 +119,7 @@ impl<E: Env> RaidGroup<E> {
             config: RefCell::new(config),
             generation: Cell::new(generation),
             durable: Cell::new(generation),
+            floor: Cell::new(0),
             publishing: Cell::new(false),
             configuring: Cell::new(false),
             changed: Waiters::default(),

@@ -270,6 +270,7 @@ impl<E: Env> RaidGroup<E> {
             return Ok(());
         }
         self.durable.set(generation);
+        self.floor.set(generation);
         self.dirty_durable.set(dirty);
         Ok(())
     }
@@ -285,6 +286,7 @@ impl<E: Env> RaidGroup<E> {
                 ..record.flags
             },
             synced_to: self.durable_synced.get() * unit,
+            floor: self.floor.get(),
             members: members
                 .iter()
                 .zip(&record.members)

@@ -75,6 +75,7 @@ impl<E: Env> RaidGroup<E> {
             synced_to: if clean { geometry.member_bytes() } else { 0 },
             log_lanes: 1,
             config: ConfigVersion::default(),
+            floor: 0,
             members: members
                 .iter()
                 .zip(0..n)
@@ -143,6 +144,10 @@ impl<E: Env> RaidGroup<E> {
             }
             match read_superblock_to(&given.disk, (&whole, page)).await {
                 Ok(superblock) if spec.without.contains(&superblock.disk) => {}
+                // Its first superblock written here would take it away from the other, unasked.
+                Ok(superblock) if superblock.system != rest.system => {
+                    return Err(foreign(&given.path, &superblock));
+                }
                 Ok(superblock) => {
                     superblocks.push(superblock);
                     readable.push(given);
@@ -175,6 +180,8 @@ impl<E: Env> RaidGroup<E> {
             witness: spec.witness,
             force: spec.force,
             process_death_only: left.is_some(),
+            keep: spec.keep,
+            undelete: spec.undelete,
         };
         let present: Vec<Present<'_>> = superblocks
             .iter()
@@ -204,6 +211,8 @@ impl<E: Env> RaidGroup<E> {
             .iter()
             .filter_map(|slot| slot.used())
             .any(differs);
+        let used = plan.slots.iter().filter_map(|slot| slot.used());
+        let floor = used.map(|disk| superblocks[disk].generation).min();
         let geometry = record.geometry().map_err(|error| failed(what, error))?;
         let without: Vec<_> = spec
             .without
@@ -219,7 +228,7 @@ impl<E: Env> RaidGroup<E> {
             inflight::replayed(&rest.pool, unreplayed);
         }
         let config = read_config(&rest.pool, &geometry, &record, &slots, &plan.slots).await?;
-        let generation = plan.superblock.generation;
+        let generation = plan.generation;
         let group = Self::launch(
             rest,
             geometry,
@@ -230,6 +239,7 @@ impl<E: Env> RaidGroup<E> {
             left.is_some(),
         )
         .await;
+        group.floor.set(floor.unwrap_or(0).min(generation));
         for reason in plan.reasons.iter().chain(&unreadable).chain(&without) {
             group.event("Assembled", None, reason);
         }
@@ -264,6 +274,15 @@ impl<E: Env> RaidGroup<E> {
         }
         Ok(group)
     }
+}
+
+fn foreign(path: &str, superblock: &Superblock) -> ApiError {
+    ApiError::new(ErrorKind::Refused, "the group could not be started")
+        .because(format!(
+            "{path} belongs to Lunar system {}",
+            superblock.system
+        ))
+        .hint("lunar import --take PATH.., all its disks, if that system is to lose the group")
 }
 
 /// Brings every member that is used to its slot; the others are let go of.
@@ -350,18 +369,16 @@ async fn read_config<D: Disk>(
     Err(failed("the configuration could not be read", why))
 }
 
-async fn read_pieces<D: Disk>(
+pub(crate) async fn read_pieces<D: Disk>(
     pool: &Rc<Pool>,
     disk: &D,
     at: u64,
     bytes: usize,
 ) -> Result<Vec<u8>, DiskError> {
     let mut json = vec![0; bytes];
-    let lease = pool.lease(Quota::Work, CONFIG_PIECE).await;
-    for (part, start) in json
-        .chunks_mut(CONFIG_PIECE)
-        .zip((0..).step_by(CONFIG_PIECE))
-    {
+    let most = bytes.next_multiple_of(BYTES).clamp(BYTES, CONFIG_PIECE);
+    let lease = pool.lease(Quota::Work, most).await;
+    for (part, start) in json.chunks_mut(most).zip((0..).step_by(most)) {
         let piece = Piece {
             offset: 0,
             len: u32::try_from(part.len().next_multiple_of(4096)).expect("at most CONFIG_PIECE"),
