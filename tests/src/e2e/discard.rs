@@ -203,10 +203,8 @@ fn reads_as_asked_for(kind: &str, level: &str, count: usize) -> Result<(), Failu
     if level == "raid0" {
         return Ok(());
     }
-    if matches!(level, "raid1" | "raid5") {
-        let part = usize::try_from(CONTENT / 2).expect("small");
-        redundancy_is_right(&rig, level, &paths, part)?;
-    }
+    let part = usize::try_from(CONTENT / 3).expect("small");
+    redundancy_is_right(&rig, level, &paths, part)?;
     scrub_finds_nothing(&rig)?;
     each_away(&rig, &paths)
 }

@@ -78,18 +78,34 @@ fn members(rig: &Rig, paths: &[String], len: usize) -> Result<Vec<blocks::Pages>
     Ok(all)
 }
 
-/// Checks the redundancy of the first `len` bytes of every member: parity of a raid5, equality of a raid1.
+/// Checks the redundancy of the first `len` bytes of every member: parity of a raid5, P of a raid6 with chunks of
+/// 64 KiB, equality of a raid1, and of the two copies of a raid10 of such chunks.
 pub(super) fn redundancy_is_right(
     rig: &Rig,
     level: &str,
     paths: &[String],
     len: usize,
 ) -> Result<(), Failure> {
+    const CHUNK: usize = 64 << 10;
     let members = members(rig, paths, len)?;
-    let wrong = (0..len).find(|&i| match level {
-        "raid1" => members.iter().any(|m| m.get()[i] != members[0].get()[i]),
-        _ => members.iter().fold(0, |sum, m| sum ^ m.get()[i]) != 0,
-    });
+    let n = members.len();
+    let is_right = |i: usize| match level {
+        "raid1" => members.iter().all(|m| m.get()[i] == members[0].get()[i]),
+        "raid10" => (0..n).all(|slot| {
+            // Copies follow one another in the rows; of a pair the second is looked at.
+            let place = i / CHUNK * n + slot;
+            let (first, inside) = (place.saturating_sub(1), i % CHUNK);
+            let before = &members[first % n].get()[first / n * CHUNK + inside];
+            place % 2 == 0 || *before == members[slot].get()[i]
+        }),
+        "raid6" => {
+            let q = (n - i / CHUNK % n) % n;
+            let rest = (0..n).filter(|slot| *slot != q);
+            rest.fold(0, |sum, slot| sum ^ members[slot].get()[i]) == 0
+        }
+        _ => members.iter().fold(0, |sum, m| sum ^ m.get()[i]) == 0,
+    };
+    let wrong = (0..len).find(|&i| !is_right(i));
     match wrong {
         Some(i) => Err(format!(
             "the redundancy is wrong at byte {i} of the members' data"

@@ -13,6 +13,8 @@ pub(super) fn tests(to: &mut Vec<Test>) {
         ("ram", "raid1", 2),
         ("ext4-file", "raid5", 3),
         ("4k", "raid1", 3),
+        ("ram", "raid6", 5),
+        ("ram", "raid10", 5),
     ] {
         let name = format!("scrub_tells_and_repairs_damage_{level}_of_{count}_{kind}");
         add(to, name, move || damage(kind, level, count));
@@ -56,20 +58,28 @@ fn content_is_right(rig: &Rig) -> Result<(), Failure> {
     .map(drop)
 }
 
-/// The slot of a stripe that md's repair puts right: parity, or a leg that is not the lowest.
-fn redundant_slot(level: &str, count: usize, stripe: u64) -> usize {
+/// Where a chunk of a stripe is that md's repair puts right, as slot and byte of its data: P or, in odd stripes, Q; or
+/// a copy that is not the first.
+fn redundant_place(level: &str, count: usize, stripe: u64) -> (usize, u64) {
     let turn = usize::try_from(stripe).expect("small");
+    let p = count - 1 - turn % count;
     match level {
-        "raid1" => 1 + turn % (count - 1),
-        _ => count - 1 - turn % count,
+        "raid1" => (1 + turn % (count - 1), stripe * CHUNK),
+        "raid6" => ((p + turn % 2) % count, stripe * CHUNK),
+        "raid10" => {
+            // A stripe of an odd number of members is two rows, in which their number of chunks lie twice.
+            let place = 2 * (count * turn + turn % count) + 1;
+            (place % count, (place / count) as u64 * CHUNK)
+        }
+        _ => (p, stripe * CHUNK),
     }
 }
 
-/// Writes noise over a part of a stripe's chunk, past Lunar; the part ends in a block of 4 KiB.
-fn damage_stripe(rig: &Rig, path: &str, slot: usize, stripe: u64, at: u64) -> Result<(), Failure> {
+/// Writes noise over a block of 4 KiB of a member's data, past Lunar.
+fn damage_at(rig: &Rig, path: &str, slot: usize, at: u64) -> Result<(), Failure> {
     let group = rig.json(&["group", "show", "data"])?;
     let offset = group["members"][slot]["data_offset"].as_u64();
-    let seek = offset.ok_or("no data_offset")? + stripe * CHUNK + at;
+    let seek = offset.ok_or("no data_offset")? + at;
     sh(&format!(
         "dd if=/dev/urandom of={path} bs=4k count=1 seek={seek} oflag=direct,seek_bytes conv=notrunc 2>/dev/null"
     ))
@@ -105,10 +115,16 @@ fn damage(kind: &str, level: &str, count: usize) -> Result<(), Failure> {
     ensure(code == 0 && row["bad"] == 0, || {
         format!("before: {code} {row}")
     })?;
-    let planted = [0, 1, 7, 100, 333, 1500];
+    let planted = [0, 1, 7, 100, 333, 1100];
+    let inside = |stripe: u64| 4096 * (stripe % 16);
     for stripe in planted {
-        let slot = redundant_slot(level, count, stripe);
-        damage_stripe(&rig, &paths[slot], slot, stripe, 4096 * (stripe % 16))?;
+        let (slot, at) = redundant_place(level, count, stripe);
+        damage_at(&rig, &paths[slot], slot, at + inside(stripe))?;
+        // Of one stripe both parities.
+        if level == "raid6" && stripe == 100 {
+            let q = (slot + 1) % count;
+            damage_at(&rig, &paths[q], q, at + inside(stripe))?;
+        }
     }
     let (code, row) = scrub(&rig, &[])?;
     ensure(
@@ -117,10 +133,9 @@ fn damage(kind: &str, level: &str, count: usize) -> Result<(), Failure> {
     )?;
     for bad in row["stripes"].as_array().into_iter().flatten() {
         let stripe = bad["stripe"].as_u64().unwrap_or(u64::MAX);
-        let at = stripe * CHUNK + 4096 * (stripe % 16);
-        let found = bad["at"].as_u64().unwrap_or(0)..;
-        let inside = found.contains(&at) || bad["at"].as_u64() == Some(at);
-        ensure(inside && bad["lu_name"] == "vol", || format!("{bad}"))?;
+        let at = redundant_place(level, count, stripe).1 + inside(stripe);
+        let found = bad["at"].as_u64().is_some_and(|found| found <= at);
+        ensure(found && bad["lu_name"] == "vol", || format!("{bad}"))?;
     }
     let status = rig.run(&["status"])?;
     for what in ["scan: scrub 6 bad stripes found", "--repair"] {
@@ -129,7 +144,7 @@ fn damage(kind: &str, level: &str, count: usize) -> Result<(), Failure> {
         })?;
     }
     // A mirror may be read from a damaged leg until it is repaired; parity is not read at all.
-    if level != "raid1" {
+    if !matches!(level, "raid1" | "raid10") {
         content_is_right(&rig)?;
     }
     let (code, row) = scrub(&rig, &["--repair"])?;
@@ -153,6 +168,9 @@ fn damage(kind: &str, level: &str, count: usize) -> Result<(), Failure> {
     )?;
     content_is_right(&rig)?;
     rig.lunar(&["disk", "fail", &paths[count - 1], "--yes"])?;
+    if level == "raid6" {
+        rig.lunar(&["disk", "fail", &paths[0], "--yes"])?;
+    }
     content_is_right(&rig)
 }
 
@@ -194,8 +212,8 @@ fn restarts() -> Result<(), Failure> {
     let paths = filled(&rig, "ram", "raid5", 4)?;
     let planted = [10, 1000, 2000, 2500];
     for stripe in planted {
-        let slot = redundant_slot("raid5", 4, stripe);
-        damage_stripe(&rig, &paths[slot], slot, stripe, 0)?;
+        let (slot, at) = redundant_place("raid5", 4, stripe);
+        damage_at(&rig, &paths[slot], slot, at)?;
     }
     rig.lunar(&["group", "scrub", "data", "--repair", "--rate", "12MiB"])?;
     let done = |rig: &Rig| -> Result<u64, Failure> {
