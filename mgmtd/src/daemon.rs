@@ -318,6 +318,18 @@ impl Daemon {
         self.ask_on(&self.control, request, fds, CALL_LIMIT).await
     }
 
+    /// As [`Self::ask`], of what may take long: on a connection of its own, so that it keeps nobody waiting.
+    ///
+    /// # Errors  as of [`Self::ask`]
+    pub async fn ask_apart(
+        &self,
+        request: &TargetRequest,
+        limit: Duration,
+    ) -> Result<TargetAnswer, ApiError> {
+        let mut link = self.hello(STATUS_LIMIT).await?;
+        link.call(request, &[], limit).await?
+    }
+
     async fn ask_on(
         &self,
         slot: &tokio::sync::Mutex<Option<Link>>,

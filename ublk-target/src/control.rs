@@ -203,12 +203,13 @@ fn dispatch(
             size,
             depth,
             queues,
+            zero,
         } => {
             let queues = Queues {
                 count: queues,
                 depth,
             };
-            groups.get(group)?.lu_create(lu, name, size, queues)
+            groups.get(group)?.lu_create(lu, name, (size, zero), queues)
         }
         TargetRequest::LuSet { group, lu, queues } => groups.get(group)?.lu_set(lu, queues),
         TargetRequest::LuDelete { group, lu } => groups.get(group)?.lu_delete(lu),

@@ -401,7 +401,7 @@ impl Group {
         self: Arc<Self>,
         lu: LuUuid,
         name: String,
-        size: LuSize,
+        (size, zero): (LuSize, bool),
         queues: Queues,
     ) -> TargetReply {
         if !(1..=DEPTH_MAX).contains(&queues.depth) {
@@ -410,8 +410,20 @@ impl Group {
                 queues.depth
             )));
         }
-        let _held = lock(&self.change);
-        self.change(async move |group| group.lu_create(lu, &name, size, queues).await)?;
+        let _held = match zero {
+            true => {
+                // It may take hours: everything else goes on, a disk may have to be replaced.
+                self.change(async move |group| {
+                    group.lu_create_zeroed(lu, &name, size, queues).await
+                })?;
+                lock(&self.change)
+            }
+            false => {
+                let held = lock(&self.change);
+                self.change(async move |group| group.lu_create(lu, &name, size, queues).await)?;
+                held
+            }
+        };
         if let Err(error) = self.up(lu, None) {
             // Nothing is left of what could not be shown.
             if let Err(left) = self.change(async move |group| group.lu_delete(lu).await) {

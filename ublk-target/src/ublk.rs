@@ -144,7 +144,7 @@ pub(crate) struct Geometry {
     pub(crate) io_opt: u64,
     /// Every member gives space back: discards are announced. Zeroing always is.
     pub(crate) discard: bool,
-    /// Bytes of which discards are whole multiples, as others are ignored.
+    /// Bytes, a power of two: what discards shorter than this do is not worth their while.
     pub(crate) discard_grain: u32,
     /// Bits of a memory address that are 0: so that every member takes a request's own pages.
     pub(crate) dma_mask: u32,
@@ -166,7 +166,8 @@ impl Geometry {
             discard,
             discard_grain: match group.level {
                 Level::Raid0 | Level::Linear => PHYSICAL_BLOCK,
-                _ => u32::try_from(group.stripe_bytes).unwrap_or(PHYSICAL_BLOCK),
+                // The kernel rounds with it as with a power of two.
+                _ => u32::try_from(group.stripe_bytes.next_power_of_two()).unwrap_or(1 << 31),
             },
             dma_mask: (members_mask | DMA_MASK_MIN).min(DMA_MASK_MAX),
         }

@@ -221,6 +221,8 @@ requests! {
         depth: Option<u16>,
         /// Queues of its device; none: 1.
         queues: Option<u16>,
+        /// All of it reads as zero before it is there; else it has what its space was used for before.
+        zero: bool,
         dry_run: bool,
         yes: bool,
     }

@@ -187,7 +187,7 @@ pub enum TargetRequest {
         slot: u16,
         member: MemberSpec,
     },
-    /// Makes a LU and its device. Answer: `Lu`.
+    /// Makes a LU and its device. Answer: `Lu`; of one that is zeroed, when it is.
     LuCreate {
         group: GroupUuid,
         lu: LuUuid,
@@ -196,6 +196,8 @@ pub enum TargetRequest {
         depth: u16,
         /// Queues of its device.
         queues: u16,
+        /// All of it reads as zero before it is there.
+        zero: bool,
     },
     /// Gives a LU another number of queues: its device is made anew if nobody holds it (else `Busy`). Answer: `Lu`.
     LuSet {

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use super::{last_view, name_openers, view};
 use crate::daemon::{About, Daemon};
-use crate::limits::{DEPTH, DEPTH_MAX, QUEUES_MAX};
+use crate::limits::{DEPTH, DEPTH_MAX, QUEUES_MAX, ZERO_LIMIT};
 use crate::link::unexpected;
 use crate::names::{check_name, expand};
 use crate::planner::{Gate, Plan};
@@ -47,7 +47,7 @@ pub async fn show(daemon: &Daemon, name: &str) -> Result<LuOne, ApiError> {
 ///
 /// # Errors  `Usage` for a size, depth or number of queues out of range
 pub async fn create(daemon: &Daemon, ask: LuCreate) -> Result<Changed, ApiError> {
-    let _turn = daemon.turn().await?;
+    let turn = daemon.turn().await?;
     check_name(&ask.name)?;
     let view = view(daemon).await;
     let save = view.find_group(&ask.group)?;
@@ -91,8 +91,13 @@ pub async fn create(daemon: &Daemon, ask: LuCreate) -> Result<Changed, ApiError>
             if depth == 0 || depth > DEPTH_MAX {
                 return usage(format!("depth is 1 to {DEPTH_MAX}"), "--depth 128".into());
             }
+            let first = if ask.zero {
+                "zero the space of and "
+            } else {
+                ""
+            };
             Plan::step(format!(
-                "make LU {} in group {} and its device",
+                "{first}make LU {} in group {} and its device",
                 ask.name, live.name
             ))
         }
@@ -113,8 +118,18 @@ pub async fn create(daemon: &Daemon, ask: LuCreate) -> Result<Changed, ApiError>
         size,
         depth,
         queues,
+        zero: ask.zero,
     };
-    let status = lu_answer(daemon.ask(&request, Vec::new()).await?)?;
+    let (answer, _turn) = match ask.zero {
+        // Others have their turn meanwhile: ublk-target keeps the space and looks at the name once more.
+        true => {
+            drop(turn);
+            let answer = daemon.ask_apart(&request, ZERO_LIMIT).await?;
+            (answer, daemon.turn().await)
+        }
+        false => (daemon.ask(&request, Vec::new()).await?, Ok(turn)),
+    };
+    let status = lu_answer(answer)?;
     let device = status
         .ublk
         .map_or("no device".into(), |n| format!("/dev/ublkb{n}"));

@@ -484,7 +484,7 @@ impl From<ConsistencyArg> for Consistency {
 pub(crate) enum Lu {
     /// Make a LU and its device /dev/lunar/NAME
     #[command(
-        after_help = "Examples:\n  lunar lu create vol --group data --size 10GiB\n  lunar lu create all --group data --size max --depth 256\n  lunar lu create busy --group data --size 10GiB --queues 2"
+        after_help = "Examples:\n  lunar lu create vol --group data --size 10GiB\n  lunar lu create all --group data --size max --depth 256\n  lunar lu create busy --group data --size 10GiB --queues 2\n  lunar lu create clean --group data --size 10GiB --zero"
     )]
     Create {
         name: String,
@@ -499,6 +499,10 @@ pub(crate) enum Lu {
         /// Queues of the device, each with a thread of its own but the first; default 1, at most one for each CPU
         #[arg(long)]
         queues: Option<u16>,
+        /// Wait until all of it reads as zero; else it has what its space was used for before. Quick on disks that give
+        /// space back, else as long as writing it
+        #[arg(long)]
+        zero: bool,
     },
     /// List LUs
     #[command(after_help = "Examples:\n  lunar lu list")]

@@ -61,6 +61,11 @@ impl Client {
         })
     }
 
+    /// Waits for answers as long as mgmtd is there.
+    pub(crate) fn wait_for_ever(&mut self) -> Result<(), ApiError> {
+        self.stream.set_read_timeout(None).map_err(|e| lost(&e))
+    }
+
     /// Asks and waits for the answer.
     pub(crate) fn call<T: DeserializeOwned>(&mut self, request: &Request) -> Result<T, ApiError> {
         let failed = |why: String| {

@@ -483,16 +483,22 @@ fn lu(args: &Args, client: &mut Client, verb: &Lu) -> Result<u8, ApiError> {
             size,
             depth,
             queues,
+            zero,
         } => {
+            if *zero {
+                client.wait_for_ever()?;
+            }
             let ask = |yes| {
                 let (name, group) = (name.clone(), absolute(group));
                 let (size, depth, queues) = (Some(*size), *depth, *queues);
+                let zero = *zero;
                 Request::LuCreate(mgmt::LuCreate {
                     name,
                     group,
                     size,
                     depth,
                     queues,
+                    zero,
                     dry_run,
                     yes,
                 })

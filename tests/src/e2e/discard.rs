@@ -1,39 +1,51 @@
 //! Discards and zeroing on real disks: what is read is what was asked for, redundancy fits, and space comes back.
 
 use super::disks::redundancy_is_right;
-use super::rig::{Rig, text};
+use super::rig::{Rig, members, text};
 use super::shell::{Failure, pause, sh, sh_in, until};
-use super::{Test, add, ensure};
+use super::{LONG, Test, add, ensure};
 
 pub(super) fn tests(to: &mut Vec<Test>) {
-    for (kind, level, count) in [
-        ("ext4-file", "raid5", 3),
-        ("ext4-file", "raid1", 2),
-        ("ext4-file", "raid0", 3),
-        ("loop", "raid6", 4),
-        ("null_blk", "raid5", 3),
-        ("ram", "raid10", 5),
+    for (long, kind, level, count) in [
+        ("", "ext4-file", "raid5", 3),
+        ("", "ext4-file", "raid0", 3),
+        ("", "loop", "raid6", 4),
+        ("", "4k", "raid10", 5),
+        (LONG, "ext4-file", "raid1", 2),
+        (LONG, "ext4-file", "raid5", 4),
+        (LONG, "ext4-file", "raid6", 5),
+        (LONG, "loop", "raid10", 4),
+        (LONG, "null_blk", "raid5", 3),
+        (LONG, "null_blk", "raid6", 4),
+        (LONG, "ram", "raid1", 3),
+        (LONG, "ram", "raid10", 5),
     ] {
-        let name = format!("discard_reads_as_asked_for_{level}_of_{count}_{kind}");
+        let name = format!("{long}discard_reads_as_asked_for_{level}_of_{count}_{kind}");
         add(to, name, move || reads_as_asked_for(kind, level, count));
     }
-    for (fs, level) in [
-        ("ext4", "raid5"),
-        ("ext4", "raid1"),
-        ("xfs", "raid5"),
-        ("xfs", "raid1"),
+    for (long, fs, level) in [
+        ("", "ext4", "raid5"),
+        ("", "xfs", "raid10"),
+        (LONG, "ext4", "raid1"),
+        (LONG, "ext4", "raid6"),
+        (LONG, "ext4", "raid10"),
+        (LONG, "xfs", "raid1"),
+        (LONG, "xfs", "raid5"),
+        (LONG, "xfs", "raid6"),
     ] {
-        add(
-            to,
-            format!("discard_by_fstrim_of_{fs}_frees_the_members_{level}"),
-            move || fstrim(fs, level),
-        );
+        let name = format!("{long}discard_by_fstrim_of_{fs}_frees_the_members_{level}");
+        add(to, name, move || fstrim(fs, level));
     }
+    for (long, fs, level) in [("", "ext4", "raid5"), (LONG, "xfs", "raid6")] {
+        let name = format!("{long}discard_by_fstrim_survives_kills_{fs}_{level}");
+        add(to, name, move || trimmed_and_killed(fs, level));
+    }
+    add(to, "discard_of_a_member_that_keeps_its_space", mixed);
     add(to, "discard_while_degraded_and_rebuilt", degraded);
-    for level in ["raid5", "raid1"] {
-        add(to, format!("discard_survives_kills_{level}"), move || {
-            kills(level)
-        });
+    add(to, "discard_makes_a_new_lu_read_as_zero", new_lu);
+    for (long, level) in [("", "raid5"), (LONG, "raid1"), (LONG, "raid10")] {
+        let name = format!("{long}discard_survives_kills_{level}");
+        add(to, name, move || kills(level));
     }
 }
 
@@ -41,7 +53,7 @@ const MIB: u64 = 1 << 20;
 /// Bytes of the LU that are looked at; `/tmp/content` says what they are.
 const CONTENT: u64 = 48 * MIB;
 
-/// A running system with an array of zeroed members.
+/// A running system with an array of zeroed members; where members differ, its LU has two queues.
 fn array(kind: &str, level: &str, count: usize, mib: u32) -> Result<(Rig, Vec<String>), Failure> {
     let rig = Rig::new()?;
     let create = ["--level", level, "--chunk", "64KiB", "--assume-clean"];
@@ -50,6 +62,9 @@ fn array(kind: &str, level: &str, count: usize, mib: u32) -> Result<(Rig, Vec<St
         _ => &create[..],
     };
     let paths = rig.array(kind, count, mib, create)?;
+    if level != "raid1" {
+        rig.lunar(&["lu", "set", "vol", "--queues", "2"])?;
+    }
     Ok((rig, paths))
 }
 
@@ -160,7 +175,7 @@ fn each_away(rig: &Rig, paths: &[String]) -> Result<(), Failure> {
 /// all members and without each, a scrub finds nothing, and members that are files have the space back; discards are
 /// announced only where members give space back and read as zero.
 fn reads_as_asked_for(kind: &str, level: &str, count: usize) -> Result<(), Failure> {
-    let (rig, paths) = array(kind, level, count, 96)?;
+    let (rig, paths) = array(kind, level, count, 80)?;
     fill(&rig)?;
     let is_announced = limit(&rig, "discard_max_bytes")? > 0;
     let gives_back = matches!(kind, "ext4-file" | "loop");
@@ -209,17 +224,53 @@ fn reads_as_asked_for(kind: &str, level: &str, count: usize) -> Result<(), Failu
     each_away(&rig, &paths)
 }
 
+fn members_of(level: &str) -> usize {
+    match level {
+        "raid1" => 2,
+        "raid5" => 3,
+        _ => 4,
+    }
+}
+
+/// MiB of a member, so that xfs finds its least of 300 MiB.
+fn size_of(level: &str) -> u32 {
+    match level {
+        "raid1" => 400,
+        _ => 220,
+    }
+}
+
+fn make_fs(fs: &str, device: &str) -> Result<(), Failure> {
+    sh(&format!(
+        "mkfs.{fs} -q {device} >&2; mkdir -p /tmp/at; mount {device} /tmp/at"
+    ))
+    .map(drop)
+}
+
+/// Looks at the file system and at the files of `/tmp/sums`.
+fn fs_is_right(rig: &Rig, fs: &str, device: &str, when: &str) -> Result<(), Failure> {
+    let check = match fs {
+        "xfs" => "xfs_repair -n",
+        _ => "e2fsck -fn",
+    };
+    let script = format!(
+        "umount /tmp/at; {check} {device} >&2; mount {device} /tmp/at; cd /tmp/at; sha256sum -c /tmp/sums >&2"
+    );
+    sh_in(&script, 120)
+        .map(drop)
+        .map_err(|why| format!("{when}: {why}\n{}", rig.log_tail()))
+}
+
 /// Given a file system with files on members that are files, when some are removed and it is trimmed, then the members'
 /// files have the space back, the other files are as written, and a scrub finds nothing.
 fn fstrim(fs: &str, level: &str) -> Result<(), Failure> {
-    let (count, mib) = if level == "raid1" { (2, 400) } else { (3, 220) };
-    let (rig, paths) = array("ext4-file", level, count, mib)?;
+    let (rig, paths) = array("ext4-file", level, members_of(level), size_of(level))?;
     let device = rig.device()?;
-    sh(&format!(
-        "mkfs.{fs} -q {device} >&2; mkdir -p /tmp/at; mount {device} /tmp/at
-         for i in 1 2 3 4 5 6; do dd if=/dev/urandom of=/tmp/at/f$i bs=1M count=8 2>/dev/null; done
-         (cd /tmp/at; sha256sum f2 f4 f6) > /tmp/sums; sync -f /tmp/at"
-    ))?;
+    make_fs(fs, &device)?;
+    sh(
+        "for i in 1 2 3 4 5 6; do dd if=/dev/urandom of=/tmp/at/f$i bs=1M count=8 2>/dev/null; done
+        (cd /tmp/at; sha256sum f2 f4 f6) > /tmp/sums; sync -f /tmp/at",
+    )?;
     let before = taken(&paths)?;
     let said = sh_in(
         "cd /tmp/at; rm f1 f3 f5; sync -f .; cd /; fstrim -v /tmp/at",
@@ -227,28 +278,143 @@ fn fstrim(fs: &str, level: &str) -> Result<(), Failure> {
     )?;
     let freed = before.saturating_sub(taken(&paths)?);
     // Edges of files that are not whole stripes stay.
-    let wanted = on_members(level, count, 24 * MIB) / 10 * 9;
+    let wanted = on_members(level, paths.len(), 24 * MIB) / 10 * 9;
     ensure(freed >= wanted, || {
         format!("{said}: the members gave {freed} bytes back, not {wanted}")
     })?;
-    let check = match fs {
-        "xfs" => "xfs_repair -n",
-        _ => "e2fsck -fn",
-    };
-    let right = |when: &str| {
-        sh_in(
-            &format!(
-                "umount /tmp/at; {check} {device} >&2; mount {device} /tmp/at; cd /tmp/at; sha256sum -c /tmp/sums >&2"
-            ),
-            120,
-        )
-        .map_err(|why| format!("{when}: {why}\n{}", rig.log_tail()))
-    };
+    let right = |when: &str| fs_is_right(&rig, fs, &device, when);
     right("trimmed")?;
     scrub_finds_nothing(&rig)?;
     rig.lunar(&["disk", "fail", &paths[0], "--yes"])?;
     right("degraded")?;
     sh("umount /tmp/at").map(drop)
+}
+
+/// Given a file system whose files come and go and that is trimmed again and again, when ublk-target is killed
+/// meanwhile, then nothing fails, the file system and the other files are right, also without a member, and a scrub
+/// finds nothing.
+fn trimmed_and_killed(fs: &str, level: &str) -> Result<(), Failure> {
+    let (rig, paths) = array("ext4-file", level, members_of(level), size_of(level))?;
+    let device = rig.device()?;
+    make_fs(fs, &device)?;
+    sh(
+        "rm -f /tmp/stop; dd if=/dev/urandom of=/tmp/noise bs=1M count=12 2>/dev/null
+        for i in 1 2 3; do cp /tmp/noise /tmp/at/kept$i; done
+        (cd /tmp/at; sha256sum kept*) > /tmp/sums; sync -f /tmp/at",
+    )?;
+    let load = std::thread::spawn(|| {
+        let script = "rounds=0
+            until [ -e /tmp/stop ]; do
+                for i in 1 2 3 4; do cp /tmp/noise /tmp/at/f$i; done
+                sync -f /tmp/at; rm /tmp/at/f1 /tmp/at/f3
+                fstrim /tmp/at &
+                cp /tmp/noise /tmp/at/f5; sync -f /tmp/at
+                wait $!
+                cmp /tmp/noise /tmp/at/f4 >&2; rm /tmp/at/f*
+                rounds=$((rounds + 1))
+            done; echo $rounds";
+        sh_in(script, 120)
+    });
+    kill_again_and_again(&rig)?;
+    sh("touch /tmp/stop")?;
+    let rounds = load
+        .join()
+        .map_err(|_| "thread")?
+        .map_err(|why| format!("{why}\n{}", rig.log_tail()))?;
+    ensure(rounds != "0", || "nothing was trimmed".into())?;
+    fs_is_right(&rig, fs, &device, "after the kills")?;
+    scrub_finds_nothing(&rig)?;
+    rig.lunar(&["disk", "fail", &paths[1], "--yes"])?;
+    fs_is_right(&rig, fs, &device, "degraded")?;
+    sh("umount /tmp/at").map(drop)
+}
+
+/// Given a group that announced discards, and a disk in it since that gives no space back, when parts of it are
+/// discarded and zeroed, then that disk too reads as zero there: redundancy fits, and every member can be missed.
+fn mixed() -> Result<(), Failure> {
+    let (rig, mut paths) = array("ext4-file", "raid5", 3, 80)?;
+    let grain = limit(&rig, "discard_granularity")?;
+    let ram = members("4k", 1, 80)?.remove(0);
+    let keeps = sh(&format!(
+        "cat /sys/block/$(basename {ram})/queue/write_zeroes_max_bytes"
+    ))?;
+    ensure(keeps == "0", || format!("it zeroes by itself: {keeps}"))?;
+    rig.lunar(&["disk", "add", &ram])?;
+    rig.lunar(&["disk", "fail", &paths[1], "--yes"])?;
+    rig.lunar(&["disk", "replace", &paths[1], &ram, "--yes"])?;
+    rig.wait_optimal(120)?;
+    paths[1] = ram;
+    fill(&rig)?;
+    let script = discard(&rig, MIB + 4096, 16 * MIB, grain)?
+        + &punch(&rig, 20 * MIB, 4 * MIB)?
+        + &zero(&rig, 25 * MIB + 4096, 4 * MIB)?;
+    sh(&script)?;
+    content_is_right(&rig, "erased")?;
+    let part = usize::try_from(CONTENT / 2).expect("small");
+    redundancy_is_right(&rig, "raid5", &paths, part)?;
+    scrub_finds_nothing(&rig)?;
+    for path in [&paths[0], &paths[1]] {
+        rig.lunar(&["disk", "fail", path, "--yes"])?;
+        content_is_right(&rig, &format!("without {path}"))?;
+        rig.lunar(&["disk", "replace", path, path, "--yes"])?;
+        rig.wait_optimal(120)?;
+    }
+    Ok(())
+}
+
+/// Given space that a deleted LU had, when a LU is made of it with `--zero`, then all of it reads as zero, also without
+/// each member, its space is given back, the deleted LU cannot come back, and a scrub finds nothing; without `--zero`
+/// it has what was there.
+fn new_lu() -> Result<(), Failure> {
+    let (rig, paths) = array("ext4-file", "raid6", 4, 80)?;
+    fill(&rig)?;
+    let again = |zero: &[&str]| {
+        rig.lunar(&["lu", "delete", "vol", "--yes"])?;
+        let create = ["lu", "create", "vol", "--group", "data", "--size", "max"];
+        rig.lunar(&[&create[..], zero].concat())
+    };
+    again(&[])?;
+    content_is_right(&rig, "made without --zero")?;
+    let before = taken(&paths)?;
+    again(&["--zero"])?;
+    let freed = before.saturating_sub(taken(&paths)?);
+    let device = rig.device()?;
+    let bytes: u64 = sh(&format!("blockdev --getsize64 {device}"))?
+        .parse()
+        .map_err(|_| "size")?;
+    ensure(freed >= on_members("raid6", 4, bytes), || {
+        format!("of a LU of {bytes} bytes the members gave {freed} back")
+    })?;
+    let zeroes = |when: &str| {
+        sh(&format!(
+            "dd if={device} bs=1M iflag=direct 2>/dev/null | cmp -n {bytes} - /dev/zero >&2"
+        ))
+        .map_err(|why| format!("{when}: {why}"))
+    };
+    zeroes("new")?;
+    scrub_finds_nothing(&rig)?;
+    for path in &paths {
+        rig.lunar(&["disk", "fail", path, "--yes"])?;
+        zeroes("degraded")?;
+        rig.lunar(&["disk", "replace", path, path, "--yes"])?;
+        rig.wait_optimal(120)?;
+    }
+    let output = rig.run(&["import", "--deleted", "vol", "--yes"])?;
+    ensure(output.code != 0, || {
+        format!("it came back: {}", output.stdout)
+    })
+}
+
+fn kill_again_and_again(rig: &Rig) -> Result<(), Failure> {
+    for wait in [130, 370, 210, 290] {
+        let pid = rig.target_pid()?;
+        pause(wait);
+        sh(&format!("kill -KILL {pid}"))?;
+        until("a successor", 60, || {
+            Ok(rig.target_pid().is_ok_and(|new| new != pid) && rig.state().is_ok())
+        })?;
+    }
+    Ok(())
 }
 
 fn rebuild_rate(rig: &Rig, rate: &str) -> Result<(), Failure> {
@@ -258,9 +424,9 @@ fn rebuild_rate(rig: &Rig, rate: &str) -> Result<(), Failure> {
 }
 
 /// Given a raid5 that lost a member, when it is erased degraded, and before and behind where its rebuild is, then all
-/// reads as asked for, then and when it is rebuilt and without each member.
+/// reads as asked for, then and when it is rebuilt and without another member.
 fn degraded() -> Result<(), Failure> {
-    let (rig, paths) = array("ext4-file", "raid5", 3, 96)?;
+    let (rig, paths) = array("ext4-file", "raid5", 3, 80)?;
     fill(&rig)?;
     let grain = limit(&rig, "discard_granularity")?;
     rig.lunar(&["disk", "fail", &paths[1], "--yes"])?;
@@ -270,27 +436,27 @@ fn degraded() -> Result<(), Failure> {
     rebuild_rate(&rig, "8MiB")?;
     rig.lunar(&["disk", "replace", &paths[1], &paths[1], "--yes"])?;
     let mut rounds = 0;
-    for at in [10, 44, 14, 40, 18, 36, 22, 32] {
+    for at in [10, 44, 14, 40, 18, 36] {
         let group = rig.json(&["group", "show", "data"])?;
         rounds += u32::from(text(&group["state"]) != "optimal");
         sh(&(zero(&rig, at * MIB + 512, MIB + 4096)?
             + &discard(&rig, (at + 2) * MIB - 512, MIB, grain)?))?;
         content_is_right(&rig, "while it is rebuilt")?;
     }
-    ensure(rounds >= 4, || {
+    ensure(rounds >= 3, || {
         format!("the rebuild was under way in {rounds} rounds")
     })?;
     rebuild_rate(&rig, "1GiB")?;
     rig.wait_optimal(120)?;
     scrub_finds_nothing(&rig)?;
-    each_away(&rig, &paths)
+    rig.lunar(&["disk", "fail", &paths[0], "--yes"])?;
+    content_is_right(&rig, "without a member that was there")
 }
 
 /// Given ranges that are written, zeroed and discarded again and again, when ublk-target is killed meanwhile, then no
 /// request fails, all reads as asked for at the end, and redundancy fits.
 fn kills(level: &str) -> Result<(), Failure> {
-    let count = if level == "raid1" { 2 } else { 3 };
-    let (rig, paths) = array("ext4-file", level, count, 96)?;
+    let (rig, paths) = array("ext4-file", level, members_of(level), 80)?;
     fill(&rig)?;
     let device = rig.device()?;
     let grain = limit(&rig, "discard_granularity")?;
@@ -312,14 +478,7 @@ fn kills(level: &str) -> Result<(), Failure> {
             120,
         )
     });
-    for wait in [130, 370, 210, 290] {
-        let pid = rig.target_pid()?;
-        pause(wait);
-        sh(&format!("kill -KILL {pid}"))?;
-        until("a successor", 60, || {
-            Ok(rig.target_pid().is_ok_and(|new| new != pid) && rig.state().is_ok())
-        })?;
-    }
+    kill_again_and_again(&rig)?;
     sh("touch /tmp/stop")?;
     let rounds = load
         .join()

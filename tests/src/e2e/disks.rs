@@ -96,7 +96,7 @@ pub(super) fn redundancy_is_right(
             let place = i / CHUNK * n + slot;
             let (first, inside) = (place.saturating_sub(1), i % CHUNK);
             let before = &members[first % n].get()[first / n * CHUNK + inside];
-            place % 2 == 0 || *before == members[slot].get()[i]
+            place.is_multiple_of(2) || *before == members[slot].get()[i]
         }),
         "raid6" => {
             let q = (n - i / CHUNK % n) % n;

@@ -1,6 +1,5 @@
 //! What people do to a running group: LUs, names, members, stop.
 
-use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use lunar_api::target::{DeletedLu, LuSize, MemberState};
@@ -11,7 +10,7 @@ use crate::limits::CONFIG_PIECE;
 use crate::member::Member;
 use crate::parity;
 use crate::pool::{Lease, Quota};
-use crate::raid_group::{Counters, Given, Lu, MemberPlace, RaidGroup, Rebuild};
+use crate::raid_group::{EIO, Errno, Given, Lu, MemberPlace, RaidGroup, Rebuild};
 use crate::reserve::lay_out;
 use crate::serve::bits;
 use crate::superblock::BYTES;
@@ -20,6 +19,9 @@ use crate::traits::{Buf, Clock, Disk, DiskVerb, Env, MILLISECOND, Piece};
 fn failed(what: &str, why: impl ToString) -> ApiError {
     ApiError::new(ErrorKind::Failed, what).because(why.to_string())
 }
+
+/// Bytes of a new LU that are zeroed between two looks at whether to go on.
+const ZEROED_AT_ONCE: u64 = 128 << 20;
 
 impl<E: Env> RaidGroup<E> {
     /// Makes a LU durable; the rim then makes its device.
@@ -35,32 +37,92 @@ impl<E: Env> RaidGroup<E> {
     ) -> Result<u16, ApiError> {
         let _turn = self.configure().await;
         let mut config = self.config.borrow().clone();
-        let lu = config
-            .create_lu(&self.geometry, uuid, name, size, queues)
-            .cloned()
-            .map_err(|error| {
-                ApiError::new(ErrorKind::Failed, format!("LU `{name}` could not be made"))
-                    .because(error.to_string())
-            })?;
+        let lu = self.cut_lu(&mut config, uuid, name, size, queues.into())?;
         self.write_config(config).await?;
         let handle = self.add_lu(&lu);
         Ok(handle)
+    }
+
+    /// Makes a LU that reads as zero; meanwhile the configuration may change otherwise.
+    ///
+    /// # Crash  the LU is not there until all of it is zeroed, and that durable. Deleted ones that had its space are
+    /// forgotten before
+    /// # Errors  the group stops or fails meanwhile; its name is taken meanwhile
+    pub async fn lu_create_zeroed(
+        &self,
+        uuid: LuUuid,
+        name: &str,
+        size: LuSize,
+        queues: impl Into<Queues>,
+    ) -> Result<u16, ApiError> {
+        let turn = self.configure().await;
+        let mut config = self.config.borrow().clone();
+        let deleted = config.deleted.len();
+        let lu = self.cut_lu(&mut config, uuid, name, size, queues.into())?;
+        if config.deleted.len() < deleted {
+            config.lus.retain(|other| other.uuid != uuid);
+            self.write_config(config).await?;
+        }
+        self.zeroing.borrow_mut().push(lu.clone());
+        drop(turn);
+        let made = self.zero_and_add(&lu).await;
+        self.zeroing.borrow_mut().retain(|other| other.uuid != uuid);
+        made
+    }
+
+    async fn zero_and_add(&self, lu: &LuConfig) -> Result<u16, ApiError> {
+        let what = format!("LU `{}` could not be made", lu.name);
+        let zeroed = self.zero_lu(lu).await;
+        let _turn = self.configure().await;
+        if self.stopping.get() {
+            return Err(failed(&what, "its group stops"));
+        }
+        zeroed.map_err(|_| failed(&what, "its space could not be zeroed"))?;
+        let mut config = self.config.borrow().clone();
+        config.lus.push(lu.clone());
+        self.write_config(config).await?;
+        Ok(self.add_lu(lu))
+    }
+
+    async fn zero_lu(&self, lu: &LuConfig) -> Result<(), Errno> {
+        let lu = Lu::new(u16::MAX, lu);
+        let mut at = 0;
+        while at < lu.capacity {
+            if self.stopping.get() || self.failed.get() {
+                return Err(EIO);
+            }
+            let len = ZEROED_AT_ONCE.min(lu.capacity - at);
+            self.zero(&lu, at, len).await?;
+            at += len;
+        }
+        self.flush().await
+    }
+
+    /// Puts a new LU into a configuration, apart from those that are being zeroed.
+    fn cut_lu(
+        &self,
+        config: &mut GroupConfig,
+        uuid: LuUuid,
+        name: &str,
+        size: LuSize,
+        queues: Queues,
+    ) -> Result<LuConfig, ApiError> {
+        let zeroing = self.zeroing.borrow();
+        config.lus.extend(zeroing.iter().cloned());
+        let lu = config
+            .create_lu(&self.geometry, uuid, name, size, queues)
+            .cloned()
+            .map_err(|error| failed(&format!("LU `{name}` could not be made"), error))?;
+        let is_zeroing = |lu: &LuConfig| zeroing.iter().any(|other| other.uuid == lu.uuid);
+        config.lus.retain(|lu| !is_zeroing(lu));
+        Ok(lu)
     }
 
     pub(crate) fn add_lu(&self, lu: &LuConfig) -> u16 {
         let mut lus = self.lus.borrow_mut();
         let at = lus.iter().position(Option::is_none).unwrap_or(lus.len());
         let handle = u16::try_from(at).expect("LU_MAX is below 2^16");
-        let lu = Rc::new(Lu {
-            handle,
-            uuid: lu.uuid,
-            name: RefCell::new(lu.name.clone()),
-            capacity: lu.capacity,
-            depth: lu.depth,
-            queues: Cell::new(lu.queues),
-            extents: lu.map(),
-            counters: Counters::default(),
-        });
+        let lu = Rc::new(Lu::new(handle, lu));
         if at == lus.len() {
             lus.push(Some(lu));
         } else {
@@ -185,7 +247,9 @@ impl<E: Env> RaidGroup<E> {
     }
 
     pub(crate) fn free_bytes(&self) -> u64 {
-        self.config.borrow().free_bytes(&self.geometry)
+        let taken: u64 = self.zeroing.borrow().iter().map(|lu| lu.capacity).sum();
+        let free = self.config.borrow().free_bytes(&self.geometry);
+        free.saturating_sub(taken)
     }
 
     /// Writes a configuration to the slot that does not count, then makes it count.
@@ -431,7 +495,10 @@ impl<E: Env> RaidGroup<E> {
         self.changed
             .until(|| self.background_ended.get().then_some(()))
             .await;
-        while self.active_writes.get() > 0 || !self.stripes.is_idle() {
+        while self.active_writes.get() > 0
+            || !self.stripes.is_idle()
+            || !self.zeroing.borrow().is_empty()
+        {
             self.clock.sleep(MILLISECOND).await;
         }
         let mut result = self

@@ -131,6 +131,7 @@ impl<E: Env> RaidGroup<E> {
             requests: Cell::new(0),
             active_writes: Cell::new(0),
             erasing: Cell::new(0),
+            zeroing: RefCell::default(),
             turn: Cell::new(0),
             stopping: Cell::new(false),
             background_ended: Cell::new(false),

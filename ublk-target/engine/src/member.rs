@@ -11,19 +11,7 @@ use lunar_api::target::{MemberState, MemberStatus};
 
 use crate::pool::Lease;
 use crate::raid_group::{Given, MemberPlace};
-use crate::serve::erase::EOPNOTSUPP;
 use crate::traits::{Buf, Disk, DiskError, DiskVerb, Piece};
-
-/// How a member can be made to read as zero, the best first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Zeroing {
-    /// It gives the space back.
-    Unmaps,
-    /// It keeps the space.
-    Keeps,
-    /// Zeroes have to be written to it.
-    Writes,
-}
 
 /// A disk in a slot, or the lack of one. Another disk in the slot is another `Member`.
 pub(crate) struct Member<D> {
@@ -41,8 +29,8 @@ pub(crate) struct Member<D> {
     /// A write or flush of it failed. Whoever waited for that comes to `RaidGroup::fail` later: perhaps when
     /// another disk is in the slot, which is not to blame.
     pub to_blame: Cell<bool>,
-    /// How it zeroes, as far as is known.
-    pub zeroing: Cell<Zeroing>,
+    /// It has refused to zero a range: without giving the space back, and with it.
+    pub no_zeroing: [Cell<bool>; 2],
     pub state: Cell<MemberState>,
     pub reason: RefCell<String>,
     pub reads: Cell<u64>,
@@ -69,7 +57,7 @@ impl<D: Disk> Member<D> {
             meta: None,
             data_offset: 0,
             to_blame: Cell::new(false),
-            zeroing: Cell::new(Zeroing::Unmaps),
+            no_zeroing: Default::default(),
             state: Cell::new(state),
             reason: RefCell::default(),
             reads: Cell::new(0),
@@ -141,12 +129,23 @@ impl<D: Disk> Member<D> {
         }
     }
 
-    fn note_error(&self, verb: DiskVerb) {
-        if verb == DiskVerb::Read {
-            add(&self.read_errors, 1);
-        } else {
-            add(&self.write_errors, 1);
-            self.to_blame.set(true);
+    /// Whether it is worth asking it to zero a range in this way.
+    pub(crate) fn takes_zeroing(&self, unmap: bool) -> bool {
+        !self.no_zeroing[usize::from(unmap)].get()
+    }
+
+    fn note_error(&self, verb: DiskVerb, error: DiskError) {
+        match (verb, error) {
+            (DiskVerb::Read, _) => add(&self.read_errors, 1),
+            // Disks and bridges that announce it and answer any error to it are many: it is not asked again, and
+            // zeroes are written. If they fail it has failed.
+            (DiskVerb::WriteZeroes { unmap }, DiskError::Errno(_)) => {
+                self.no_zeroing[usize::from(unmap)].set(true);
+            }
+            _ => {
+                add(&self.write_errors, 1);
+                self.to_blame.set(true);
+            }
         }
     }
 
@@ -184,11 +183,7 @@ impl<D: Disk> Future for MemberIo<D> {
             None => Poll::Ready(Err(DiskError::Abandoned)),
         };
         if let Poll::Ready(Err(error)) = result {
-            // What it cannot do is no fault of it.
-            let is_asking = matches!(self.verb, DiskVerb::WriteZeroes { .. });
-            if !(is_asking && error == DiskError::Errno(EOPNOTSUPP)) {
-                self.member.note_error(self.verb);
-            }
+            self.member.note_error(self.verb, error);
         }
         result
     }

@@ -14,7 +14,7 @@ use lunar_api::target::{
 };
 use lunar_api::{DiskUuid, GroupUuid, LuUuid, SystemUuid};
 
-use crate::config::{GroupConfig, ScrubRecord};
+use crate::config::{GroupConfig, LuConfig, ScrubRecord};
 use crate::extents::ExtentMap;
 use crate::geometry::{Geometry, Piece};
 use crate::inflight::InflightLog;
@@ -83,14 +83,12 @@ pub struct StartSpec {
     pub undelete: bool,
 }
 
-/// Answer to a host request that failed: a positive errno (EIO, ENOSPC, EINVAL, EOPNOTSUPP; never EAGAIN).
+/// Answer to a host request that failed: a positive errno (EIO, ENOSPC, EINVAL; never EAGAIN).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Errno(pub i32);
 
 /// Redundancy is exhausted, or the request is beyond the LU.
 pub const EIO: Errno = Errno(5);
-/// The request is not one that this device has.
-pub const EOPNOTSUPP: Errno = Errno(95);
 
 /// Tasks of `worker` that a rim spawns for a group.
 pub const WORKERS: usize = 64;
@@ -163,6 +161,19 @@ pub(crate) struct Lu {
 }
 
 impl Lu {
+    pub(crate) fn new(handle: u16, lu: &LuConfig) -> Self {
+        Self {
+            handle,
+            uuid: lu.uuid,
+            name: RefCell::new(lu.name.clone()),
+            capacity: lu.capacity,
+            depth: lu.depth,
+            queues: Cell::new(lu.queues),
+            extents: lu.map(),
+            counters: Counters::default(),
+        }
+    }
+
     /// Where byte `at` of the LU is in the group, and how many bytes follow there.
     ///
     /// # Panics  if `at` is beyond the LU: requests are checked when they arrive
@@ -236,6 +247,8 @@ pub struct RaidGroup<E: Env> {
     pub(crate) active_writes: Cell<u64>,
     /// Requests that erase now.
     pub(crate) erasing: Cell<u32>,
+    /// LUs that are zeroed before they are there: their space is taken.
+    pub(crate) zeroing: RefCell<Vec<LuConfig>>,
     pub(crate) turn: Cell<u32>,
     pub(crate) stopping: Cell<bool>,
     pub(crate) background_ended: Cell<bool>,

@@ -122,11 +122,13 @@ impl<E: Env> RaidGroup<E> {
             }
             HostVerb::Discard => {
                 add(&counters.discards, 1);
-                self.erase(&lu, &request, Erase::Discard).await
+                let (at, len) = (request.at, request.len);
+                self.erase(&lu, (at, len), Erase::Discard).await
             }
             HostVerb::WriteZeroes { unmap } => {
                 add(&counters.discards, 1);
-                self.erase(&lu, &request, Erase::Zero { unmap }).await
+                let (at, len) = (request.at, request.len);
+                self.erase(&lu, (at, len), Erase::Zero { unmap }).await
             }
         };
         if result.is_err() {
@@ -135,12 +137,17 @@ impl<E: Env> RaidGroup<E> {
         result
     }
 
-    async fn erase(&self, lu: &Lu, request: &HostRequest, erase: Erase) -> Result<(), Errno> {
+    /// Makes a range of a LU read as zero; its space may be given back.
+    pub(crate) async fn zero(&self, lu: &Lu, at: u64, len: u64) -> Result<(), Errno> {
+        self.erase(lu, (at, len), Erase::Zero { unmap: true }).await
+    }
+
+    async fn erase(&self, lu: &Lu, range: (u64, u64), erase: Erase) -> Result<(), Errno> {
         if self.geometry.redundancy() == 0 {
-            return self.erase_plain(lu, request, erase).await;
+            return self.erase_plain(lu, range, erase).await;
         }
         self.active_writes.set(self.active_writes.get() + 1);
-        let result = self.erase_redundant(lu, request, erase).await;
+        let result = self.erase_redundant(lu, range, erase).await;
         self.active_writes.set(self.active_writes.get() - 1);
         result
     }
@@ -388,7 +395,7 @@ impl<E: Env> RaidGroup<E> {
     }
 
     /// Makes every completed write durable on every member that counts.
-    async fn flush(&self) -> Result<(), Errno> {
+    pub(crate) async fn flush(&self) -> Result<(), Errno> {
         let mut ios: Ios<E> = ArrayVec::new();
         let mut failed = 0;
         for slot in bits(self.writable(0) | self.in_sync.get()) {

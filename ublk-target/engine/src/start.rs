@@ -17,7 +17,6 @@ use crate::pool::{Lease, Pool, Quota};
 use crate::raid_group::{CreateSpec, Given, MemberPlace, Parts, RaidGroup, StartSpec};
 use crate::reserve::{Reserve, lay_out, region_bytes};
 use crate::serve::bits;
-use crate::serve::erase::EOPNOTSUPP;
 use crate::superblock::{BYTES, ConfigVersion, Flags, GroupRecord, MemberEntry, Superblock};
 use crate::traits::{Buf, Disk, DiskError, DiskVerb, Env, Piece};
 
@@ -449,7 +448,7 @@ async fn replay_zeroes<D: Disk>(
     let verb = DiskVerb::WriteZeroes { unmap: false };
     match disk.submit(verb, at, len, Buf::None, &[]).await {
         Ok(()) => return true,
-        Err(DiskError::Errno(EOPNOTSUPP)) => {}
+        Err(DiskError::Errno(_)) => {}
         Err(_) => return false,
     }
     parity::zero(whole.cells(page..page + BYTES));

@@ -2,20 +2,22 @@
 //!
 //! Whole stripes are held, as many as lie together, and every member is told to zero its part; what is not a whole
 //! stripe is written as zeroes (zeroing) or left as it is (discard). A member gives space back if it can do that
-//! and read as zero; else it zeroes without; else zeroes are written to it.
+//! and read as zero; else it zeroes without; else, and after any error, zeroes are written to it. It is never told to
+//! discard: what is read there afterwards could differ from member to member.
+//!
+//! Where there is no redundancy stripes are held too: they may be under copy to another disk.
 
 use arrayvec::ArrayVec;
 
 use super::{bits, span_of};
 use crate::inflight::{SEGMENTS_MAX, Segment, ZEROES};
 use crate::limits::MEMBERS_MAX;
-use crate::member::Zeroing;
 use crate::parity;
 use crate::plan::GRAIN;
 use crate::pool::{Lease, Quota};
 use crate::raid_group::{EIO, Errno, Lu, RaidGroup};
 use crate::stripe_table::{Item, Task};
-use crate::traits::{Buf, DiskError, DiskVerb, Env, HostRequest, Piece};
+use crate::traits::{Buf, DiskError, DiskVerb, Env, Piece};
 
 /// Bytes of one member that are erased at once: what a disk of 100 MB/s that only takes zeroes has written in 0.2 s.
 const PART_BYTES: u64 = 16 << 20;
@@ -63,12 +65,12 @@ impl<E: Env> RaidGroup<E> {
     pub(super) async fn erase_redundant(
         &self,
         lu: &Lu,
-        request: &HostRequest,
+        (at, len): (u64, u64),
         erase: Erase,
     ) -> Result<(), Errno> {
         self.ensure_dirty().await?;
         let stripe = self.geometry.stripe_bytes();
-        let (at, end) = (request.at, request.at + request.len);
+        let end = at + len;
         // LUs are whole stripes: their stripes begin where those of the group do.
         let first = at.next_multiple_of(stripe).min(end);
         let last = (end / stripe * stripe).max(first);
@@ -120,10 +122,8 @@ impl<E: Env> RaidGroup<E> {
         Ok(())
     }
 
-    /// Holds stripes that follow one another, erases them on every member, and lets go of them.
-    async fn erase_stripes(&self, first: u64, count: u64, unmap: bool) -> Result<(), Errno> {
-        let _turn = self
-            .changed
+    async fn erase_turn(&self) -> Erasing<'_, E> {
+        self.changed
             .until(|| {
                 let now = self.erasing.get();
                 (now < AT_ONCE).then(|| {
@@ -131,11 +131,14 @@ impl<E: Env> RaidGroup<E> {
                     Erasing(self)
                 })
             })
-            .await;
-        let stripes = first..first + count;
+            .await
+    }
+
+    /// Waits until all of these stripes are held, to be given back by [`Self::release_all`].
+    async fn hold(&self, stripes: impl Iterator<Item = u64>) -> Result<(), Errno> {
         let join = self.stripes.open();
         // All at once: whoever wants some of them too comes before or behind at every one.
-        for stripe in stripes.clone() {
+        for stripe in stripes {
             let item = Item {
                 task: Task::Hold,
                 join,
@@ -143,14 +146,24 @@ impl<E: Env> RaidGroup<E> {
             };
             self.stripes.push(stripe, item);
         }
-        let held = self.stripes.wait(join).await.map_err(Errno);
-        let result = match held {
-            Ok(()) => self.erase_held(first, count, unmap).await,
-            Err(errno) => Err(errno),
-        };
+        self.stripes.wait(join).await.map_err(Errno)
+    }
+
+    fn release_all(&self, stripes: impl Iterator<Item = u64>) {
         for stripe in stripes {
             self.stripes.release_held(stripe);
         }
+    }
+
+    /// Holds stripes that follow one another, erases them on every member, and lets go of them.
+    async fn erase_stripes(&self, first: u64, count: u64, unmap: bool) -> Result<(), Errno> {
+        let _turn = self.erase_turn().await;
+        let stripes = first..first + count;
+        let mut result = self.hold(stripes.clone()).await;
+        if result.is_ok() {
+            result = self.erase_held(first, count, unmap).await;
+        }
+        self.release_all(stripes);
         result
     }
 
@@ -210,40 +223,31 @@ impl<E: Env> RaidGroup<E> {
         &self,
         slots: u64,
         (at, len): (u64, u64),
-        unmap: bool,
+        unmaps: bool,
         zeroes: &Lease,
     ) -> u64 {
         let (mut failed, mut left) = (0, slots);
-        for way in [Zeroing::Unmaps, Zeroing::Keeps] {
-            let takes = |slot: &u16| {
-                let can = self.member(*slot).zeroing.get();
-                let wanted = if unmap { can } else { can.max(Zeroing::Keeps) };
-                wanted == way
-            };
-            let now = bits(left)
-                .filter(takes)
-                .fold(0, |set, slot| set | 1 << slot);
-            let verb = DiskVerb::WriteZeroes {
-                unmap: way == Zeroing::Unmaps,
+        for unmap in [true, false] {
+            let takes = |slot: &u16| self.member(*slot).takes_zeroing(unmap);
+            let now = match unmap && !unmaps {
+                true => 0,
+                false => bits(left)
+                    .filter(takes)
+                    .fold(0, |set, slot| set | 1 << slot),
             };
             let mut ios: super::Ios<E> = ArrayVec::new();
             for slot in bits(now) {
+                let verb = DiskVerb::WriteZeroes { unmap };
                 let io = self.member(slot).submit(verb, at, len, Buf::None, &[]);
                 ios.push((slot, Some(io)));
             }
             let mut refused = 0;
             crate::sync::join_all(&mut ios, |slot, result| match result {
                 Ok(()) => {}
-                Err(DiskError::Errno(EOPNOTSUPP)) => refused |= 1u64 << slot,
+                Err(DiskError::Errno(_)) => refused |= 1u64 << slot,
                 Err(_) => failed |= 1u64 << slot,
             })
             .await;
-            for slot in bits(refused) {
-                self.member(slot).zeroing.set(match way {
-                    Zeroing::Unmaps => Zeroing::Keeps,
-                    Zeroing::Keeps | Zeroing::Writes => Zeroing::Writes,
-                });
-            }
             left &= !now | refused;
         }
         for start in (0..len).step_by(ZEROES_BYTES) {
@@ -269,39 +273,62 @@ impl<E: Env> RaidGroup<E> {
     pub(super) async fn erase_plain(
         &self,
         lu: &Lu,
-        request: &HostRequest,
+        (start, len): (u64, u64),
         erase: Erase,
     ) -> Result<(), Errno> {
+        let most = PART_BYTES.min(HELD_MAX * self.geometry.stripe_bytes());
         let mut done = 0;
-        while done < request.len {
-            let part = (request.len - done).min(PART_BYTES);
-            let mut runs: ArrayVec<(u16, u64, u64), MEMBERS_MAX> = ArrayVec::new();
-            for piece in lu.pieces(&self.geometry, request.at + done, part) {
-                let len = u64::from(piece.len);
-                let follows = |run: &&mut (u16, u64, u64)| {
-                    run.0 == piece.slot && run.1 + run.2 == piece.member_at
-                };
-                match runs.iter_mut().find(follows) {
-                    Some(run) => run.2 += len,
-                    None => {
-                        if runs.is_full() {
-                            self.erase_runs(&runs, erase).await?;
-                            runs.clear();
-                        }
-                        runs.push((piece.slot, piece.member_at, len));
-                    }
-                }
+        while done < len {
+            let (at, part) = (start + done, (len - done).min(most));
+            // Of the pieces of a stripe, which follow one another, the first.
+            let stripes = || {
+                let mut last = None;
+                lu.pieces(&self.geometry, at, part)
+                    .map(|piece| piece.stripe)
+                    .filter(move |stripe| last.replace(*stripe) != Some(*stripe))
+            };
+            let _turn = self.erase_turn().await;
+            let mut result = self.hold(stripes()).await;
+            if result.is_ok() {
+                result = self.erase_pieces(lu, (at, part), erase).await;
             }
-            self.erase_runs(&runs, erase).await?;
+            self.release_all(stripes());
+            result?;
             done += part;
         }
         Ok(())
     }
 
+    async fn erase_pieces(
+        &self,
+        lu: &Lu,
+        (at, len): (u64, u64),
+        erase: Erase,
+    ) -> Result<(), Errno> {
+        let mut runs: ArrayVec<(u16, u64, u64), MEMBERS_MAX> = ArrayVec::new();
+        for piece in lu.pieces(&self.geometry, at, len) {
+            let len = u64::from(piece.len);
+            let follows = |run: &&mut (u16, u64, u64)| {
+                run.0 == piece.slot && run.1 + run.2 == piece.member_at
+            };
+            match runs.iter_mut().find(follows) {
+                Some(run) => run.2 += len,
+                None => {
+                    if runs.is_full() {
+                        self.erase_runs(&runs, erase).await?;
+                        runs.clear();
+                    }
+                    runs.push((piece.slot, piece.member_at, len));
+                }
+            }
+        }
+        self.erase_runs(&runs, erase).await
+    }
+
     async fn erase_runs(&self, runs: &[(u16, u64, u64)], erase: Erase) -> Result<(), Errno> {
         let mut zeroes = None;
         if erase != Erase::Discard {
-            let lease = self.lease(Quota::Data, ZEROES_BYTES).await?;
+            let lease = self.lease(Quota::Work, ZEROES_BYTES).await?;
             parity::zero(lease.cells(0..ZEROES_BYTES));
             zeroes = Some(lease);
         }
@@ -323,20 +350,13 @@ impl<E: Env> RaidGroup<E> {
     /// Gives space of a member back; one that cannot keeps it, and what is there.
     async fn discard_member(&self, slot: u16, at: u64, len: u64) -> u64 {
         let member = self.member(slot);
-        if member.zeroing.get() != Zeroing::Unmaps {
+        if !member.takes_zeroing(true) {
             return 0;
         }
         let verb = DiskVerb::WriteZeroes { unmap: true };
         match member.submit(verb, at, len, Buf::None, &[]).await {
-            Ok(()) => 0,
-            Err(DiskError::Errno(EOPNOTSUPP)) => {
-                member.zeroing.set(Zeroing::Keeps);
-                0
-            }
+            Ok(()) | Err(DiskError::Errno(_)) => 0,
             Err(_) => 1 << slot,
         }
     }
 }
-
-/// The member does not do that.
-pub(crate) const EOPNOTSUPP: i32 = crate::raid_group::EOPNOTSUPP.0;

@@ -1,11 +1,12 @@
 //! Discards and zeroing: reads are as they should be with every member and without each, and redundancy fits.
 
-use lunar_api::target::{ScrubOrder, ScrubState};
+use lunar_api::target::{MemberStatus, ScrubOrder, ScrubState};
 
 use super::*;
 
-const SHAPES: [(Level, u8, u64); 9] = [
+const SHAPES: [(Level, u8, u64); 10] = [
     (Level::Raid0, 3, 16384),
+    (Level::Linear, 3, 65536),
     (Level::Raid1, 2, 65536),
     (Level::Raid5, 3, 4096),
     (Level::Raid5, 4, 65536),
@@ -23,6 +24,8 @@ enum Members {
     Keep,
     /// They refuse, all but one.
     Refuse,
+    /// They answer errors, all but one.
+    Break,
 }
 
 impl Rig {
@@ -33,6 +36,7 @@ impl Rig {
                 .faults
                 .no_zeroes
                 .set(matches!(members, Members::Refuse));
+            (store.faults.zero_errors).set(matches!(members, Members::Break));
         }
     }
 
@@ -126,7 +130,7 @@ impl Rig {
 fn stripe_of(level: Level, n: u8, chunk: u64) -> u64 {
     let geometry = lunar_engine::geometry::Geometry::new(level, usize::from(n), chunk, 64 << 20);
     match level {
-        Level::Raid0 => 1,
+        Level::Raid0 | Level::Linear => 1,
         _ => geometry.unwrap().stripe_bytes(),
     }
 }
@@ -136,9 +140,15 @@ fn stripe_of(level: Level, n: u8, chunk: u64) -> u64 {
 #[test]
 fn erased_and_written_reads_as_the_model_says() {
     for (seed, (level, n, chunk)) in (800..).zip(SHAPES) {
-        for members in [Members::GiveBack, Members::Keep, Members::Refuse] {
-            // A discard of a raid0 whose member keeps its space leaves what is there.
-            if level == Level::Raid0 && !matches!(members, Members::GiveBack) {
+        for members in [
+            Members::GiveBack,
+            Members::Keep,
+            Members::Refuse,
+            Members::Break,
+        ] {
+            let is_plain = matches!(level, Level::Raid0 | Level::Linear);
+            // A discard where nothing protects, of a member that keeps its space, leaves what is there.
+            if is_plain && !matches!(members, Members::GiveBack) {
                 continue;
             }
             eprintln!("{members:?}");
@@ -148,8 +158,9 @@ fn erased_and_written_reads_as_the_model_says() {
             rig.check();
             assert!(rig.stores[0].zeroed.get() > 0);
             let status = rig.group.status();
-            assert!(status.members.iter().all(|m| m.write_errors == 0));
-            if level != Level::Raid0 {
+            let is_well = |m: &MemberStatus| m.write_errors == 0 && m.state == MemberState::InSync;
+            assert!(status.members.iter().all(is_well), "{:?}", status.members);
+            if !is_plain {
                 rig.redundancy_fits();
                 rig.without_each(&[]);
             }
@@ -161,7 +172,7 @@ fn erased_and_written_reads_as_the_model_says() {
 /// all reads as the model says, and redundancy fits in the end.
 #[test]
 fn erase_degraded_and_during_a_rebuild() {
-    for (seed, (level, n, chunk)) in (820..).zip(SHAPES.into_iter().skip(1)) {
+    for (seed, (level, n, chunk)) in (820..).zip(SHAPES.into_iter().skip(2)) {
         for lost in [0, n - 1] {
             let mut rig = rig(seed + round(), level, n, chunk, true);
             let stripe = stripe_of(level, n, chunk);
@@ -190,8 +201,10 @@ fn erase_degraded_and_during_a_rebuild() {
 /// anything is issued again, redundancy fits, and afterwards all is as asked for.
 #[test]
 fn erase_killed_anywhere_leaves_redundancy_right() {
-    for (seed, (level, n, chunk)) in (840..).zip(SHAPES.into_iter().skip(1)) {
-        for (round_, members) in (0..).zip([Members::GiveBack, Members::Refuse].repeat(4)) {
+    for (seed, (level, n, chunk)) in (840..).zip(SHAPES.into_iter().skip(2)) {
+        for (round_, members) in
+            (0..).zip([Members::GiveBack, Members::Refuse, Members::Break].repeat(3))
+        {
             let mut rig = rig(seed * 100 + round_ + round(), level, n, chunk, true);
             rig.set(members);
             let stripe = stripe_of(level, n, chunk);
@@ -230,4 +243,142 @@ fn member_that_fails_to_zero_is_failed() {
     rig.mixed(10, 3 * 65536);
     rig.check();
     assert_eq!(rig.group.status().members[2].state, MemberState::Faulty);
+}
+
+const NEW: LuUuid = LuUuid::from_bytes([4; 16]);
+const REST: LuUuid = LuUuid::from_bytes([5; 16]);
+
+impl Rig {
+    /// Takes all space but that of the LU, and deletes the LU: a new one of its size is where it was.
+    fn leave_its_space(&self) {
+        let group = Rc::clone(&self.group);
+        self.world.block_on(async move {
+            group.lu_create(REST, "rest", LuSize::Max, 1).await.unwrap();
+            group.lu_delete(LU).await.unwrap();
+        });
+    }
+
+    /// As `check`, of the LU with this handle.
+    fn check_lu(&self, lu: u16) {
+        for at in (0..LU_BYTES).step_by(512 << 10) {
+            self.world.pages.borrow_mut()[63] = vec![0; 512 << 10];
+            let group = Rc::clone(&self.group);
+            let request = Self::request(63, HostVerb::Read, at, 512 << 10);
+            let read = self
+                .world
+                .block_on(async move { group.serve(lu, request).await });
+            assert_eq!(read, Ok(()));
+            let bytes = self.world.pages.borrow()[63].clone();
+            let (model, known) = (self.model.borrow(), self.known.borrow());
+            let wrong = bytes.iter().zip(at as usize..);
+            let wrong = wrong.filter(|(byte, i)| known[*i] && **byte != model[*i]);
+            assert_eq!(wrong.count(), 0, "at {at}");
+        }
+    }
+
+    fn has(&self, lu: LuUuid) -> bool {
+        self.group.lus().iter().any(|(_, status)| status.lu == lu)
+    }
+}
+
+async fn create_zeroed(group: Rc<RaidGroup<Sim>>) -> Result<u16, lunar_api::ApiError> {
+    let size = LuSize::Bytes(LU_BYTES);
+    group.lu_create_zeroed(NEW, "new", size, 32).await
+}
+
+/// Given the space of a deleted LU, when a LU is made of it that is to read as zero, then it does, also without a
+/// member, and the deleted one cannot come back; another that is made meanwhile takes none of its space.
+#[test]
+fn erase_before_a_lu_is_there_leaves_zeroes() {
+    for (seed, (level, n, chunk)) in (870..).zip(SHAPES) {
+        let rig = rig(seed, level, n, chunk, true);
+        rig.mixed(10, stripe_of(level, n, chunk));
+        rig.leave_its_space();
+        let free = rig.group.status().free;
+        let made = Rc::new(Cell::new(None));
+        let (group, to) = (Rc::clone(&rig.group), Rc::clone(&made));
+        rig.world
+            .spawn(async move { to.set(Some(create_zeroed(group).await.is_ok())) });
+        let group = Rc::clone(&rig.group);
+        rig.world.run_until(move || group.status().free < free);
+        assert_eq!(made.get(), None, "its space is taken before it is there");
+        let group = Rc::clone(&rig.group);
+        let other = rig.world.block_on(async move {
+            let lu = LuUuid::from_bytes([6; 16]);
+            group
+                .lu_create(lu, "other", LuSize::Bytes(LU_BYTES), 1)
+                .await
+        });
+        assert!(other.is_err(), "there is no space for it");
+        rig.world.run_until(|| made.get().is_some());
+        assert_eq!(made.get(), Some(true));
+        rig.model.borrow_mut().fill(0);
+        rig.known.borrow_mut().fill(true);
+        rig.check();
+        assert!(rig.group.deleted_lus().is_empty());
+        if !matches!(level, Level::Raid0 | Level::Linear) {
+            rig.redundancy_fits();
+            rig.without_each(&[]);
+        }
+    }
+}
+
+/// Given a process that dies while a LU is made that is to read as zero, when the next one comes up, then the LU is
+/// there and reads as zero, or it is not there; and the deleted one that had its space has all its bytes, or is gone.
+#[test]
+fn erase_before_a_lu_is_there_killed_anywhere() {
+    let mut seen = [0; 3];
+    for (seed, (level, n, chunk)) in (890..).zip(SHAPES) {
+        for turn in 0..12 {
+            let mut rig = rig(seed * 100 + turn + round(), level, n, chunk, true);
+            rig.mixed(6, stripe_of(level, n, chunk));
+            rig.leave_its_space();
+            rig.world.crash_in.set(Some(1 + rig.world.random(160)));
+            let group = Rc::clone(&rig.group);
+            let _ = rig.world.try_block_on(create_zeroed(group));
+            rig.world.kill();
+            let memory = Rc::clone(&rig.memory);
+            rig.restart(&memory, false).unwrap();
+            if rig.has(NEW) {
+                seen[0] += 1;
+                rig.model.borrow_mut().fill(0);
+                rig.known.borrow_mut().fill(true);
+            } else if rig.group.deleted_lus().is_empty() {
+                seen[1] += 1;
+                continue;
+            } else {
+                seen[2] += 1;
+                let group = Rc::clone(&rig.group);
+                let back = rig
+                    .world
+                    .block_on(async move { group.lu_undelete(LU).await });
+                assert!(back.is_ok());
+            }
+            let (at, _) = *(rig.group.lus().iter())
+                .find(|(_, status)| status.lu != REST)
+                .unwrap();
+            rig.check_lu(at);
+        }
+    }
+    assert!(seen.iter().all(|n| *n > 0), "{seen:?}");
+}
+
+/// Given a LU that is being zeroed, when its group is stopped, then that ends well and the LU is not there.
+#[test]
+fn erase_before_a_lu_is_there_ends_when_the_group_stops() {
+    let rig = rig(880, Level::Raid5, 4, 65536, true);
+    rig.leave_its_space();
+    let made = Rc::new(Cell::new(None));
+    let (group, to) = (Rc::clone(&rig.group), Rc::clone(&made));
+    rig.world
+        .spawn(async move { to.set(Some(create_zeroed(group).await.is_ok())) });
+    let store = Rc::clone(&rig.stores[0]);
+    rig.world.run_until(move || store.zeroed.get() > 0);
+    let group = Rc::clone(&rig.group);
+    assert_eq!(
+        rig.world.block_on(async move { group.stop(false).await }),
+        Ok(())
+    );
+    assert_eq!(made.get(), Some(false));
+    assert!(!rig.has(NEW));
 }

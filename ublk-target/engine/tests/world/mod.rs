@@ -261,6 +261,8 @@ pub(crate) struct Faults {
     /// It zeroes but gives no space back; it does not even zero.
     pub keeps: Cell<bool>,
     pub no_zeroes: Cell<bool>,
+    /// It says that it zeroes, and answers an error.
+    pub zero_errors: Cell<bool>,
     pub flush_errors: Cell<bool>,
 }
 
@@ -453,7 +455,7 @@ impl Disk for MemDisk {
                     if unmap && store.faults.keeps.get() || store.faults.no_zeroes.get() {
                         return Err(DiskError::Errno(95));
                     }
-                    if store.faults.write_errors.get() {
+                    if store.faults.write_errors.get() || store.faults.zero_errors.get() {
                         return Err(DiskError::Errno(5));
                     }
                     store.zeroed.set(store.zeroed.get() + len);
