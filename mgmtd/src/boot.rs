@@ -131,7 +131,7 @@ pub async fn find_disks(daemon: &Daemon) -> Result<(), ApiError> {
                     .label
                     .iter()
                     .filter(|l| !l.deleted)
-                    .flat_map(|l| l.members.clone()),
+                    .flat_map(|l| l.members.iter().copied().chain(l.replacement)),
             );
             found.entry(disk).or_insert(probe);
         }
@@ -215,7 +215,7 @@ fn is_listed(found: &BTreeMap<DiskUuid, Probe>, disk: DiskUuid) -> bool {
         .filter_map(label)
         .filter(|l| l.group == own.group);
     same.max_by_key(|l| l.generation)
-        .is_some_and(|newest| newest.members.contains(&disk))
+        .is_some_and(|newest| newest.members.contains(&disk) || newest.replacement == Some(disk))
 }
 
 /// Groups that should be up and are not.
@@ -360,6 +360,7 @@ pub async fn recover_groups(daemon: &Daemon, were_up: &mut Vec<GroupStatus>) -> 
             group
                 .members
                 .iter()
+                .chain(&group.replacement)
                 .filter_map(|m| tables.disk(m.disk))
                 .filter(|disk| disk.was.is_none())
                 .map(|disk| MemberSpec {
@@ -611,6 +612,7 @@ mod tests {
             history: History::NIL,
             generation,
             members: members.iter().map(|n| id(*n)).collect(),
+            replacement: None,
             deleted: false,
         };
         let path = format!("/dev/{disk}");

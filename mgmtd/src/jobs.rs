@@ -44,6 +44,7 @@ pub fn derive(tables: &mut Tables, groups: &[GroupStatus], now: u64) {
 fn key(group: &GroupStatus, sync: &SyncStatus) -> (JobKind, Option<DiskUuid>) {
     match sync.action {
         SyncAction::Resync => (JobKind::Resync, None),
+        SyncAction::Replace => (JobKind::Replace, group.replacement.as_ref().map(|m| m.disk)),
         SyncAction::Recover => {
             let member = group.members.iter().find(|m| Some(m.slot) == sync.slot);
             (JobKind::Recover, member.map(|m| m.disk))
@@ -80,7 +81,7 @@ fn end(job: &mut JobSave, group: &GroupStatus, now: u64) {
     job.ended = Some(now);
     let filled = match job.kind {
         JobKind::Resync => Ok(()),
-        JobKind::Recover => match member {
+        JobKind::Recover | JobKind::Replace => match member {
             Some(m) if m.state == MemberState::InSync => Ok(()),
             Some(m) => Err(m.reason.clone()),
             None => Err("the disk left the group".into()),

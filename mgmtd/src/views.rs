@@ -29,6 +29,7 @@ impl View {
             let member = group
                 .members
                 .iter()
+                .chain(&group.replacement)
                 .find(|m| m.disk == disk && !m.disk.is_nil())?;
             Some((group, member))
         })
@@ -150,7 +151,12 @@ impl View {
                 write_errors: m.write_errors,
             }
         };
-        group.members.iter().map(row).collect()
+        group
+            .members
+            .iter()
+            .chain(&group.replacement)
+            .map(row)
+            .collect()
     }
 
     /// Slots of a group that is not started, from what its disks say.
@@ -452,6 +458,7 @@ pub(crate) mod tests {
                 problem: String::new(),
                 counters: LuCounters::default(),
             }],
+            replacement: None,
             sync: None,
             zero_copy: true,
             allocations: 0,

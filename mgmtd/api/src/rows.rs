@@ -71,6 +71,8 @@ pub enum JobKind {
     Resync,
     /// Fills a replacement.
     Recover,
+    /// Copies a disk that is replaced.
+    Replace,
 }
 
 /// The worst state of anything.

@@ -305,6 +305,9 @@ pub struct Label {
     pub generation: u64,
     /// Disk of each slot.
     pub members: Vec<DiskUuid>,
+    /// Disk that is filled to replace one of them.
+    #[serde(default)]
+    pub replacement: Option<DiskUuid>,
     /// The group was deleted; the disk is free for reuse.
     pub deleted: bool,
 }
@@ -335,6 +338,9 @@ pub struct GroupStatus {
     pub logical_block: u32,
     pub members: Vec<MemberStatus>,
     pub lus: Vec<LuStatus>,
+    /// The disk that is filled to replace the one in its slot, which is in sync.
+    #[serde(default)]
+    pub replacement: Option<MemberStatus>,
     /// Running background work.
     pub sync: Option<SyncStatus>,
     pub zero_copy: bool,
@@ -388,6 +394,8 @@ pub enum SyncAction {
     Resync,
     /// Fill a replacement.
     Recover,
+    /// Copy a disk that is replaced to the one that takes its slot.
+    Replace,
 }
 
 /// A LU, live.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use lunar_api::mgmt::{EventsAsk, JobEnd, ShutdownAsk, StatusAsk};
 use lunar_api::rows::{
-    Changed, EventsReply, JobList, JobOneReply, JobState, PathList, StatusReply,
+    Changed, EventsReply, JobKind, JobList, JobOneReply, JobState, PathList, StatusReply,
 };
 use lunar_api::target::TargetRequest;
 use lunar_api::{ApiError, ErrorKind};
@@ -90,6 +90,12 @@ pub async fn job_cancel(daemon: &Daemon, ask: JobEnd) -> Result<Changed, ApiErro
         if let Gate::Answer(answer) = plan.gate(ask.dry_run, ask.yes)? {
             return Ok(*answer);
         }
+    }
+    if let (JobKind::Replace, Some(disk)) = (row.kind, row.disk) {
+        let what = format!("job {job} is not cancelled here");
+        return Err(ApiError::new(ErrorKind::Refused, what)
+            .because("it is given up with the disk that is filled; the group is then as it was")
+            .hint(format!("lunar disk fail {disk}")));
     }
     let error = ApiError::new(ErrorKind::Refused, format!("job {job} is not cancelled")).because(
         format!("redundancy of group {} would stay missing", row.group_name),

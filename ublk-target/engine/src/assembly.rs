@@ -21,7 +21,7 @@ use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid, History};
 
 use crate::geometry::{Geometry, GeometryError};
 use crate::limits::PARENTS_MAX;
-use crate::superblock::{GroupRecord, MemberEntry, Superblock};
+use crate::superblock::{GroupRecord, MemberEntry, Replacement, Superblock};
 
 #[cfg(test)]
 mod tests;
@@ -69,6 +69,8 @@ pub struct Plan {
     pub superblock: Superblock,
     /// One a slot.
     pub slots: Vec<SlotPlan>,
+    /// The disk that the replacement in `superblock` is.
+    pub replacement: Option<usize>,
     /// Slots that are not in sync.
     pub degraded: u16,
     /// A member that was in sync is not there, or the witness was overruled: the history has to be renewed, durably, before the
@@ -216,7 +218,8 @@ pub fn assemble(
 ) -> Result<Plan, AssemblyError> {
     let members = check_members(group, present)?;
     let leader = find_leader(&members)?;
-    let record = leader.group;
+    let said = leader.group;
+    let record = &take_over(said, &members);
     if record.flags.deleted {
         return Err(AssemblyError::Deleted);
     }
@@ -224,6 +227,10 @@ pub fn assemble(
     let overruled = check_witness(&members, leader, conditions, &mut reasons)?;
     let geometry = record.geometry().map_err(AssemblyError::Geometry)?;
     let slots = place(record, &members, &mut reasons);
+    let replacement = record
+        .replacement
+        .and_then(|new| members.iter().find(|m| is_replacement(m, new)))
+        .map(|new| new.index);
     let lost = lost_slots(record, &slots);
     check_redundancy(&geometry, &slots, &lost)?;
 
@@ -245,13 +252,21 @@ pub fn assemble(
         }
         (true, Parity::Right | Parity::Torn) => record.synced_to,
     };
-    let is_used = |member: &Found<'_>| slots.iter().any(|slot| slot.disk() == Some(member.index));
-    let lost_in_sync = record.members.iter().zip(&slots).any(|(entry, slot)| {
+    let is_used = |member: &Found<'_>| {
+        replacement == Some(member.index)
+            || slots.iter().any(|slot| slot.disk() == Some(member.index))
+    };
+    let lost_in_sync = said.members.iter().zip(&slots).any(|(entry, slot)| {
         entry.state == MemberState::InSync && !matches!(slot, SlotPlan::InSync(_))
     });
+    let mut superblock = leader.superblock.clone();
+    if let Some(member) = &mut superblock.member {
+        member.group = record.clone();
+    }
     Ok(Plan {
         leader: leader.index,
-        superblock: leader.superblock.clone(),
+        superblock,
+        replacement,
         degraded: u16::try_from(lost.len()).expect("at most 64 slots"),
         renew_history: overruled || lost_in_sync,
         resync: synced_to < geometry.member_bytes(),
@@ -304,6 +319,10 @@ impl Plan {
                 entry.state = MemberState::Missing;
                 entry.rebuilt_to = 0;
             }
+        }
+        if let Some(new) = &mut record.replacement {
+            // Right after a clean stop only, and from here on this is none.
+            new.copied_to = 0;
         }
         record.synced_to = self.synced_to;
         record.flags.torn = self.torn;
@@ -537,6 +556,34 @@ fn check_witness(
     Ok(true)
 }
 
+/// Rule 4, where a disk was to be replaced: whoever of the two is there. The one that is filled is in no slot while the
+/// other is there; without the other it is what a rebuild goes on with.
+fn take_over(said: &GroupRecord, members: &[Found<'_>]) -> GroupRecord {
+    let mut record = said.clone();
+    let Some(new) = said.replacement else {
+        return record;
+    };
+    let entry = &mut record.members[usize::from(new.slot)];
+    let is_old = |m: &Found<'_>| m.superblock.disk == entry.disk && m.slot == new.slot;
+    let has_new = members.iter().any(|m| is_replacement(m, new));
+    if members.iter().any(is_old) {
+        record.replacement = said.replacement.filter(|_| has_new);
+        return record;
+    }
+    record.replacement = None;
+    let is_rebuilt = |entry: &MemberEntry| entry.state == MemberState::Rebuilding;
+    if has_new && !said.members.iter().any(is_rebuilt) {
+        entry.disk = new.disk;
+        entry.state = MemberState::Rebuilding;
+        entry.rebuilt_to = new.copied_to;
+    }
+    record
+}
+
+fn is_replacement(member: &Found<'_>, new: Replacement) -> bool {
+    member.superblock.disk == new.disk && member.slot == new.slot
+}
+
 /// Rule 4.
 fn place(record: &GroupRecord, members: &[Found<'_>], reasons: &mut Vec<String>) -> Vec<SlotPlan> {
     let mut slots = Vec::new();
@@ -570,7 +617,10 @@ fn place(record: &GroupRecord, members: &[Found<'_>], reasons: &mut Vec<String>)
         slots.push(plan);
     }
     for member in members {
-        if record.slot_of(member.superblock.disk).is_none() {
+        let is_new = record
+            .replacement
+            .is_some_and(|new| is_replacement(member, new));
+        if record.slot_of(member.superblock.disk).is_none() && !is_new {
             reasons.push(format!("{} is no member any more", member.path));
         }
     }

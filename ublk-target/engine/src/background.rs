@@ -13,7 +13,7 @@ use crate::sync::join;
 use crate::traits::{Clock, Disk, Env, MILLISECOND, SECOND, Tick};
 
 /// A member that has not answered for so long is failed (`--disk-limit`).
-const DISK_LIMIT: u64 = 30 * SECOND;
+pub(crate) const DISK_LIMIT: u64 = 30 * SECOND;
 /// Between two looks at the members.
 const LOOK: u64 = 250 * MILLISECOND;
 /// Without a write for so long a group is marked clean.
@@ -56,6 +56,11 @@ impl<E: Env> RaidGroup<E> {
             }
             if stalled != 0 && self.can_lose(stalled) {
                 self.fail_now(stalled, "no answer for 30 s");
+            }
+            let hangs = |disk: &Rc<E::Disk>| disk.oldest() > DISK_LIMIT;
+            let new = self.copying();
+            if new.is_some_and(|new| new.to.disk.borrow().as_ref().is_some_and(hangs)) {
+                self.drop_copy("no answer for 30 s");
             }
         }
     }
@@ -106,11 +111,20 @@ impl<E: Env> RaidGroup<E> {
     /// Resync and rebuild; the rim spawns one. Ends when the group has stopped.
     pub async fn background(self: Rc<Self>) {
         while !self.stopping.get() {
-            if self.failed.get() || !self.has_sync_work() {
+            let has_copy = self.copying().is_some() && self.rebuilding().is_none();
+            if self.failed.get() || !(has_copy || self.has_sync_work()) {
                 self.pause(LOOK).await;
                 continue;
             }
-            if self.sync().await.is_err() && !self.stopping.get() {
+            let copied = match has_copy {
+                true => self.copy().await,
+                false => Ok(()),
+            };
+            let synced = match self.has_sync_work() && !self.stopping.get() {
+                true => self.sync().await,
+                false => Ok(()),
+            };
+            if copied.and(synced).is_err() && !self.stopping.get() {
                 self.sync_status.borrow_mut().take();
                 self.pause(RETRY_AFTER).await;
             }
@@ -140,6 +154,9 @@ impl<E: Env> RaidGroup<E> {
 
     /// A resync or rebuild that has not begun yet, or waits to be tried again.
     pub(crate) fn waiting_sync(&self) -> Option<SyncStatus> {
+        if self.rebuilding().is_none() && !self.failed.get() && self.copying().is_some() {
+            return self.copy_status(0);
+        }
         if self.failed.get() || self.stopping.get() || !self.has_sync_work() {
             return None;
         }
@@ -212,10 +229,7 @@ impl<E: Env> RaidGroup<E> {
             }
             let busy = now < busy_until;
             let gone = self.stopping.get() || !self.is_current(slot, wanted);
-            let room = match busy {
-                true => (64 * 1024 / unit).clamp(1, 8),
-                false => (WINDOW_BYTES / unit).clamp(2, WINDOW_MAX),
-            };
+            let room = self.sync_room(busy, unit);
             while !gone && result.is_ok() && (window.len() as u64) < room {
                 let stripe = match next < stripes {
                     true => {
@@ -353,7 +367,7 @@ impl<E: Env> RaidGroup<E> {
     }
 
     /// Waits so long that the sync keeps to its rate: the minimum while the host works, else the maximum.
-    async fn throttle(&self, busy: bool, bytes: u64) {
+    pub(crate) async fn throttle(&self, busy: bool, bytes: u64) {
         let rate = if busy {
             Some(self.rate_min.get())
         } else {
@@ -362,6 +376,14 @@ impl<E: Env> RaidGroup<E> {
         if let Some(rate) = rate {
             let ns = bytes.saturating_mul(SECOND) / rate.max(1);
             self.clock.sleep(ns.min(SECOND)).await;
+        }
+    }
+
+    /// Stripes under work at once.
+    pub(crate) fn sync_room(&self, busy: bool, unit: u64) -> u64 {
+        match busy {
+            true => (64 * 1024 / unit).clamp(1, 8),
+            false => (WINDOW_BYTES / unit).clamp(2, WINDOW_MAX),
         }
     }
 

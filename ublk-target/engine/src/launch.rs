@@ -14,7 +14,7 @@ use crate::member::Member;
 use crate::pool::{Pool, Quota};
 use crate::raid_group::{Given, MemberPlace, Parts, RaidGroup, Rebuild};
 use crate::stripe_table::StripeTable;
-use crate::superblock::{BYTES, GroupRecord};
+use crate::superblock::{BYTES, GroupRecord, Replacement};
 use crate::sync::Waiters;
 use crate::traits::Env;
 
@@ -52,6 +52,7 @@ impl<E: Env> RaidGroup<E> {
         config: GroupConfig,
         generation: u64,
         slots: Vec<Slot<E::Disk>>,
+        replacement: Option<(Slot<E::Disk>, Replacement)>,
         died: bool,
     ) -> Rc<Self> {
         rest.pool.set_aside();
@@ -86,6 +87,12 @@ impl<E: Env> RaidGroup<E> {
                     members.push(Rc::new(Member::new(i, entry.disk, path, state)));
                 }
             }
+        }
+        let mut copied = None;
+        if let Some((Some(seat), new)) = replacement {
+            let meta = rest.pool.lease(Quota::Work, BYTES).await;
+            let member = Member::present(new.slot, MemberState::Rebuilding, seat, meta);
+            copied = Some((Rc::new(member), new));
         }
         let synced = record.synced_to / unit;
         let log = InflightLog::start(&rest.pool, record.uuid, generation, died);
@@ -123,6 +130,9 @@ impl<E: Env> RaidGroup<E> {
             kept: RefCell::default(),
             requests: Cell::new(0),
             active_writes: Cell::new(0),
+            plain_writes: Cell::new(0),
+            copying: RefCell::default(),
+            copied_to: Cell::new(0),
             turn: Cell::new(0),
             stopping: Cell::new(false),
             background_ended: Cell::new(false),
@@ -133,6 +143,10 @@ impl<E: Env> RaidGroup<E> {
         });
         for lu in &lus {
             group.add_lu(lu);
+        }
+        if let Some((member, new)) = copied {
+            let first = group.geometry.stripes_of(new.slot).start;
+            group.begin_copy(new.slot, member, first + new.copied_to / unit);
         }
         group
     }

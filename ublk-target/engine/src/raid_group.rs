@@ -15,6 +15,7 @@ use lunar_api::target::{
 use lunar_api::{DiskUuid, GroupUuid, LuUuid, SystemUuid};
 
 use crate::config::GroupConfig;
+use crate::copying::Copying;
 use crate::extents::ExtentMap;
 use crate::geometry::{Geometry, Piece};
 use crate::inflight::InflightLog;
@@ -240,6 +241,12 @@ pub struct RaidGroup<E: Env> {
     pub(crate) kept: RefCell<Vec<Lease>>,
     pub(crate) requests: Cell<u64>,
     pub(crate) active_writes: Cell<u64>,
+    /// Writes without redundancy under way that take no stripe.
+    pub(crate) plain_writes: Cell<u64>,
+    /// A disk that is filled to replace another.
+    pub(crate) copying: RefCell<Option<Rc<Copying<E::Disk>>>>,
+    /// What the superblocks say of it, in bytes of the slot: 0 but after a clean stop.
+    pub(crate) copied_to: Cell<u64>,
     pub(crate) turn: Cell<u32>,
     pub(crate) stopping: Cell<bool>,
     pub(crate) background_ended: Cell<bool>,
@@ -368,6 +375,7 @@ impl<E: Env> RaidGroup<E> {
                 .map(|member| member.status())
                 .collect(),
             lus: self.lus().into_iter().map(|(_, status)| status).collect(),
+            replacement: self.copying().map(|copying| copying.to.status()),
             sync: self
                 .sync_status
                 .borrow()

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use lunar_api::target::{Level, MemberState};
 use lunar_api::{ApiError, DiskUuid, ErrorKind, History};
 
-use crate::assembly::{self, Conditions, Present, SlotPlan};
+use crate::assembly::{self, Conditions, Plan, Present, SlotPlan};
 use crate::config::GroupConfig;
 use crate::geometry::{Geometry, GeometryError};
 use crate::inflight::{self, Left};
@@ -17,7 +17,9 @@ use crate::pool::{Pool, Quota};
 use crate::raid_group::{CreateSpec, Given, MemberPlace, Parts, RaidGroup, StartSpec};
 use crate::reserve::{Reserve, lay_out, region_bytes};
 use crate::serve::bits;
-use crate::superblock::{BYTES, ConfigVersion, Flags, GroupRecord, MemberEntry, Superblock};
+use crate::superblock::{
+    BYTES, ConfigVersion, Flags, GroupRecord, MemberEntry, Replacement, Superblock,
+};
 use crate::traits::{Buf, Disk, DiskError, DiskVerb, Env, Piece};
 
 fn failed(what: &str, why: impl ToString) -> ApiError {
@@ -88,6 +90,7 @@ impl<E: Env> RaidGroup<E> {
                     },
                 })
                 .collect(),
+            replacement: None,
         };
         let mut slots = Vec::new();
         for (given, reserve) in members.into_iter().zip(reserves) {
@@ -104,6 +107,7 @@ impl<E: Env> RaidGroup<E> {
             config.clone(),
             generation,
             slots,
+            None,
             false,
         )
         .await;
@@ -143,6 +147,10 @@ impl<E: Env> RaidGroup<E> {
             }
             match read_superblock_to(&given.disk, (&whole, page)).await {
                 Ok(superblock) if spec.without.contains(&superblock.disk) => {}
+                // It has left since whoever hands it in saw it last.
+                Ok(superblock) if superblock.is_free() => {
+                    unreadable.push(format!("{}: it is a free disk now", given.path));
+                }
                 Ok(superblock) => {
                     superblocks.push(superblock);
                     readable.push(given);
@@ -203,6 +211,7 @@ impl<E: Env> RaidGroup<E> {
             .slots
             .iter()
             .filter_map(|slot| slot.used())
+            .chain(plan.replacement)
             .any(differs);
         let geometry = record.geometry().map_err(|error| failed(what, error))?;
         let without: Vec<_> = spec
@@ -211,7 +220,7 @@ impl<E: Env> RaidGroup<E> {
             .filter(|disk| record.slot_of(**disk).is_some())
             .map(left_out)
             .collect();
-        let slots = seat(&plan.slots, readable, &superblocks, &record);
+        let (slots, new) = seat(&plan, readable, &superblocks, &record);
         // Replay comes first: what is read from here on may take the memory that it writes from.
         let mut unreplayed = 0;
         if let Some(left) = &left {
@@ -227,6 +236,7 @@ impl<E: Env> RaidGroup<E> {
             config,
             generation,
             slots,
+            new,
             left.is_some(),
         )
         .await;
@@ -266,13 +276,14 @@ impl<E: Env> RaidGroup<E> {
     }
 }
 
-/// Brings every member that is used to its slot; the others are let go of.
+/// Brings every member that is used to its slot, and the one that is to replace another beside it; the others are let
+/// go of.
 fn seat<D>(
-    plans: &[SlotPlan],
+    plan: &Plan,
     given: Vec<Given<D>>,
     superblocks: &[Superblock],
     record: &GroupRecord,
-) -> Vec<Slot<D>> {
+) -> (Vec<Slot<D>>, Option<(Slot<D>, Replacement)>) {
     let mut given: Vec<Option<Given<D>>> = given.into_iter().map(Some).collect();
     let mut seat = |i: usize, slot: usize| {
         let superblock = &superblocks[i];
@@ -287,11 +298,19 @@ fn seat<D>(
         };
         given[i].take().map(|given| (given, place))
     };
-    plans
+    let slots = plan
+        .slots
         .iter()
         .enumerate()
         .map(|(slot, plan)| plan.used().and_then(|i| seat(i, slot)))
-        .collect()
+        .collect();
+    // The cursor of the superblock that decided: the next one says 0.
+    let said = plan.superblock.member.as_ref();
+    let new = plan
+        .replacement
+        .zip(said.and_then(|member| member.group.replacement))
+        .map(|(i, new)| (seat(i, usize::from(new.slot)), new));
+    (slots, new)
 }
 
 /// The shape of a new group: all members alike as large as the smallest allows, or, linear, each as it is.

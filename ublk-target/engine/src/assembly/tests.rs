@@ -58,6 +58,7 @@ impl World {
             log_lanes: 1,
             config: ConfigVersion::default(),
             members: (0..members).map(entry).collect(),
+            replacement: None,
         };
         let superblock = |slot: usize| Superblock {
             system: SystemUuid::from_bytes([7; 16]),

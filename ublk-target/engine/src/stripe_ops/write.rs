@@ -218,7 +218,9 @@ impl<E: Env> RaidGroup<E> {
                 (WORK, None) => unreachable!("a write from work memory without any"),
                 (item, _) => match &batch[usize::from(item)].task {
                     Task::Write { lease, .. } => lease,
-                    Task::Read { .. } | Task::Sync => unreachable!("batches of writes hold writes"),
+                    Task::Read { .. } | Task::Sync | Task::Copy => {
+                        unreachable!("batches of writes hold writes")
+                    }
                 },
             };
             let piece = Piece {
@@ -240,7 +242,7 @@ impl<E: Env> RaidGroup<E> {
             kept.extend(work.cloned());
             kept.extend(batch.iter().filter_map(|item| match &item.task {
                 Task::Write { lease, .. } => Some(lease.clone()),
-                Task::Read { .. } | Task::Sync => None,
+                Task::Read { .. } | Task::Sync | Task::Copy => None,
             }));
             return Err(errno);
         }

@@ -10,7 +10,7 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligne
 
 use super::{
     At, BYTES, ConfigVersion, Copy, FORMAT, Flags, GroupRecord, MAGIC, Member, MemberEntry,
-    Superblock, SuperblockError, crc32c,
+    Replacement, Superblock, SuperblockError, crc32c,
 };
 use crate::limits::{MEMBERS_MAX, PARENTS_MAX};
 use crate::reserve::{Area, COPY_0_AT, Layout};
@@ -18,7 +18,9 @@ use crate::reserve::{Area, COPY_0_AT, Layout};
 /// Features that this code knows, by word.
 const COMPAT: u64 = 0;
 const RO_COMPAT: u64 = 0;
-const INCOMPAT: u64 = 0;
+/// The replacement is there, and may be.
+const INCOMPAT_REPLACEMENT: u64 = 1 << 0;
+const INCOMPAT: u64 = INCOMPAT_REPLACEMENT;
 
 const DIRTY: u32 = 1 << 0;
 const ASSUME_CLEAN: u32 = 1 << 1;
@@ -44,6 +46,16 @@ struct RawArea {
     offset: U64,
     len: U64,
 }
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct RawReplacement {
+    disk: [u8; 16],
+    slot: U16,
+    reserved: [u8; 6],
+    copied_to: U64,
+}
+const _: () = assert!(size_of::<RawReplacement>() == 32);
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -84,7 +96,8 @@ struct Raw {
     config_len: U64,
     config_generation: U64,
     config_crc: U32,
-    reserved_b: [u8; RESERVED - 4],
+    reserved_b: [u8; RESERVED - 4 - 32],
+    replacement: RawReplacement,
     table: [RawMember; MEMBERS_MAX],
 }
 const _: () = assert!(size_of::<Raw>() == BYTES);
@@ -98,6 +111,7 @@ const _: () = assert!(offset_of!(Raw, data_offset) == 288);
 const _: () = assert!(offset_of!(Raw, areas) == 328);
 const _: () = assert!(offset_of!(Raw, config_len) == 456);
 const _: () = assert!(offset_of!(Raw, reserved_b) == 476);
+const _: () = assert!(offset_of!(Raw, replacement) == 2016);
 const _: () = assert!(offset_of!(Raw, table) == BYTES / 2);
 
 pub(super) fn encode(superblock: &Superblock, copy: Copy, to: &mut [u8; BYTES]) {
@@ -106,7 +120,6 @@ pub(super) fn encode(superblock: &Superblock, copy: Copy, to: &mut [u8; BYTES]) 
     raw.format = FORMAT.into();
     raw.compat = COMPAT.into();
     raw.ro_compat = RO_COMPAT.into();
-    raw.incompat = INCOMPAT.into();
     raw.system = superblock.system.to_bytes();
     raw.disk = superblock.disk.to_bytes();
     raw.generation = superblock.generation.into();
@@ -156,6 +169,15 @@ fn encode_group(group: &GroupRecord, raw: &mut Raw) {
     raw.config_len = group.config.len.into();
     raw.config_generation = group.config.generation.into();
     raw.config_crc = group.config.crc.into();
+    if let Some(new) = group.replacement {
+        raw.incompat = INCOMPAT_REPLACEMENT.into();
+        raw.replacement = RawReplacement {
+            disk: new.disk.to_bytes(),
+            slot: new.slot.into(),
+            reserved: [0; 6],
+            copied_to: new.copied_to.into(),
+        };
+    }
     let members = u16::try_from(group.members.len()).expect("checked: at most 64");
     raw.members = members.into();
     for (to, entry) in raw.table.iter_mut().zip(&group.members) {
@@ -325,6 +347,12 @@ fn decode_group(raw: &Raw) -> Result<GroupRecord, SuperblockError> {
             generation: raw.config_generation.get(),
         },
         members: table.iter().map(decode_entry).collect::<Result<_, _>>()?,
+        // Without the feature bit the bytes are none that this version writes.
+        replacement: (raw.incompat.get() & INCOMPAT_REPLACEMENT != 0).then(|| Replacement {
+            disk: DiskUuid::from_bytes(raw.replacement.disk),
+            slot: raw.replacement.slot.get(),
+            copied_to: raw.replacement.copied_to.get(),
+        }),
     })
 }
 

@@ -52,6 +52,7 @@ fn sample() -> Superblock {
             entry(8, MemberState::Rebuilding, 2 * MIB),
             entry(9, MemberState::InSync, 0),
         ],
+        replacement: None,
     };
     Superblock {
         system: SystemUuid::from_bytes(uuid(1)),
