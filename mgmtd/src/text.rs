@@ -3,11 +3,14 @@
 use std::fmt::Write;
 
 use lunar_api::rows::{
-    DiskState, GroupHealth, Health, LuHealth, MemberHealth, StatusData, StatusReply,
+    DiskState, GroupHealth, Health, LuHealth, MemberHealth, ScrubRow, StatusData, StatusReply,
 };
-use lunar_api::target::{GroupState, GroupStatus, Level, MemberStatus, SyncAction, SyncStatus};
+use lunar_api::target::{
+    GroupState, GroupStatus, Level, MemberStatus, ScrubState, SyncAction, SyncStatus,
+};
 use lunar_api::units::format_size;
 
+use crate::jobs::{left_text, scrub_left};
 use crate::spares::replaced;
 use crate::tables::GroupSave;
 use crate::views::{View, is_write_hole_open, member_state};
@@ -39,7 +42,7 @@ pub fn status(
             health_of(&group)
         };
         health = health.max(own);
-        if !unhealthy || own != Health::Optimal {
+        if !unhealthy || own != Health::Optimal || !left(&group).is_empty() {
             group_text(&mut text, view, save, &group, holders);
             groups.push(group);
         }
@@ -151,6 +154,7 @@ fn group_health(view: &View, save: &GroupSave) -> GroupHealth {
         reason: show.reason,
         write_hole_open: show.write_hole_open,
         sync: show.sync,
+        scrub: show.scrub,
     }
 }
 
@@ -206,7 +210,16 @@ fn started_action(view: &View, group: &GroupStatus) -> String {
         .sync
         .as_ref()
         .is_some_and(|s| s.action == SyncAction::Recover);
+    let is_left = group
+        .scrub
+        .as_ref()
+        .is_some_and(|s| !scrub_left(s).is_empty());
     match (group.state, out) {
+        (GroupState::Optimal, _) if is_left => format!(
+            "lunar group show {0} lists the bad stripes; compare what is there with a backup, then: lunar group \
+             scrub {0} --repair",
+            group.name
+        ),
         (GroupState::Optimal, _) => match &group.replacement {
             Some(new) => copying_action(view, group, new),
             None => String::new(),
@@ -278,6 +291,9 @@ fn group_text(
     }
     if let Some(live) = live.filter(|_| group.state == GroupState::Degraded) {
         let _ = writeln!(text, "  risk: {}", risk(live.can_lose));
+    }
+    if let Some(scrub) = &group.scrub {
+        let _ = writeln!(text, "  scan: {}", scrub_scan(scrub, group.sync.is_some()));
     }
     if !group.members.is_empty() {
         let _ = writeln!(
@@ -356,6 +372,86 @@ fn scan(sync: &SyncStatus) -> String {
     out
 }
 
+/// What a scrub has not put right; empty if there is nothing.
+fn left(group: &GroupHealth) -> String {
+    let left = |s: &ScrubRow| left_text(s.bad, s.repaired, s.unreadable);
+    group.scrub.as_ref().map(left).unwrap_or_default()
+}
+
+/// As it stands in the `scan:` line; `waits`: for a resync or rebuild.
+fn scrub_scan(scrub: &ScrubRow, waits: bool) -> String {
+    let tenths = u128::from(scrub.done) * 1000 / u128::from(scrub.total.max(1));
+    let at = format!("{}.{} %", tenths / 10, tenths % 10);
+    let word = if scrub.repair {
+        "scrub (repair)"
+    } else {
+        "scrub"
+    };
+    let found = match (scrub.bad, scrub.repaired) {
+        (0, _) => "nothing bad found".to_owned(),
+        (bad, 0) => format!("{bad} bad stripes found"),
+        (bad, repaired) => format!("repaired {repaired} stripes, {} remain", bad - repaired),
+    };
+    let mut out = match (scrub.state, scrub.ended) {
+        (ScrubState::Running, _) if waits => format!("{word} waits at {at}, {found}"),
+        (ScrubState::Running, _) => {
+            let total = format_size(scrub.total);
+            let rate = format_size(scrub.rate);
+            let mut out = format!(
+                "{word} {at} ({}/{total}), {rate}/s",
+                format_size(scrub.done)
+            );
+            let left = scrub.total.saturating_sub(scrub.done);
+            if let Some(left) = left.checked_div(scrub.rate) {
+                let _ = write!(out, ", about {}", duration(left));
+            }
+            out + &format!(", {found}")
+        }
+        (ScrubState::Paused, _) => format!("{word} paused at {at}, {found}"),
+        (ScrubState::Done, ended) => format!("{word} {found}, ended {}", utc(ended.unwrap_or(0))),
+        (ScrubState::Cancelled, ended) => {
+            format!(
+                "{word} cancelled at {at}, {found}, ended {}",
+                utc(ended.unwrap_or(0))
+            )
+        }
+    };
+    if scrub.unreadable > 0 {
+        let _ = write!(out, "; {} stripes could not be compared", scrub.unreadable);
+    }
+    if scrub.rewritten > 0 {
+        let _ = write!(
+            out,
+            "; {} that could not be read were rewritten",
+            format_size(scrub.rewritten)
+        );
+    }
+    out
+}
+
+/// Milliseconds since 1970 as a date and a time of day, UTC.
+pub fn utc(ms: u64) -> String {
+    let (days, ms) = (ms / 86_400_000, ms % 86_400_000);
+    let (year, month, day) = date(days);
+    let (h, m, s) = (ms / 3_600_000, ms / 60_000 % 60, ms / 1000 % 60);
+    format!("{year}-{month:02}-{day:02}T{h:02}:{m:02}:{s:02}Z")
+}
+
+/// Year, month, day of a day since 1970 (civil calendar, years counted from March).
+fn date(days: u64) -> (u64, u64, u64) {
+    let z = days + 719_468;
+    let (era, doe) = (z / 146_097, z % 146_097);
+    let yoe = (doe - doe / 1460 + doe / 36_524 - doe / 146_096) / 365;
+    let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
+    let mp = (5 * doy + 2) / 153;
+    let month = if mp < 10 { mp + 3 } else { mp - 9 };
+    (
+        yoe + era * 400 + u64::from(month <= 2),
+        month,
+        doy - (153 * mp + 2) / 5 + 1,
+    )
+}
+
 /// What may still happen to a degraded group.
 fn risk(can_lose: u16) -> String {
     match can_lose {
@@ -404,7 +500,7 @@ pub fn word(state: DiskState) -> &'static str {
 mod tests {
     use super::*;
     use crate::views::tests::view;
-    use lunar_api::target::MemberState;
+    use lunar_api::target::{MemberState, ScrubStatus};
 
     fn compose(view: &View) -> StatusReply {
         status(
@@ -456,6 +552,49 @@ mod tests {
         let mut view = view();
         view.live.groups.clear();
         assert_eq!(compose(&view).exit, 4);
+    }
+
+    #[test]
+    fn status_scrub_line() {
+        let mut scrub = crate::views::tests::scrub(ScrubState::Running);
+        let mut line = |change: fn(&mut ScrubStatus)| {
+            change(&mut scrub);
+            let mut view = view();
+            for group in view.live.groups.values_mut() {
+                group.scrub = Some(scrub.clone());
+            }
+            let all = compose(&view);
+            let healthy = status(&view, true, true, &|_| Vec::new(), &|_| false).text;
+            let line = all
+                .text
+                .lines()
+                .find_map(|l| l.strip_prefix("  scan: ").map(str::to_owned));
+            (line.unwrap(), all.exit, healthy.contains("--repair"))
+        };
+        let running = "scrub 25.0 % (256 MiB/1 GiB), 1 MiB/s, about 12 min, nothing bad found";
+        assert_eq!(line(|_| ()), (running.into(), 0, false));
+        let paused = "scrub paused at 25.0 %, 3 bad stripes found";
+        let change = |s: &mut ScrubStatus| (s.state, s.bad) = (ScrubState::Paused, 3);
+        assert_eq!(line(change), (paused.into(), 0, true));
+        let done = "scrub (repair) repaired 3 stripes, 0 remain, ended 2023-11-14T22:13:20Z";
+        assert_eq!(
+            line(|s| {
+                (s.state, s.repair, s.repaired) = (ScrubState::Done, true, 3);
+                s.ended = Some(s.started);
+            }),
+            (done.into(), 0, false)
+        );
+    }
+
+    #[test]
+    fn date_table() {
+        for (days, want) in [
+            (0, (1970, 1, 1)),
+            (19_782, (2024, 2, 29)),
+            (20_778, (2026, 11, 21)),
+        ] {
+            assert_eq!(date(days), want);
+        }
     }
 
     #[test]

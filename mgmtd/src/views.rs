@@ -1,11 +1,12 @@
 //! Rows of the tables, from what is saved and what was last seen. Pure.
 
 use lunar_api::rows::{
-    BadDisk, DiskRow, DiskState, EventRow, GroupRow, GroupShow, JobRow, JobState, LuRow, LuShow,
-    MemberRow, PathRow, PathState,
+    BadDisk, BadStripeRow, DiskRow, DiskState, EventRow, GroupRow, GroupShow, JobKind, JobRow,
+    JobState, LuRow, LuShow, MemberRow, PathRow, PathState, ScrubRow,
 };
 use lunar_api::target::{
-    Consistency, GroupState, GroupStatus, Label, LuStatus, MemberState, MemberStatus,
+    BadStripe, Consistency, GroupState, GroupStatus, Label, LuStatus, MemberState, MemberStatus,
+    ScrubStatus,
 };
 use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid};
 
@@ -239,7 +240,50 @@ impl View {
             action: text::action(self, save),
             lus: lus.map(|l| l.number).collect(),
             sync: live.and_then(|g| g.sync.clone()),
+            scrub: live
+                .and_then(|g| g.scrub.as_ref())
+                .map(|s| self.scrub_row(s)),
         }
+    }
+
+    /// A scrub with the names of the LUs.
+    fn scrub_row(&self, scrub: &ScrubStatus) -> ScrubRow {
+        let stripe = |bad: &BadStripe| {
+            let lu = bad.lu.and_then(|lu| self.tables.lu(lu));
+            BadStripeRow {
+                stripe: bad.stripe,
+                at: bad.at,
+                len: bad.len,
+                slots: bad.slots.clone(),
+                lu: lu.map(|lu| lu.number),
+                lu_name: lu.map(|lu| lu.name_seen.clone()),
+                lu_at: bad.lu_at,
+                lu_len: bad.lu_len,
+                repaired: bad.repaired,
+            }
+        };
+        ScrubRow {
+            state: scrub.state,
+            repair: scrub.repair,
+            from: scrub.from,
+            done: scrub.done,
+            total: scrub.total,
+            rate: scrub.rate,
+            rate_max: scrub.rate_max,
+            bad: scrub.bad,
+            repaired: scrub.repaired,
+            unreadable: scrub.unreadable,
+            rewritten: scrub.rewritten,
+            started: scrub.started,
+            ended: scrub.ended,
+            stripes: scrub.stripes.iter().map(stripe).collect(),
+        }
+    }
+
+    /// The job of the scrub that a group does or has paused.
+    pub fn scrub_job(&self, group: GroupUuid) -> Option<u32> {
+        let open = |j: &&JobSave| j.group == group && j.kind == JobKind::Scrub && j.ended.is_none();
+        self.tables.jobs.values().rev().find(open).map(|j| j.number)
     }
 
     /// A LU, live.
@@ -321,12 +365,14 @@ impl View {
     /// A row of the job list.
     pub fn job_row(&self, save: &JobSave) -> JobRow {
         let group = self.tables.group(save.group);
-        let sync = self
-            .live
-            .groups
-            .get(&save.group)
-            .and_then(|g| g.sync.as_ref());
-        let sync = sync.filter(|_| save.state == JobState::Running);
+        let live = self.live.groups.get(&save.group);
+        let live = live.filter(|_| save.state == JobState::Running);
+        let now = live.and_then(|g| match save.kind {
+            JobKind::Scrub => g.scrub.as_ref().map(|s| (s.done, s.total, s.rate)),
+            JobKind::Resync | JobKind::Recover => {
+                g.sync.as_ref().map(|s| (s.done, s.total, s.rate))
+            }
+        });
         JobRow {
             job: save.number,
             kind: save.kind,
@@ -337,9 +383,9 @@ impl View {
                 .and_then(|d| self.tables.disk(d))
                 .map(|d| d.number),
             state: save.state,
-            done: sync.map_or(save.done, |s| s.done),
-            total: sync.map_or(save.total, |s| s.total),
-            rate: sync.map_or(0, |s| s.rate),
+            done: now.map_or(save.done, |now| now.0),
+            total: now.map_or(save.total, |now| now.1),
+            rate: now.map_or(0, |now| now.2),
             started: save.started,
             ended: save.ended,
             reason: save.reason.clone(),
@@ -411,7 +457,7 @@ pub fn mkfs_lines(group: &GroupStatus, node: &str) -> Vec<String> {
 pub(crate) mod tests {
     use super::*;
     use lunar_api::mgmt::Role;
-    use lunar_api::target::{Level, LuCounters};
+    use lunar_api::target::{Level, LuCounters, ScrubState};
     use lunar_api::{History, LuUuid};
 
     /// A raid5 of three disks with one LU.
@@ -460,8 +506,29 @@ pub(crate) mod tests {
             }],
             replacement: None,
             sync: None,
+            scrub: None,
             zero_copy: true,
             allocations: 0,
+        }
+    }
+
+    /// A scrub of it, a quarter done.
+    pub(crate) fn scrub(state: ScrubState) -> ScrubStatus {
+        ScrubStatus {
+            state,
+            repair: false,
+            from: 0,
+            done: 1 << 28,
+            total: 1 << 30,
+            rate: 1 << 20,
+            rate_max: None,
+            bad: 0,
+            repaired: 0,
+            unreadable: 0,
+            rewritten: 0,
+            started: 1_700_000_000_000,
+            ended: None,
+            stripes: Vec::new(),
         }
     }
 

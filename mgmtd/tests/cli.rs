@@ -35,6 +35,7 @@ const VERBS: &[(&str, &str)] = &[
     ("group list", ""),
     ("group show", "data"),
     ("group set", "data --rebuild-max 1MiB"),
+    ("group scrub", "data"),
     ("group start", "data"),
     ("group stop", "data"),
     ("group rename", "data archive"),

@@ -55,6 +55,7 @@ fn methods() -> Methods {
     m.add::<mgmt::One, rows::GroupOne>("GroupShow");
     m.add::<mgmt::GroupCreate, rows::Changed>("GroupCreate");
     m.add::<mgmt::GroupSet, rows::Changed>("GroupSet");
+    m.add::<mgmt::GroupScrub, rows::Changed>("GroupScrub");
     m.add::<mgmt::GroupStart, rows::Changed>("GroupStart");
     m.add::<mgmt::GroupEnd, rows::Changed>("GroupStop");
     m.add::<mgmt::Rename, rows::Changed>("GroupRename");

@@ -172,6 +172,13 @@ impl Clock for RingClock {
     fn sleep(&self, ns: u64) -> Sleep {
         self.0.start(ns)
     }
+
+    fn date(&self) -> u64 {
+        let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        since.map_or(0, |since| {
+            u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+        })
+    }
 }
 
 #[cfg(test)]

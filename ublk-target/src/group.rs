@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use lunar_api::target::{
-    GroupStatus, LuSize, LuStatus, MemberSpec, TargetAnswer, TargetReply, TargetRequest,
+    GroupStatus, LuSize, LuStatus, MemberSpec, ScrubOrder, TargetAnswer, TargetReply, TargetRequest,
 };
 use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid, LuUuid, SystemUuid};
 use lunar_engine::raid_group::{CreateSpec, Given, Parts, RaidGroup, StartSpec};
@@ -312,6 +312,12 @@ impl Group {
             Ok(())
         })?;
         self.answer()
+    }
+
+    pub(crate) fn scrub(self: Arc<Self>, order: ScrubOrder) -> TargetReply {
+        let _held = lock(&self.change);
+        self.change(async move |group| group.scrub(order).await)?;
+        Arc::clone(&self).answer()
     }
 
     pub(crate) fn member_fail(self: Arc<Self>, disk: DiskUuid) -> TargetReply {

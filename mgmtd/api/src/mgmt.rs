@@ -28,6 +28,18 @@ pub enum Role {
     Work,
 }
 
+/// What is to be done about a scrub.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum ScrubAsk {
+    #[default]
+    Start,
+    Pause,
+    Resume,
+    Cancel,
+}
+
 macro_rules! requests {
     ($($(#[$doc:meta])* $name:ident { $($(#[$fdoc:meta])* $field:ident: $type:ty,)* })*) => {
         $(
@@ -117,6 +129,19 @@ requests! {
         rebuild_min: Option<u64>,
         /// Bytes a second.
         rebuild_max: Option<u64>,
+        dry_run: bool,
+        yes: bool,
+    }
+    /// Starts or steers a scrub.
+    GroupScrub {
+        group: String,
+        order: ScrubAsk,
+        /// Makes what does not fit fit.
+        repair: bool,
+        /// Bytes of a member's data to begin at.
+        from: Option<u64>,
+        /// Most bytes a second of a member.
+        rate: Option<u64>,
         dry_run: bool,
         yes: bool,
     }
@@ -215,6 +240,9 @@ pub enum Request {
     /// Sets tunables of a group. Answer: `Changed`.
     #[serde(rename = "io.lunar.GroupSet")]
     GroupSet(GroupSet),
+    /// Starts or steers a scrub. Answer: `Changed`.
+    #[serde(rename = "io.lunar.GroupScrub")]
+    GroupScrub(GroupScrub),
     /// Starts a stopped group. Answer: `Changed`.
     #[serde(rename = "io.lunar.GroupStart")]
     GroupStart(GroupStart),
@@ -267,6 +295,7 @@ pub const VERBS: &[(&str, bool)] = &[
     ("io.lunar.GroupShow", false),
     ("io.lunar.GroupCreate", true),
     ("io.lunar.GroupSet", true),
+    ("io.lunar.GroupScrub", true),
     ("io.lunar.GroupStart", true),
     ("io.lunar.GroupStop", true),
     ("io.lunar.GroupRename", true),

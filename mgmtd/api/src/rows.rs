@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::ids::{DiskUuid, GroupUuid, History, LuUuid, SystemUuid};
 use crate::mgmt::Role;
-use crate::target::{Consistency, Features, GroupState, Level, LuCounters, SyncStatus};
+use crate::target::{Consistency, Features, GroupState, Level, LuCounters, ScrubState, SyncStatus};
 
 macro_rules! rows {
     ($($(#[$doc:meta])* $name:ident { $($(#[$fdoc:meta])* $field:ident: $type:ty,)* })*) => {
@@ -58,8 +58,10 @@ pub enum PathState {
 #[serde(rename_all = "snake_case")]
 pub enum JobState {
     Running,
+    Paused,
     Done,
     Failed,
+    Cancelled,
 }
 
 /// What a job does.
@@ -73,6 +75,8 @@ pub enum JobKind {
     Recover,
     /// Copies a disk that is replaced.
     Replace,
+    /// Compares every stripe.
+    Scrub,
 }
 
 /// The worst state of anything.
@@ -184,6 +188,48 @@ rows! {
         /// Numbers of its LUs.
         lus: Vec<u32>,
         sync: Option<SyncStatus>,
+        /// The scrub that runs, or the last one.
+        scrub: Option<ScrubRow>,
+    }
+    /// A scrub: every stripe read from all members and compared.
+    ScrubRow {
+        state: ScrubState,
+        /// What does not fit is made to fit.
+        repair: bool,
+        /// Bytes of a member where it began; all from there to `done` is compared, of `total`.
+        from: u64,
+        done: u64,
+        total: u64,
+        /// Bytes a second of a member.
+        rate: u64,
+        rate_max: Option<u64>,
+        /// Stripes whose redundancy did not fit, and those of them that fit now.
+        bad: u64,
+        repaired: u64,
+        /// Stripes that could not be compared.
+        unreadable: u64,
+        /// Bytes that could not be read and were rewritten from redundancy.
+        rewritten: u64,
+        /// Milliseconds since 1970, UTC.
+        started: u64,
+        ended: Option<u64>,
+        /// The first of the bad stripes, in order; `bad` counts them all.
+        stripes: Vec<BadStripeRow>,
+    }
+    /// A stripe whose redundancy did not fit.
+    BadStripeRow {
+        stripe: u64,
+        /// Bytes of the members' data within which the difference lies.
+        at: u64,
+        len: u64,
+        /// Slots that are wrong; empty: it cannot be told.
+        slots: Vec<u16>,
+        /// The LU that has data there, and which bytes of it may be wrong.
+        lu: Option<u32>,
+        lu_name: Option<String>,
+        lu_at: u64,
+        lu_len: u64,
+        repaired: bool,
     }
     /// A row of table paths.
     PathRow {
@@ -245,7 +291,7 @@ rows! {
         /// Milliseconds since 1970, UTC.
         started: u64,
         ended: Option<u64>,
-        /// Why it failed; empty otherwise.
+        /// Why it failed, or what it left to be looked at; empty otherwise.
         reason: String,
     }
     /// Something that happened.
@@ -272,6 +318,8 @@ rows! {
         write_hole_open: bool,
         /// Bytes done and bytes in all, while a resync or recover runs.
         sync: Option<SyncStatus>,
+        /// The scrub that runs, or the last one.
+        scrub: Option<ScrubRow>,
         members: Vec<MemberHealth>,
         lus: Vec<LuHealth>,
     }

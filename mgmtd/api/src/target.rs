@@ -164,6 +164,8 @@ pub enum TargetRequest {
         rebuild_min_bytes: Option<u64>,
         rebuild_max_bytes: Option<u64>,
     },
+    /// Starts, pauses, resumes or cancels a scrub; durable when answered. Answer: `Group`.
+    GroupScrub { group: GroupUuid, order: ScrubOrder },
     /// Fails a member by hand. Refused (`NoRedundancy`) where data would be lost. Answer: `Group`.
     MemberFail { group: GroupUuid, disk: DiskUuid },
     /// Puts the one attached disk into a slot that is faulty or missing, and starts its rebuild. Answer: `Group`.
@@ -343,6 +345,9 @@ pub struct GroupStatus {
     pub replacement: Option<MemberStatus>,
     /// Running background work.
     pub sync: Option<SyncStatus>,
+    /// The scrub that runs, or the last one.
+    #[serde(default)]
+    pub scrub: Option<ScrubStatus>,
     pub zero_copy: bool,
     /// Times that serving requests allocated memory since the group started; stays as it is once warm.
     pub allocations: u64,
@@ -398,6 +403,82 @@ pub enum SyncAction {
     Replace,
 }
 
+/// What is to be done about the scrub of a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum ScrubOrder {
+    /// A new one; refused (`Busy`) while another runs or is paused.
+    Start {
+        /// md's `repair`: parity is made from the data, mirror legs from the lowest slot in sync. Else md's `check`.
+        repair: bool,
+        /// Bytes of a member's data to begin at.
+        from: u64,
+        /// Most bytes a second of a member.
+        rate: Option<u64>,
+    },
+    Pause,
+    Resume,
+    Cancel,
+}
+
+/// State of a scrub.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum ScrubState {
+    /// It runs, or waits for a resync or rebuild to end.
+    Running,
+    Paused,
+    Done,
+    Cancelled,
+}
+
+/// A scrub: every stripe read from all members and compared.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ScrubStatus {
+    pub state: ScrubState,
+    /// What does not fit is made to fit.
+    pub repair: bool,
+    /// Bytes of a member where it began; all from there to `done` is compared, of `total`.
+    pub from: u64,
+    pub done: u64,
+    pub total: u64,
+    /// Bytes a second of a member, lately.
+    pub rate: u64,
+    pub rate_max: Option<u64>,
+    /// Stripes whose redundancy did not fit, and those of them that fit now.
+    pub bad: u64,
+    pub repaired: u64,
+    /// Stripes that could not be compared: more is unreadable than redundancy gives back.
+    pub unreadable: u64,
+    /// Bytes that could not be read and were rewritten from redundancy.
+    pub rewritten: u64,
+    /// Milliseconds since 1970, UTC.
+    pub started: u64,
+    pub ended: Option<u64>,
+    /// The first of the bad stripes, in order; `bad` counts them all.
+    pub stripes: Vec<BadStripe>,
+}
+
+/// A stripe whose redundancy did not fit.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BadStripe {
+    pub stripe: u64,
+    /// Bytes of the members' data within which the difference lies.
+    pub at: u64,
+    pub len: u64,
+    /// Slots that are wrong, where that can be told: mirror legs unlike the lowest slot in sync. Empty: it cannot.
+    pub slots: Vec<u16>,
+    /// The LU that has data there, and which bytes of it may be wrong.
+    pub lu: Option<LuUuid>,
+    pub lu_at: u64,
+    pub lu_len: u64,
+    pub repaired: bool,
+}
+
 /// A LU, live.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -451,7 +532,8 @@ pub struct LuCounters {
 pub struct TargetEvent {
     /// Counts from 1 for this process.
     pub seq: u64,
-    /// `Fail`, `DegradedArray`, `RebuildStarted`, `RebuildFinished`, `ReadErrorRepaired`, `ResyncStarted`, ...
+    /// `Fail`, `DegradedArray`, `RebuildStarted`, `RebuildFinished`, `ReadErrorRepaired`, `ResyncStarted`,
+    /// `ScrubStarted`, `ScrubMismatch`, `ScrubFinished`, ...
     pub name: String,
     pub group: Option<GroupUuid>,
     pub disk: Option<DiskUuid>,

@@ -3,10 +3,13 @@
 use std::path::Path;
 use std::time::Duration;
 
-use lunar_api::mgmt::{GroupCreate, GroupEnd, GroupSet, GroupStart, Rename, Role};
+use lunar_api::mgmt::{
+    GroupCreate, GroupEnd, GroupScrub, GroupSet, GroupStart, Rename, Role, ScrubAsk,
+};
 use lunar_api::rows::{Changed, DiskState, GroupList, GroupOne};
 use lunar_api::target::{
-    Consistency, GroupState, GroupStatus, Level, MemberSpec, TargetAnswer, TargetRequest,
+    Consistency, GroupState, GroupStatus, Level, MemberSpec, ScrubOrder, ScrubState, TargetAnswer,
+    TargetRequest,
 };
 use lunar_api::units::format_size;
 use lunar_api::{ApiError, ErrorKind, GroupUuid};
@@ -283,6 +286,66 @@ pub async fn set(daemon: &Daemon, ask: GroupSet) -> Result<Changed, ApiError> {
     let status = group_answer(daemon.ask(&request, Vec::new()).await?)?;
     daemon.tables().put_group(row);
     finish(daemon, &plan, status, "set".into()).await
+}
+
+/// Answers `GroupScrub`.
+///
+/// # Errors  what ublk-target refuses; nothing that could be paused or resumed
+pub async fn scrub(daemon: &Daemon, ask: GroupScrub) -> Result<Changed, ApiError> {
+    let _turn = daemon.turn().await?;
+    let view = view(daemon).await;
+    let live = started(&view, &ask.group)?;
+    let (group, name) = (live.group, live.name.clone());
+    let plan = scrub_plan(live, &ask);
+    if let Gate::Answer(mut answer) = plan.gate(ask.dry_run, ask.yes)? {
+        answer.job = view.scrub_job(group);
+        return Ok(*answer);
+    }
+    let (order, text) = match ask.order {
+        ScrubAsk::Start => {
+            let (repair, from, rate) = (ask.repair, ask.from.unwrap_or(0), ask.rate);
+            let order = ScrubOrder::Start { repair, from, rate };
+            (order, format!("group {name} is scrubbed"))
+        }
+        ScrubAsk::Pause => (
+            ScrubOrder::Pause,
+            format!("paused; go on: lunar group scrub {name} --resume"),
+        ),
+        ScrubAsk::Resume => (ScrubOrder::Resume, "resumed".into()),
+        ScrubAsk::Cancel => (ScrubOrder::Cancel, "cancelled".into()),
+    };
+    let request = TargetRequest::GroupScrub { group, order };
+    let status = group_answer(daemon.ask(&request, Vec::new()).await?)?;
+    let mut answer = finish(daemon, &plan, status, text).await?;
+    answer.job = match ask.order {
+        ScrubAsk::Start | ScrubAsk::Resume => last_view(daemon).scrub_job(group),
+        ScrubAsk::Pause | ScrubAsk::Cancel => None,
+    };
+    Ok(answer)
+}
+
+fn scrub_plan(live: &GroupStatus, ask: &GroupScrub) -> Plan {
+    let state = live.scrub.as_ref().map(|scrub| scrub.state);
+    let is_open = matches!(state, Some(ScrubState::Running | ScrubState::Paused));
+    let name = &live.name;
+    match ask.order {
+        ScrubAsk::Start
+            if state == Some(ScrubState::Running)
+                && live.scrub.as_ref().is_some_and(|s| s.repair == ask.repair) =>
+        {
+            Plan::unchanged("it is being scrubbed")
+        }
+        ScrubAsk::Start if ask.repair => Plan::step(format!(
+            "compare every stripe of group {name}, and make what does not fit fit: parity from the data, mirrors from the lowest slot"
+        )),
+        ScrubAsk::Start => Plan::step(format!("compare every stripe of group {name}")),
+        ScrubAsk::Pause if state == Some(ScrubState::Paused) => Plan::unchanged("it is paused"),
+        ScrubAsk::Pause => Plan::step(format!("pause the scrub of group {name}")),
+        ScrubAsk::Resume if state == Some(ScrubState::Running) => Plan::unchanged("it is running"),
+        ScrubAsk::Resume => Plan::step(format!("resume the scrub of group {name}")),
+        ScrubAsk::Cancel if !is_open => Plan::unchanged("no scrub is running"),
+        ScrubAsk::Cancel => Plan::step(format!("end the scrub of group {name}")),
+    }
 }
 
 /// Answers `GroupStart`.

@@ -38,6 +38,7 @@ pub async fn answer(daemon: &Daemon, request: Request) -> Result<Value, ApiError
         Request::GroupShow(ask) => json(group::show(daemon, &ask.name).await?),
         Request::GroupCreate(ask) => json(group::create(daemon, ask).await?),
         Request::GroupSet(ask) => json(group::set(daemon, ask).await?),
+        Request::GroupScrub(ask) => json(group::scrub(daemon, ask).await?),
         Request::GroupStart(ask) => json(group::start(daemon, ask).await?),
         Request::GroupStop(ask) => json(group::stop(daemon, ask).await?),
         Request::GroupRename(ask) => json(group::rename(daemon, ask).await?),

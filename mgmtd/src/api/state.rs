@@ -3,10 +3,8 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use lunar_api::mgmt::{EventsAsk, JobEnd, ShutdownAsk, StatusAsk};
-use lunar_api::rows::{
-    Changed, EventsReply, JobKind, JobList, JobOneReply, JobState, PathList, StatusReply,
-};
+use lunar_api::mgmt::{EventsAsk, GroupScrub, JobEnd, ScrubAsk, ShutdownAsk, StatusAsk};
+use lunar_api::rows::{Changed, EventsReply, JobKind, JobList, JobOneReply, PathList, StatusReply};
 use lunar_api::target::TargetRequest;
 use lunar_api::{ApiError, ErrorKind};
 
@@ -79,13 +77,13 @@ pub async fn job_show(daemon: &Daemon, job: u32) -> Result<JobOneReply, ApiError
     })
 }
 
-/// Answers `JobCancel`: what restores redundancy is never ended early.
+/// Answers `JobCancel`: what restores redundancy is never ended early, a scrub is.
 ///
 /// # Errors  `Refused` while it runs
 pub async fn job_cancel(daemon: &Daemon, ask: JobEnd) -> Result<Changed, ApiError> {
     let job = ask.job;
     let row = job_show(daemon, job).await?.job;
-    if row.state != JobState::Running {
+    if row.ended.is_some() {
         let plan = Plan::unchanged(format!("job {job} has ended"));
         if let Gate::Answer(answer) = plan.gate(ask.dry_run, ask.yes)? {
             return Ok(*answer);
@@ -96,6 +94,17 @@ pub async fn job_cancel(daemon: &Daemon, ask: JobEnd) -> Result<Changed, ApiErro
         return Err(ApiError::new(ErrorKind::Refused, what)
             .because("it is given up with the disk that is filled; the group is then as it was")
             .hint(format!("lunar disk fail {disk}")));
+    }
+    if row.kind == JobKind::Scrub {
+        let (group, order) = (row.group.to_string(), ScrubAsk::Cancel);
+        let ask = GroupScrub {
+            group,
+            order,
+            dry_run: ask.dry_run,
+            yes: ask.yes,
+            ..GroupScrub::default()
+        };
+        return super::group::scrub(daemon, ask).await;
     }
     let error = ApiError::new(ErrorKind::Refused, format!("job {job} is not cancelled")).because(
         format!("redundancy of group {} would stay missing", row.group_name),

@@ -269,6 +269,11 @@ pub(crate) enum Group {
         #[arg(long, value_parser = size)]
         rebuild_max: Option<u64>,
     },
+    /// Compare every stripe of a group; say which do not fit, or make them fit
+    #[command(
+        after_help = "Examples:\n  lunar group scrub data\n  lunar group scrub data --wait     (exit 1 if bad stripes remain)\n  lunar group scrub data --repair --rate 50MiB\n  lunar group scrub data --pause\n  lunar group show data     (lists the bad stripes)\n\n--repair follows md: parity is made from the data, mirrors from the lowest slot in sync. It makes the copies equal\nagain; which of them was right cannot be told without a checksum."
+    )]
+    Scrub(Scrub),
     /// Start a stopped group
     #[command(
         after_help = "Examples:\n  lunar group start data\n  lunar group start data --force     (old or wrong data is accepted)\n  lunar group start data --again     (out of quarantine, once the reason is gone)"
@@ -323,6 +328,29 @@ pub(crate) struct Create {
     /// The members are known to be zero: no first sync
     #[arg(long)]
     pub(crate) assume_clean: bool,
+}
+
+#[derive(Debug, Group_)]
+pub(crate) struct Scrub {
+    pub(crate) group: String,
+    /// Make what does not fit fit
+    #[arg(long)]
+    pub(crate) repair: bool,
+    /// Let it stand until it is resumed
+    #[arg(long, conflicts_with_all = ["repair", "from", "rate", "resume", "cancel"])]
+    pub(crate) pause: bool,
+    /// Let it go on
+    #[arg(long, conflicts_with_all = ["repair", "from", "rate", "cancel"])]
+    pub(crate) resume: bool,
+    /// End it
+    #[arg(long, conflicts_with_all = ["repair", "from", "rate"])]
+    pub(crate) cancel: bool,
+    /// Byte of a member's data to begin at
+    #[arg(long, value_parser = size, value_name = "OFFSET")]
+    pub(crate) from: Option<u64>,
+    /// Bytes a second of a member that it takes at most
+    #[arg(long, value_parser = size, value_name = "RATE")]
+    pub(crate) rate: Option<u64>,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]

@@ -3,7 +3,7 @@
 use std::io::{BufRead, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
-use lunar_api::mgmt::{self, EventsAsk, JobOne, Nothing, One, Request, StatusAsk};
+use lunar_api::mgmt::{self, EventsAsk, JobOne, Nothing, One, Request, ScrubAsk, StatusAsk};
 use lunar_api::rows::{
     Changed, DiskList, DiskOne, EventsReply, GroupList, GroupOne, JobList, JobOneReply, JobState,
     LuList, LuOne, Outcome, PathList, StatusReply,
@@ -140,14 +140,15 @@ fn watch(args: &Args, client: &mut Client, job: u32) -> Result<u8, ApiError> {
         let row = client
             .call::<JobOneReply>(&Request::JobShow(JobOne { job }))?
             .job;
-        if row.state != JobState::Running {
+        if row.ended.is_some() {
             if let Some(bar) = bar {
                 indicatif::ProgressBar::finish_and_clear(&bar);
             }
             print(args, "job.watch", &row, || {
                 format!("{}\n", show::job_line(&row))
             });
-            return Ok(if row.state == JobState::Done { 0 } else { 1 });
+            let is_well = row.state == JobState::Done && row.reason.is_empty();
+            return Ok(if is_well { 0 } else { 1 });
         }
         if std::io::stderr().is_terminal() && !args.json {
             let bar = bar.get_or_insert_with(|| show::bar(&row));
@@ -321,6 +322,26 @@ fn group(args: &Args, client: &mut Client, verb: &Group) -> Result<u8, ApiError>
                 })
             };
             change(args, client, "group.set", ask, yes)
+        }
+        Group::Scrub(scrub) => {
+            let order = match (scrub.pause, scrub.resume, scrub.cancel) {
+                (true, _, _) => ScrubAsk::Pause,
+                (_, true, _) => ScrubAsk::Resume,
+                (_, _, true) => ScrubAsk::Cancel,
+                _ => ScrubAsk::Start,
+            };
+            let ask = |yes| {
+                Request::GroupScrub(mgmt::GroupScrub {
+                    group: absolute(&scrub.group),
+                    order,
+                    repair: scrub.repair,
+                    from: scrub.from,
+                    rate: scrub.rate,
+                    dry_run,
+                    yes,
+                })
+            };
+            change(args, client, "group.scrub", ask, yes)
         }
         Group::Start {
             group,

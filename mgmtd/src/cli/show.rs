@@ -6,7 +6,7 @@ use lunar_api::rows::{
 };
 use lunar_api::target::GroupState;
 use lunar_api::units::format_size;
-use mgmtd::text::{duration, level_word, word};
+use mgmtd::text::{duration, level_word, utc, word};
 use serde_json::Value;
 
 fn table(head: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
@@ -146,18 +146,20 @@ pub(crate) fn job_line(job: &JobRow) -> String {
         None => format!("{kind} of group {}", job.group_name),
     };
     let state = match job.state {
-        JobState::Done => "done".into(),
+        JobState::Done if job.reason.is_empty() => "done".into(),
+        JobState::Done => format!("done: {}", job.reason),
+        JobState::Cancelled => "cancelled".into(),
         JobState::Failed => format!("failed: {}", job.reason),
-        JobState::Running => {
+        JobState::Running | JobState::Paused => {
             let tenths = u128::from(job.done) * 1000 / u128::from(job.total.max(1));
             let left = (job.total.saturating_sub(job.done)).checked_div(job.rate);
             let left = left.map_or(String::new(), |s| format!(", about {}", duration(s)));
-            format!(
-                "{}.{} %, {}/s{left}",
-                tenths / 10,
-                tenths % 10,
-                format_size(job.rate)
-            )
+            let at = format!("{}.{} %", tenths / 10, tenths % 10);
+            if job.state == JobState::Paused {
+                format!("paused at {at}")
+            } else {
+                format!("{at}, {}/s{left}", format_size(job.rate))
+            }
         }
     };
     format!("job {}: {of}: {state}", job.job)
@@ -171,41 +173,20 @@ pub(crate) fn bar(job: &JobRow) -> indicatif::ProgressBar {
 }
 
 pub(crate) fn event(event: &EventRow) -> String {
-    let (days, ms) = (event.time / 86_400_000, event.time % 86_400_000);
-    let (year, month, day) = date(days);
-    let (h, m, s) = (ms / 3_600_000, ms / 60_000 % 60, ms / 1000 % 60);
     let (name, text) = (&event.name, &event.text);
     let group = event.group.map_or(String::new(), |n| format!(" group {n}"));
-    format!(
-        "{} {year}-{month:02}-{day:02}T{h:02}:{m:02}:{s:02}Z {name}{group}: {text}",
-        event.event
-    )
-}
-
-/// Year, month, day of a day since 1970 (civil calendar, years counted from March).
-fn date(days: u64) -> (u64, u64, u64) {
-    let z = days + 719_468;
-    let (era, doe) = (z / 146_097, z % 146_097);
-    let yoe = (doe - doe / 1460 + doe / 36_524 - doe / 146_096) / 365;
-    let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
-    let mp = (5 * doy + 2) / 153;
-    let month = if mp < 10 { mp + 3 } else { mp - 9 };
-    (
-        yoe + era * 400 + u64::from(month <= 2),
-        month,
-        doy - (153 * mp + 2) / 5 + 1,
-    )
+    format!("{} {} {name}{group}: {text}", event.event, utc(event.time))
 }
 
 /// `key: value`, a line each, of any row; what is in it once more is a table or lines of its own.
 pub(crate) fn object(row: &impl serde::Serialize) -> String {
     let value = serde_json::to_value(row).unwrap_or_default();
-    fields(value.as_object().into_iter().flatten())
+    fields(&mut value.as_object().into_iter().flatten())
 }
 
-fn fields<'a>(fields: impl Iterator<Item = (&'a String, &'a Value)>) -> String {
+fn fields<'a>(all: &mut dyn Iterator<Item = (&'a String, &'a Value)>) -> String {
     let mut out = String::new();
-    for (key, value) in fields {
+    for (key, value) in all {
         out += &match value {
             Value::Array(list) if list.first().is_some_and(Value::is_object) => {
                 let lines = rows(list);
@@ -220,11 +201,13 @@ fn fields<'a>(fields: impl Iterator<Item = (&'a String, &'a Value)>) -> String {
                 format!("{key:>16}:\n{}", indented(&lines))
             }
             Value::Object(inner) => {
-                let items = inner.iter();
+                let (lists, items): (Vec<_>, Vec<_>) =
+                    inner.iter().partition(|(_, value)| value.is_array());
                 let items: Vec<String> = items
+                    .into_iter()
                     .map(|(key, value)| format!("{key} {}", scalar(key, value)))
                     .collect();
-                format!("{key:>16}: {}\n", items.join(", "))
+                format!("{key:>16}: {}\n", items.join(", ")) + &fields(&mut lists.into_iter())
             }
             _ => format!("{key:>16}: {}\n", scalar(key, value)),
         };
@@ -305,6 +288,7 @@ mod tests {
     fn object_has_tables_lists_and_sizes() {
         let row = serde_json::json!({
             "capacity": 1024, "disks": [1, 2], "mkfs": ["a", "b"], "none": [], "counters": {"reads": 1},
+            "scrub": {"bad": 1, "stripes": [{"stripe": 7, "slots": [1, 2]}]},
             "members": [{"slot": 0, "read_bytes": 4096}], "reason": "",
         });
         let text = object(&row);
@@ -315,20 +299,10 @@ mod tests {
             "            none: -\n",
             "        counters: reads 1\n",
             "          reason: -\n",
+            "           scrub: bad 1\n         stripes:\n    ",
         ] {
             assert!(text.contains(line), "{line}{text}");
         }
         assert!(text.contains("4 KiB"), "{text}");
-    }
-
-    #[test]
-    fn date_table() {
-        for (days, want) in [
-            (0, (1970, 1, 1)),
-            (19_782, (2024, 2, 29)),
-            (20_778, (2026, 11, 21)),
-        ] {
-            assert_eq!(date(days), want);
-        }
     }
 }

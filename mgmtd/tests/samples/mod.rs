@@ -7,7 +7,7 @@ use std::path::Path;
 use lunar_api::mgmt::Role;
 use lunar_api::rows::*;
 use lunar_api::target::{
-    Consistency, Features, GroupState, Level, LuCounters, SyncAction, SyncStatus,
+    Consistency, Features, GroupState, Level, LuCounters, ScrubState, SyncAction, SyncStatus,
 };
 use lunar_api::{DiskUuid, GroupUuid, History, LuUuid, SystemUuid};
 
@@ -102,6 +102,7 @@ pub(crate) fn group_show() -> GroupShow {
         members: vec![member()],
         lus: vec![1],
         sync: Some(sync()),
+        scrub: Some(scrub()),
     }
 }
 
@@ -155,6 +156,35 @@ pub(crate) fn member() -> MemberRow {
         write_bytes: 8192,
         read_errors: 0,
         write_errors: 3,
+    }
+}
+
+pub(crate) fn scrub() -> ScrubRow {
+    ScrubRow {
+        state: ScrubState::Done,
+        repair: false,
+        from: 0,
+        done: 1 << 30,
+        total: 1 << 30,
+        rate: 0,
+        rate_max: None,
+        bad: 1,
+        repaired: 0,
+        unreadable: 0,
+        rewritten: 4096,
+        started: 1_700_000_000_000,
+        ended: Some(1_700_000_060_000),
+        stripes: vec![BadStripeRow {
+            stripe: 7,
+            at: 459_264,
+            len: 512,
+            slots: Vec::new(),
+            lu: Some(1),
+            lu_name: Some("vol".into()),
+            lu_at: 917_504,
+            lu_len: 131_072,
+            repaired: false,
+        }],
     }
 }
 
@@ -212,6 +242,7 @@ pub(crate) fn status() -> StatusReply {
             action: group_show().action,
             write_hole_open: true,
             sync: Some(sync()),
+            scrub: None,
             members: vec![MemberHealth {
                 slot: 0,
                 disk: Some(1),

@@ -12,6 +12,7 @@ mod hostile;
 mod layout;
 mod life;
 mod manage;
+mod scrub;
 mod spares;
 
 use shell::Failure;
@@ -29,6 +30,7 @@ pub fn tests() -> Vec<Test> {
     life::tests(&mut all);
     hostile::tests(&mut all);
     manage::tests(&mut all);
+    scrub::tests(&mut all);
     spares::tests(&mut all);
     all
 }

@@ -25,9 +25,65 @@ const CURSOR_AFTER: u64 = 10 * SECOND;
 const RETRY_AFTER: u64 = 60 * SECOND;
 /// Bytes of a member that are synced at once while nobody else wants the disks, and the bounds in stripes.
 const WINDOW_BYTES: u64 = 2 << 20;
-const WINDOW_MAX: u64 = 32;
+pub(crate) const WINDOW_MAX: u64 = 32;
 /// Bytes a second that a sync may take while the host works, by default; md's `speed_limit_min`.
 pub(crate) const RATE_MIN: u64 = 32 << 20;
+
+/// How fast background work goes, and how much of it is begun at once.
+pub(crate) struct Pace {
+    /// Requests of the host that were seen.
+    seen: Option<u64>,
+    busy_until: Tick,
+    /// Stripes that were done at that time.
+    mark: (u64, Tick),
+    rate: u64,
+}
+
+impl Pace {
+    pub(crate) fn new(now: Tick, done: u64) -> Self {
+        Self {
+            seen: None,
+            busy_until: Tick(0),
+            mark: (done, now),
+            rate: 0,
+        }
+    }
+
+    /// Says whether the host works: it asked for something lately.
+    pub(crate) fn is_busy(&mut self, now: Tick, requests: u64) -> bool {
+        if self
+            .seen
+            .replace(requests)
+            .is_some_and(|seen| seen != requests)
+        {
+            self.busy_until = Tick(now.0 + 100 * MILLISECOND);
+        }
+        now < self.busy_until
+    }
+
+    /// Stripes to work on at once.
+    pub(crate) fn room(&self, busy: bool, unit: u64) -> u64 {
+        match busy {
+            true => (64 * 1024 / unit).clamp(1, 8),
+            false => (WINDOW_BYTES / unit).clamp(2, WINDOW_MAX),
+        }
+    }
+
+    fn is_second(&self, now: Tick) -> bool {
+        now.0 - self.mark.1.0 >= SECOND
+    }
+
+    /// Bytes a second of a member, over the last second that is whole.
+    pub(crate) fn rate(&mut self, now: Tick, done: u64, unit: u64) -> u64 {
+        if self.is_second(now) {
+            let (mark, at) = std::mem::replace(&mut self.mark, (done, now));
+            let bytes = u128::from(done.saturating_sub(mark)) * u128::from(unit);
+            let rate = bytes * u128::from(SECOND) / u128::from(now.0 - at.0);
+            self.rate = u64::try_from(rate).unwrap_or(u64::MAX);
+        }
+        self.rate
+    }
+}
 
 impl<E: Env> RaidGroup<E> {
     /// Watches the members and marks an idle group clean; the rim spawns one. Ends when the group has stopped.
@@ -108,25 +164,26 @@ impl<E: Env> RaidGroup<E> {
         }
     }
 
-    /// Resync and rebuild; the rim spawns one. Ends when the group has stopped.
+    /// Resync, rebuild and scrub; the rim spawns one. Ends when the group has stopped.
     pub async fn background(self: Rc<Self>) {
         while !self.stopping.get() {
-            let has_copy = self.copying().is_some() && self.rebuilding().is_none();
-            if self.failed.get() || !(has_copy || self.has_sync_work()) {
+            if self.is_copy_due() {
+                if self.copy().await.is_err() {
+                    let again = Tick(self.clock.now().0 + RETRY_AFTER);
+                    self.copy_retry.set((again, self.sync_wanted.get()));
+                }
+            } else if self.is_sync_due() {
+                if self.sync().await.is_err() {
+                    self.sync_status.borrow_mut().take();
+                    let again = Tick(self.clock.now().0 + RETRY_AFTER);
+                    self.sync_retry.set((again, self.sync_wanted.get()));
+                }
+            } else if self.wants_scrub() {
+                self.scrub_pass().await;
+                // One that could not go on is not tried again at once.
                 self.pause(LOOK).await;
-                continue;
-            }
-            let copied = match has_copy {
-                true => self.copy().await,
-                false => Ok(()),
-            };
-            let synced = match self.has_sync_work() && !self.stopping.get() {
-                true => self.sync().await,
-                false => Ok(()),
-            };
-            if copied.and(synced).is_err() && !self.stopping.get() {
-                self.sync_status.borrow_mut().take();
-                self.pause(RETRY_AFTER).await;
+            } else {
+                self.pause(LOOK).await;
             }
         }
         self.background_ended.set(true);
@@ -140,6 +197,20 @@ impl<E: Env> RaidGroup<E> {
         while self.clock.now().0 < end && !self.stopping.get() && self.sync_wanted.get() == wanted {
             self.clock.sleep(LOOK.min(ns)).await;
         }
+    }
+
+    /// Says whether a resync or rebuild is to run now: one that could not go on waits, unless it is about another disk.
+    pub(crate) fn is_sync_due(&self) -> bool {
+        let (again, wanted) = self.sync_retry.get();
+        let waits = self.clock.now() < again && self.sync_wanted.get() == wanted;
+        !waits && !self.failed.get() && self.has_sync_work()
+    }
+
+    /// Says whether a disk is to be copied now: slots without any come first.
+    fn is_copy_due(&self) -> bool {
+        let (again, wanted) = self.copy_retry.get();
+        let waits = self.clock.now() < again && self.sync_wanted.get() == wanted;
+        self.copying().is_some() && !waits && !self.failed.get() && self.rebuilding().is_none()
     }
 
     fn has_sync_work(&self) -> bool {
@@ -218,18 +289,12 @@ impl<E: Env> RaidGroup<E> {
         }
         let mut window: VecDeque<(u64, JoinId)> = VecDeque::new();
         let (mut saved, mut saved_at) = (done, self.clock.now());
-        let (mut mark, mut mark_at) = (done, saved_at);
-        let (mut seen, mut busy_until) = (self.requests.get(), Tick(0));
+        let mut pace = Pace::new(saved_at, done);
         let mut result = Ok(());
         loop {
-            let now = self.clock.now();
-            if self.requests.get() != seen {
-                seen = self.requests.get();
-                busy_until = Tick(now.0 + 100 * MILLISECOND);
-            }
-            let busy = now < busy_until;
+            let busy = pace.is_busy(self.clock.now(), self.requests.get());
             let gone = self.stopping.get() || !self.is_current(slot, wanted);
-            let room = self.sync_room(busy, unit);
+            let room = pace.room(busy, unit);
             while !gone && result.is_ok() && (window.len() as u64) < room {
                 let stripe = match next < stripes {
                     true => {
@@ -281,25 +346,12 @@ impl<E: Env> RaidGroup<E> {
                 Err(_) => result = Err(()),
             }
             let now = self.clock.now();
-            if now.0 - mark_at.0 >= SECOND {
-                let rate = (done - mark) * unit * SECOND / (now.0 - mark_at.0);
-                let total = stripes * unit;
+            if pace.is_second(now) || self.sync_status.borrow().is_none() {
                 let status = SyncStatus {
                     action,
                     done: done * unit,
-                    total,
-                    rate,
-                    slot,
-                };
-                *self.sync_status.borrow_mut() = Some(status);
-                (mark, mark_at) = (done, now);
-            } else if self.sync_status.borrow().is_none() {
-                let total = stripes * unit;
-                let status = SyncStatus {
-                    action,
-                    done: done * unit,
-                    total,
-                    rate: 0,
+                    total: stripes * unit,
+                    rate: pace.rate(now, done, unit),
                     slot,
                 };
                 *self.sync_status.borrow_mut() = Some(status);
@@ -309,7 +361,7 @@ impl<E: Env> RaidGroup<E> {
                 result = self.save_cursor(slot, wanted, done).await;
                 (saved, saved_at) = (done, self.clock.now());
             }
-            self.throttle(busy, unit).await;
+            self.throttle(busy, unit, None).await;
         }
         let mut why = "an I/O error on what it reads; tried again in 60 s".to_owned();
         if result.is_ok() && self.is_current(slot, wanted) {
@@ -366,24 +418,17 @@ impl<E: Env> RaidGroup<E> {
         )
     }
 
-    /// Waits so long that the sync keeps to its rate: the minimum while the host works, else the maximum.
-    pub(crate) async fn throttle(&self, busy: bool, bytes: u64) {
+    /// Waits so long that background work keeps to its rate: the minimum while the host works, else the maximum; and
+    /// a most of its own.
+    pub(crate) async fn throttle(&self, busy: bool, bytes: u64, most: Option<u64>) {
         let rate = if busy {
             Some(self.rate_min.get())
         } else {
             self.rate_max.get()
         };
-        if let Some(rate) = rate {
+        if let Some(rate) = rate.into_iter().chain(most).min() {
             let ns = bytes.saturating_mul(SECOND) / rate.max(1);
             self.clock.sleep(ns.min(SECOND)).await;
-        }
-    }
-
-    /// Stripes under work at once.
-    pub(crate) fn sync_room(&self, busy: bool, unit: u64) -> u64 {
-        match busy {
-            true => (64 * 1024 / unit).clamp(1, 8),
-            false => (WINDOW_BYTES / unit).clamp(2, WINDOW_MAX),
         }
     }
 

@@ -9,13 +9,14 @@
 //! until a new one needs them.
 
 use lunar_api::LuUuid;
-use lunar_api::target::LuSize;
+use lunar_api::target::{LuSize, ScrubState};
 
 use crate::extents::FreeSpace;
 pub use crate::extents::{Extent, ExtentMap, allocatable_bytes, unit_bytes};
 use crate::geometry::Geometry;
 use crate::limits::{
     CONFIG_MAX, CONFIG_SLOT_MIN, DELETED_MAX, DEPTH_MAX, EXTENTS_MAX, LU_MAX, NAME_MAX,
+    SCRUB_LIST_MAX,
 };
 use crate::superblock::{ConfigVersion, crc32c};
 
@@ -35,6 +36,45 @@ pub struct GroupConfig {
     /// Deleted ones, oldest first.
     pub deleted: Vec<LuConfig>,
     pub options: Options,
+    /// The scrub that runs, or the last one.
+    pub scrub: Option<ScrubRecord>,
+}
+
+/// A scrub, as far as it has come.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ScrubRecord {
+    pub state: ScrubState,
+    pub repair: bool,
+    /// Bytes of a member where it began.
+    pub from: u64,
+    /// Bytes of a member below which it is done.
+    pub next: u64,
+    /// Most bytes a second of a member.
+    pub rate: Option<u64>,
+    /// Milliseconds since 1970; `ended` is 0 until it has.
+    pub started: u64,
+    pub ended: u64,
+    /// The first bad stripes, in order.
+    pub list: Vec<BadRecord>,
+    /// Bad stripes that are not listed, and those of them that were repaired.
+    pub more: u64,
+    pub more_repaired: u64,
+    /// Stripes that could not be compared.
+    pub unreadable: u64,
+    /// Bytes rewritten because they could not be read.
+    pub rewritten: u64,
+}
+
+/// A stripe whose redundancy did not fit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BadRecord {
+    pub stripe: u64,
+    /// Bytes of the members' data within which the difference lies.
+    pub at: u64,
+    pub len: u64,
+    /// Slots that are wrong, as bits; 0: it cannot be told.
+    pub slots: u64,
+    pub repaired: bool,
 }
 
 /// A LU.
@@ -113,6 +153,44 @@ pub enum ConfigError {
     },
     #[error("the slowest rebuild is faster than the fastest, or stands still")]
     RebuildRate,
+    #[error("the record of the scrub is not one of this group: {0}")]
+    Scrub(&'static str),
+}
+
+impl ScrubRecord {
+    fn check(&self, geometry: &Geometry) -> Result<(), ConfigError> {
+        let bytes = geometry.member_bytes();
+        let within = |bad: &BadRecord| {
+            let unit = geometry.stripe_on_member();
+            let start = bad.stripe.checked_mul(unit);
+            let end = bad.at.checked_add(bad.len).filter(|end| *end > bad.at);
+            start
+                .zip(end)
+                .is_some_and(|(start, end)| start <= bad.at && end <= bytes && end - start <= unit)
+        };
+        let known = geometry.slots();
+        let rules = [
+            (self.from <= self.next && self.next <= bytes, "its place"),
+            (self.rate != Some(0), "its rate"),
+            (self.more_repaired <= self.more, "its counts"),
+            (self.list.len() <= SCRUB_LIST_MAX, "too long a list"),
+            (self.list.iter().all(within), "a stripe"),
+            (
+                self.list.iter().all(|bad| bad.slots & !known == 0),
+                "a slot",
+            ),
+            (
+                self.list
+                    .windows(2)
+                    .all(|pair| pair[0].stripe < pair[1].stripe),
+                "the order of its list",
+            ),
+        ];
+        match rules.iter().find(|(holds, _)| !holds) {
+            Some((_, why)) => Err(ConfigError::Scrub(why)),
+            None => Ok(()),
+        }
+    }
 }
 
 impl GroupConfig {
@@ -126,6 +204,7 @@ impl GroupConfig {
             lus: Vec::new(),
             deleted: Vec::new(),
             options: Options::default(),
+            scrub: None,
         })
     }
 
@@ -188,6 +267,9 @@ impl GroupConfig {
     pub fn check(&self, geometry: &Geometry) -> Result<(), ConfigError> {
         check_name(&self.name)?;
         self.check_options()?;
+        if let Some(scrub) = &self.scrub {
+            scrub.check(geometry)?;
+        }
         if self.lus.len() > LU_MAX || self.deleted.len() > DELETED_MAX {
             return Err(ConfigError::TooManyLus);
         }

@@ -118,7 +118,7 @@ impl<E: Env> RaidGroup<E> {
     }
 
     /// One change of configuration at a time.
-    async fn configure(&self) -> Turn<'_, E> {
+    pub(crate) async fn configure(&self) -> Turn<'_, E> {
         self.changed
             .until(|| (!self.configuring.replace(true)).then_some(()))
             .await;
@@ -453,7 +453,7 @@ impl<E: Env> RaidGroup<E> {
 }
 
 /// Holds the right to change the configuration.
-struct Turn<'a, E: Env>(&'a RaidGroup<E>);
+pub(crate) struct Turn<'a, E: Env>(&'a RaidGroup<E>);
 
 impl<E: Env> Drop for Turn<'_, E> {
     fn drop(&mut self) {

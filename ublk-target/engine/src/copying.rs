@@ -20,12 +20,13 @@ use std::rc::Rc;
 
 use lunar_api::target::{MemberState, SyncAction, SyncStatus, TargetEvent};
 
+use crate::background::Pace;
 use crate::limits::HOLES_MAX;
 use crate::member::{Member, Twin};
 use crate::raid_group::{RaidGroup, Rebuild};
 use crate::stripe_table::{Item, JoinId, Task};
 use crate::superblock::{BYTES, Copy, Superblock};
-use crate::traits::{Buf, Clock, Disk, DiskVerb, Env, MILLISECOND, Piece, SECOND, Tick};
+use crate::traits::{Buf, Clock, Disk, DiskVerb, Env, MILLISECOND, Piece};
 
 /// A copy under way.
 pub(crate) struct Copying<D> {
@@ -206,7 +207,8 @@ impl<E: Env> RaidGroup<E> {
         }
         result?;
         if copying.done.get() < range.end {
-            return Ok(()); // A rebuild comes first.
+            // A rebuild comes first; else too much of it cannot be read.
+            return self.rebuilding().map(drop).ok_or(());
         }
         if !copying.lost.borrow().is_empty() {
             if !is_again {
@@ -246,24 +248,18 @@ impl<E: Env> RaidGroup<E> {
     ) -> Result<(), ()> {
         let unit = self.geometry.stripe_on_member();
         let mut window: VecDeque<(u64, JoinId)> = VecDeque::new();
-        let (mut seen, mut busy_until) = (self.requests.get(), Tick(0));
-        let (mut mark, mut mark_at) = (copying.done.get(), self.clock.now());
+        let mut pace = Pace::new(self.clock.now(), copying.done.get());
         let mut result = Ok(());
         *self.sync_status.borrow_mut() = self.copy_status(0);
         loop {
-            let now = self.clock.now();
-            if self.requests.get() != seen {
-                seen = self.requests.get();
-                busy_until = Tick(now.0 + 100 * MILLISECOND);
-            }
-            let busy = now < busy_until;
+            let busy = pace.is_busy(self.clock.now(), self.requests.get());
             let gone = self.stopping.get()
                 || self.failed.get()
                 || self.rebuilding().is_some()
                 || !self.is_copying(copying)
                 || copying.to.to_blame.get()
                 || copying.lost.borrow().len() > HOLES_MAX;
-            let room = self.sync_room(busy, unit);
+            let room = pace.room(busy, unit);
             while !gone && result.is_ok() && (window.len() as u64) < room {
                 let stripe = match copying.next.get() {
                     next if next < end => {
@@ -301,14 +297,9 @@ impl<E: Env> RaidGroup<E> {
                 Ok(()) => {}
                 Err(_) => result = Err(()),
             }
-            let now = self.clock.now();
-            if now.0 - mark_at.0 >= SECOND {
-                let done = copying.done.get();
-                let rate = (done - mark) * unit * SECOND / (now.0 - mark_at.0);
-                *self.sync_status.borrow_mut() = self.copy_status(rate);
-                (mark, mark_at) = (done, now);
-            }
-            self.throttle(busy, unit).await;
+            let rate = pace.rate(self.clock.now(), copying.done.get(), unit);
+            *self.sync_status.borrow_mut() = self.copy_status(rate);
+            self.throttle(busy, unit, None).await;
         }
         // What was begun and not done is begun again.
         copying.next.set(copying.done.get());

@@ -23,6 +23,7 @@ pub mod pool;
 mod publish;
 pub mod raid_group;
 pub mod reserve;
+mod scrub;
 mod serve;
 mod start;
 mod stripe_ops;

@@ -54,6 +54,10 @@ pub const CONFIG_PIECE: usize = 64 * 1024;
 /// that is bad but a member. 1024 chunks are up to 1 GiB.
 pub const HOLES_MAX: usize = 1024;
 
+/// Most bad stripes that a scrub lists; the others are counted. 128 of up to 400 bytes of JSON are 51 KB, in the
+/// configuration of every member and in every answer about the group.
+pub const SCRUB_LIST_MAX: usize = 128;
+
 /// Most LUs of a group; ublk has 2^20 devices, a person has patience for fewer.
 pub const LU_MAX: usize = 4096;
 /// Most extents of all LUs of a group, deleted ones too.

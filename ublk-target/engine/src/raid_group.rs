@@ -5,7 +5,7 @@
 //! `background` (resync, rebuild), `start` (create, assemble), `control` (LUs, members, stop).
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::rc::Rc;
 
@@ -14,7 +14,7 @@ use lunar_api::target::{
 };
 use lunar_api::{DiskUuid, GroupUuid, LuUuid, SystemUuid};
 
-use crate::config::GroupConfig;
+use crate::config::{GroupConfig, ScrubRecord};
 use crate::copying::Copying;
 use crate::extents::ExtentMap;
 use crate::geometry::{Geometry, Piece};
@@ -22,10 +22,11 @@ use crate::inflight::InflightLog;
 use crate::member::Member;
 use crate::pool::{Closed, Lease, Pool, Quota};
 use crate::reserve::Reserve;
+use crate::stripe_ops::scrub::Finding;
 use crate::stripe_table::StripeTable;
 use crate::superblock::GroupRecord;
 use crate::sync::Waiters;
-use crate::traits::Env;
+use crate::traits::{Env, Tick};
 
 /// A member as the rim hands it in.
 #[derive(Debug)]
@@ -243,6 +244,8 @@ pub struct RaidGroup<E: Env> {
     pub(crate) active_writes: Cell<u64>,
     /// Writes without redundancy under way that take no stripe.
     pub(crate) plain_writes: Cell<u64>,
+    /// When a copy that could not go on is tried again, unless there is new work before.
+    pub(crate) copy_retry: Cell<(Tick, u64)>,
     /// A disk that is filled to replace another.
     pub(crate) copying: RefCell<Option<Rc<Copying<E::Disk>>>>,
     /// What the superblocks say of it, in bytes of the slot: 0 but after a clean stop.
@@ -255,6 +258,15 @@ pub struct RaidGroup<E: Env> {
     /// Stripes that the sync under way had to leave out: the slot that is rebuilt is not right there, or redundancy.
     pub(crate) holes: RefCell<BTreeSet<u64>>,
     pub(crate) sync_status: RefCell<Option<SyncStatus>>,
+    /// A sync that could not go on waits so long, unless this much was wanted by then.
+    pub(crate) sync_retry: Cell<(Tick, u64)>,
+    /// The scrub that runs, or the last one; the configuration has what is durable of it.
+    pub(crate) scrub: RefCell<Option<ScrubRecord>>,
+    /// Counts what was ordered of scrubs.
+    pub(crate) scrub_orders: Cell<u64>,
+    /// What workers found, by stripe, until the scrub has taken it.
+    pub(crate) scrub_found: RefCell<BTreeMap<u64, Finding>>,
+    pub(crate) scrub_rate: Cell<u64>,
     pub(crate) rate_min: Cell<u64>,
     pub(crate) rate_max: Cell<Option<u64>>,
     pub(crate) events: RefCell<Vec<TargetEvent>>,
@@ -381,6 +393,7 @@ impl<E: Env> RaidGroup<E> {
                 .borrow()
                 .clone()
                 .or_else(|| self.waiting_sync()),
+            scrub: self.scrub_status(),
             zero_copy: false,
             allocations: 0,
         }

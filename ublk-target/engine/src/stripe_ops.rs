@@ -18,6 +18,7 @@ use crate::traits::{Env, Piece};
 mod band_buffers;
 mod copy;
 mod repair;
+pub(crate) mod scrub;
 mod sync;
 mod write;
 
@@ -49,6 +50,7 @@ impl<E: Env> RaidGroup<E> {
                 }) => self.read_around(stripe, *span, lease, *to, *avoid).await,
                 Some(Task::Sync) => self.sync_stripe(stripe).await,
                 Some(Task::Copy) => self.copy_stripe(stripe).await,
+                Some(Task::Scrub { repair }) => self.scrub_stripe(stripe, *repair).await,
                 None => Ok(()),
             };
             if batch.len() > 1 {

@@ -35,6 +35,8 @@ pub(crate) enum Task {
     Sync,
     /// Copy the stripe's part of the disk that is replaced.
     Copy,
+    /// Compare the whole stripe, and make it fit.
+    Scrub { repair: bool },
 }
 
 /// A task with who waits for it.

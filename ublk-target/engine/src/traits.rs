@@ -27,6 +27,8 @@ pub trait Clock: 'static {
     fn now(&self) -> Tick;
     /// Ends no earlier than `ns` nanoseconds from now.
     fn sleep(&self, ns: u64) -> Self::Sleep;
+    /// Milliseconds since 1970, UTC: for people. Nothing is ordered or decided by it.
+    fn date(&self) -> u64;
 }
 
 /// Why a member's I/O failed.

@@ -3,6 +3,8 @@
 
 #[path = "group/replacing.rs"]
 mod replacing;
+#[path = "group/scrubs.rs"]
+mod scrubs;
 #[path = "group/troubles.rs"]
 mod troubles;
 mod world;

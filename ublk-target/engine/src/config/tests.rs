@@ -43,6 +43,72 @@ fn golden() -> GroupConfig {
             rebuild_min_bytes: Some(MIB),
             rebuild_max_bytes: None,
         },
+        scrub: None,
+    }
+}
+
+fn scrub() -> ScrubRecord {
+    ScrubRecord {
+        state: ScrubState::Paused,
+        repair: true,
+        from: 0,
+        next: MIB,
+        rate: Some(MIB),
+        started: 1,
+        ended: 0,
+        list: [2, 7]
+            .map(|stripe| BadRecord {
+                stripe,
+                at: stripe * raid5().chunk() + 512,
+                len: 512,
+                slots: 0b10,
+                repaired: stripe == 2,
+            })
+            .to_vec(),
+        more: 0,
+        more_repaired: 0,
+        unreadable: 3,
+        rewritten: 4096,
+    }
+}
+
+/// A record of a scrub beside the golden rest; without one the JSON has no such key.
+#[test]
+fn scrub_is_read_as_it_was_written() {
+    let mut config = golden();
+    config.scrub = Some(scrub());
+    let (json, version) = config.encode(&raid5(), 0, 1).unwrap();
+    assert_eq!(
+        GroupConfig::decode(&json, &version, &raid5()).unwrap(),
+        config
+    );
+}
+
+/// Breaks exactly one thing of a legal record.
+#[test]
+fn scrub_of_another_group_is_refused() {
+    type Break = (&'static str, fn(&mut ScrubRecord));
+    let breaks: &[Break] = &[
+        ("its place", |s| s.from = 2 * MIB),
+        ("its place", |s| s.next = raid5().member_bytes() + 1),
+        ("its rate", |s| s.rate = Some(0)),
+        ("its counts", |s| s.more_repaired = 1),
+        ("too long", |s| {
+            s.list = vec![s.list[0].clone(); SCRUB_LIST_MAX + 1]
+        }),
+        ("a stripe", |s| s.list[0].at -= 1024),
+        ("a stripe", |s| s.list[0].len = raid5().chunk()),
+        ("a stripe", |s| s.list[1].stripe = u64::MAX / 2),
+        ("a slot", |s| s.list[0].slots = 1 << 63),
+        ("the order", |s| s.list.swap(0, 1)),
+    ];
+    for (i, (reason, change)) in breaks.iter().enumerate() {
+        let mut config = golden();
+        let mut record = scrub();
+        change(&mut record);
+        config.scrub = Some(record);
+        let refused = config.encode(&raid5(), 0, 1).unwrap_err().to_string();
+        assert!(refused.contains(reason), "break {i} ({reason}): {refused}");
     }
 }
 

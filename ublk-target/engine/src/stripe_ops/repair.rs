@@ -238,7 +238,7 @@ impl<E: Env> RaidGroup<E> {
 
     /// Writes right content over what could not be read, and reads it again; a member that fails either is
     /// failed, if redundancy allows. The bytes read go to `scratch`, or to a lease.
-    async fn rewrite(
+    pub(super) async fn rewrite(
         &self,
         slot: u16,
         at: u64,

@@ -192,7 +192,7 @@ impl<E: Env> RaidGroup<E> {
     }
 
     /// Writes a prepared list: log, members, state; in this order.
-    async fn write_logged(
+    pub(super) async fn write_logged(
         &self,
         batch: &[Item],
         work: Option<&Lease>,
@@ -218,7 +218,7 @@ impl<E: Env> RaidGroup<E> {
                 (WORK, None) => unreachable!("a write from work memory without any"),
                 (item, _) => match &batch[usize::from(item)].task {
                     Task::Write { lease, .. } => lease,
-                    Task::Read { .. } | Task::Sync | Task::Copy => {
+                    Task::Read { .. } | Task::Sync | Task::Copy | Task::Scrub { .. } => {
                         unreachable!("batches of writes hold writes")
                     }
                 },
@@ -242,7 +242,7 @@ impl<E: Env> RaidGroup<E> {
             kept.extend(work.cloned());
             kept.extend(batch.iter().filter_map(|item| match &item.task {
                 Task::Write { lease, .. } => Some(lease.clone()),
-                Task::Read { .. } | Task::Sync | Task::Copy => None,
+                Task::Read { .. } | Task::Sync | Task::Copy | Task::Scrub { .. } => None,
             }));
             return Err(errno);
         }
@@ -290,19 +290,19 @@ impl<E: Env> RaidGroup<E> {
 }
 
 /// A write to a member that is prepared.
-struct Write {
-    slot: u16,
+pub(super) struct Write {
+    pub slot: u16,
     /// Bytes from the start of the group's data on the member.
-    at: u64,
-    len: u32,
+    pub at: u64,
+    pub len: u32,
     /// Bytes from the start of the group's memory.
-    from: u32,
+    pub from: u32,
     /// The item of the batch whose memory that is, or [`WORK`].
-    source: u16,
+    pub source: u16,
 }
 
 /// Writes of one entry of the log.
-type Writes = ArrayVec<Write, SEGMENTS_MAX>;
+pub(super) type Writes = ArrayVec<Write, SEGMENTS_MAX>;
 // A write to every leg, and a band on every member, fit one entry.
 const _: () = assert!(MEMBERS_MAX <= SEGMENTS_MAX && SEGMENTS_MAX <= PASS_IOS);
 

@@ -503,6 +503,9 @@ impl Clock for SimClock {
             .push((self.0.now.get() + ns.max(1), Rc::clone(&state)));
         Sleep(Io(state))
     }
+    fn date(&self) -> u64 {
+        1_700_000_000_000 + self.0.now.get() / MILLISECOND
+    }
 }
 pub(crate) struct Sleep(Io);
 impl Future for Sleep {
