@@ -58,5 +58,7 @@ pub const BACKOFF_MAX: Duration = Duration::from_secs(60);
 pub const DEPTH_MAX: u16 = 1024;
 /// Default requests in flight of a LU.
 pub const DEPTH: u16 = 128;
+/// Most queues of a LU; the kernel makes at most one for each CPU.
+pub const QUEUES_MAX: u16 = 64;
 /// Default chunk.
 pub const CHUNK: u64 = 64 << 10;

@@ -354,6 +354,8 @@ impl View {
                 .group(save.group)
                 .map_or(String::new(), |g| g.name_seen.clone()),
             depth: live.map_or(0, |l| l.depth),
+            queues: live.map_or(0, |l| l.queues),
+            queues_served: live.map_or(0, |l| l.queues_served),
             problem: live.map_or(problem.unwrap_or("its group is not started".into()), |l| {
                 l.problem.clone()
             }),
@@ -500,6 +502,8 @@ pub(crate) mod tests {
                 group: uuid,
                 capacity: 1 << 30,
                 depth: 128,
+                queues: 1,
+                queues_served: 1,
                 ublk: Some(0),
                 problem: String::new(),
                 counters: LuCounters::default(),

@@ -44,6 +44,7 @@ const VERBS: &[(&str, &str)] = &[
     ("lu list", ""),
     ("lu show", "vol"),
     ("lu rename", "vol archive"),
+    ("lu set", "vol --queues 2"),
     ("lu delete", "vol --yes"),
     ("path list", ""),
     ("shutdown", "--yes"),

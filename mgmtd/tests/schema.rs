@@ -64,6 +64,7 @@ fn methods() -> Methods {
     m.add::<mgmt::One, rows::LuOne>("LuShow");
     m.add::<mgmt::LuCreate, rows::Changed>("LuCreate");
     m.add::<mgmt::Rename, rows::Changed>("LuRename");
+    m.add::<mgmt::LuSet, rows::Changed>("LuSet");
     m.add::<mgmt::LuEnd, rows::Changed>("LuDelete");
     m.add::<mgmt::Nothing, rows::PathList>("PathList");
     m.add::<mgmt::ShutdownAsk, rows::Changed>("Shutdown");

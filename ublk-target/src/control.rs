@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use lunar_api::target::{MESSAGE_MAX, TARGET_API, TargetAnswer, TargetReply, TargetRequest};
 use lunar_api::{ApiError, ErrorKind, SystemUuid};
+use lunar_engine::config::Queues;
 
 use crate::groups::Groups;
 use crate::socket::{self, Message};
@@ -191,7 +192,15 @@ fn dispatch(
             name,
             size,
             depth,
-        } => groups.get(group)?.lu_create(lu, name, size, depth),
+            queues,
+        } => {
+            let queues = Queues {
+                count: queues,
+                depth,
+            };
+            groups.get(group)?.lu_create(lu, name, size, queues)
+        }
+        TargetRequest::LuSet { group, lu, queues } => groups.get(group)?.lu_set(lu, queues),
         TargetRequest::LuDelete { group, lu } => groups.get(group)?.lu_delete(lu),
         TargetRequest::LuRename { group, lu, name } => groups.get(group)?.lu_rename(lu, name),
         TargetRequest::Status => groups.status(),

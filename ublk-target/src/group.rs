@@ -1,8 +1,9 @@
 //! One running group as the control side sees it: its owner thread and the devices of its LUs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -10,14 +11,19 @@ use lunar_api::target::{
     GroupStatus, LuSize, LuStatus, MemberSpec, ScrubOrder, TargetAnswer, TargetReply, TargetRequest,
 };
 use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid, LuUuid, SystemUuid};
+use lunar_engine::config::Queues;
 use lunar_engine::raid_group::{CreateSpec, Given, Parts, RaidGroup, StartSpec};
 
 use crate::allocations;
 use crate::buffers::{Mapping, PROBE_BYTES};
 use crate::control::api_error;
 use crate::crew;
+use crate::forward::Places;
 use crate::groups::{Common, open};
-use crate::owner::{Local, Owner};
+use crate::owner::{self, Local, Owner};
+use crate::queue::{self, QueueThread, Report};
+use crate::thread::Thread;
+use crate::ublk::device::Shape;
 use crate::ublk::lifecycle::{Info, Lifecycle, LifecycleError};
 use crate::ublk::{Geometry, identity};
 
@@ -35,10 +41,23 @@ const DEPTH_MAX: u16 = 1024;
 struct Path {
     /// N of /dev/ublkbN.
     number: Option<u32>,
+    /// Queues that it has.
+    queues: u16,
     /// The one that it had last: it gets it again if it is free.
     last: Option<u32>,
     /// Why it is not up.
     problem: String,
+}
+
+/// A queue thread, and the LUs that it serves a queue of.
+#[derive(Debug)]
+struct QueueLane {
+    /// Which queue of a LU it serves.
+    queue: u16,
+    /// Never that of another.
+    number: u64,
+    thread: Arc<QueueThread>,
+    lus: BTreeSet<LuUuid>,
 }
 
 /// A group that runs.
@@ -49,11 +68,18 @@ pub(crate) struct Group {
     /// None once it has stopped.
     owner: Mutex<Option<Arc<Owner>>>,
     paths: Mutex<BTreeMap<LuUuid, Path>>,
+    /// For the second and later queues of LUs, in order.
+    queues: Mutex<Vec<QueueLane>>,
+    /// What queue threads did that have ended.
+    past: Mutex<Report>,
     /// The group as it was seen last, when its devices only answer EIO.
     quarantine: Option<GroupStatus>,
     /// Held by whoever changes something.
     change: Mutex<()>,
 }
+
+/// Numbers of queue threads.
+static NUMBERS: AtomicU64 = AtomicU64::new(1);
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -128,7 +154,7 @@ impl Group {
             move |happened| common.events.push(happened)
         };
         let name = format!("g-{:.8}", uuid.to_string());
-        let owner = Owner::spawn(
+        let owner = owner::spawn(
             &name,
             Some(uuid),
             move || Mapping::of_file(&file.into()),
@@ -146,6 +172,8 @@ impl Group {
             common: Arc::clone(common),
             owner: Mutex::new(Some(Arc::new(owner))),
             paths: Mutex::default(),
+            queues: Mutex::default(),
+            past: Mutex::default(),
             quarantine: None,
             change: Mutex::default(),
         };
@@ -160,13 +188,15 @@ impl Group {
         devices: &[u32],
     ) -> Result<Self, ApiError> {
         let memory = || Mapping::anonymous(PROBE_BYTES);
-        let owner = Owner::spawn("quarantine", None, memory, |_| ())?;
+        let owner = owner::spawn("quarantine", None, memory, |_| ())?;
         tracing::warn!(group = %seen.group, reason = seen.reason, "a group is quarantined");
         let group = Self {
             uuid: seen.group,
             common: Arc::clone(common),
             owner: Mutex::new(Some(Arc::new(owner))),
             paths: Mutex::default(),
+            queues: Mutex::default(),
+            past: Mutex::default(),
             quarantine: Some(seen),
             change: Mutex::default(),
         };
@@ -203,7 +233,7 @@ impl Group {
         })?;
         let owner = lock(&self.owner).take();
         if let Some(owner) = owner {
-            drop_when_last(owner);
+            Thread::end_when_last(owner);
         }
         Ok(())
     }
@@ -260,20 +290,36 @@ impl Group {
                     None => local.group()?.status(),
                 };
                 status.allocations = allocations::count();
-                Ok((status, local.problems()))
+                Ok((status, local.attached.problems()))
             })
             .flatten()?;
+        let beside = self.served_beside()?;
+        status.allocations += beside.allocations;
+        for member in &mut status.members {
+            if let Some(more) = beside.members.get(&member.disk) {
+                member.reads += more.reads;
+                member.writes += more.writes;
+                member.read_bytes += more.read_bytes;
+                member.write_bytes += more.write_bytes;
+                member.read_errors += more.read_errors;
+                member.write_errors += more.write_errors;
+            }
+        }
         let paths = lock(&self.paths);
         for lu in &mut status.lus {
+            if let Some(more) = beside.lus.get(&lu.lu) {
+                lu.counters += *more;
+            }
             if let Some(path) = paths.get(&lu.lu) {
                 lu.ublk = path.number;
+                lu.queues_served = path.queues;
                 lu.problem.clone_from(&path.problem);
             }
             if self.is_quarantined() && lu.problem.is_empty() {
                 lu.problem = "quarantined: every request is answered EIO".into();
             }
             if lu.problem.is_empty()
-                && let Some(problem) = served.get(&lu.lu)
+                && let Some(problem) = served.get(&lu.lu).or(beside.problems.get(&lu.lu))
             {
                 lu.problem.clone_from(problem);
             }
@@ -354,15 +400,16 @@ impl Group {
         lu: LuUuid,
         name: String,
         size: LuSize,
-        depth: u16,
+        queues: Queues,
     ) -> TargetReply {
-        if !(1..=DEPTH_MAX).contains(&depth) {
+        if !(1..=DEPTH_MAX).contains(&queues.depth) {
             return Err(usage(format!(
-                "a depth of {depth}; 1 to {DEPTH_MAX} can be served"
+                "a depth of {}; 1 to {DEPTH_MAX} can be served",
+                queues.depth
             )));
         }
         let _held = lock(&self.change);
-        self.change(async move |group| group.lu_create(lu, &name, size, depth).await)?;
+        self.change(async move |group| group.lu_create(lu, &name, size, queues).await)?;
         if let Err(error) = self.up(lu, None) {
             // Nothing is left of what could not be shown.
             if let Err(left) = self.change(async move |group| group.lu_delete(lu).await) {
@@ -383,12 +430,25 @@ impl Group {
             return Err(error);
         }
         lock(&self.paths).remove(&lu);
+        lock(&self.past).lus.remove(&lu);
         Ok(TargetAnswer::Done)
     }
 
     pub(crate) fn lu_rename(self: Arc<Self>, lu: LuUuid, name: String) -> TargetReply {
         let _held = lock(&self.change);
         self.change(async move |group| group.lu_rename(lu, &name).await)?;
+        self.lu_answer(lu)
+    }
+
+    /// Makes the device of a LU anew, of so many queues.
+    pub(crate) fn lu_set(self: Arc<Self>, lu: LuUuid, count: u16) -> TargetReply {
+        let _held = lock(&self.change);
+        self.check_open()?;
+        self.down(lu)?;
+        let changed = self.change(async move |group| group.lu_set_queues(lu, count).await);
+        // Up again in any case.
+        self.up(lu, None)?;
+        changed?;
         self.lu_answer(lu)
     }
 
@@ -437,6 +497,7 @@ impl Group {
                 lu,
                 Path {
                     number: known.map(|info| info.number),
+                    queues: 0,
                     last: None,
                     problem,
                 },
@@ -472,7 +533,7 @@ impl Group {
                 kernel
                     .end_recovery(info.number)
                     .map_err(say("the device cannot be recovered"))?;
-                self.is_up(lu, info.number);
+                self.is_up(lu, info);
                 return Ok(());
             }
             None => lock(&self.paths).get(&lu).and_then(|path| path.last),
@@ -483,8 +544,12 @@ impl Group {
             .ok_or_else(|| ApiError::new(ErrorKind::NoService, format!("there is no LU {lu}")))?;
         let mask = (self.owner()?).call(async |local: Rc<Local>| local.dma_mask.get())?;
         let geometry = Geometry::of(&group, status.capacity, ENGINE_DISCARDS, mask);
+        let queues = Queues {
+            count: status.queues,
+            depth: status.depth,
+        };
         let info = kernel
-            .add(again, identity(lu), status.depth, &geometry)
+            .add(again, identity(lu), queues, &geometry)
             .map_err(say("the device cannot be made"))?;
         let started = self.serve(lu, info).and_then(|()| {
             kernel
@@ -495,16 +560,18 @@ impl Group {
             self.undo(lu, info.number);
             return Err(error);
         }
-        self.is_up(lu, info.number);
+        self.is_up(lu, info);
         Ok(())
     }
 
-    fn is_up(&self, lu: LuUuid, number: u32) {
+    fn is_up(&self, lu: LuUuid, info: Info) {
+        let number = info.number;
         tracing::info!(%lu, number, "a LU is up");
         lock(&self.paths).insert(
             lu,
             Path {
                 number: Some(number),
+                queues: info.queues,
                 last: Some(number),
                 problem: String::new(),
             },
@@ -534,16 +601,133 @@ impl Group {
         let file =
             opened.map_err(|e| api_error(ErrorKind::Failed, "the device cannot be served", &e))?;
         let shape = info.shape(&self.common.features);
+        let file = Arc::new(file);
+        let owner = self.owner()?;
         if self.is_quarantined() {
-            return self
-                .owner()?
-                .call(async move |local: Rc<Local>| local.attach_refusing(lu, file, shape))
-                .flatten();
+            let attach = async move |local: Rc<Local>| {
+                (0..shape.queues).try_for_each(|queue| {
+                    local.attach_refusing(lu, Arc::clone(&file), shape, queue)
+                })
+            };
+            return owner.call(attach).flatten();
         }
         let handle = self.handle(lu)?;
-        self.owner()?
-            .call(async move |local: Rc<Local>| local.attach(lu, handle, file, shape))
+        for queue in 1..shape.queues {
+            self.serve_beside((lu, handle), (Arc::clone(&file), shape, queue))?;
+        }
+        owner
+            .call(async move |local: Rc<Local>| local.attach(lu, handle, file, shape, 0))
             .flatten()
+    }
+
+    /// Serves a queue of a device on a queue thread.
+    fn serve_beside(
+        &self,
+        (lu, handle): (LuUuid, u16),
+        (file, shape, queue): (Arc<OwnedFd>, Shape, u16),
+    ) -> Result<(), ApiError> {
+        let (owner, thread) = (self.owner()?, self.queue_thread(queue, lu)?);
+        let places = Places::new(shape.depth);
+        let own = thread.call(async move |queue| queue.prepare(lu, shape.depth));
+        let (own, of_line, there) = (own.flatten()?, Arc::clone(&file), Arc::clone(&places));
+        let (to, extents) = owner
+            .call(async move |local: Rc<Local>| {
+                let missing =
+                    || ApiError::new(ErrorKind::NoService, format!("there is no LU {lu}"));
+                let extents = local.group()?.lu_extents(handle).ok_or_else(missing)?;
+                let device = (of_line, shape, queue);
+                let to = local.open_line((lu, handle), device, (own, &there))?;
+                Ok((to, extents))
+            })
+            .flatten()?;
+        thread
+            .call(async move |thread: Rc<queue::Queue>| {
+                let (lu, device) = ((lu, handle, extents), (file, shape, queue));
+                thread.attach(lu, device, (to, places))
+            })
+            .flatten()
+    }
+
+    /// The thread for a queue, which has a LU more now.
+    fn queue_thread(&self, queue: u16, lu: LuUuid) -> Result<Arc<QueueThread>, ApiError> {
+        let mut lanes = lock(&self.queues);
+        if let Some(lane) = lanes.iter_mut().find(|lane| lane.queue == queue) {
+            lane.lus.insert(lu);
+            return Ok(Arc::clone(&lane.thread));
+        }
+        let owner = self.owner()?;
+        let name = format!("q{queue}-{:.8}", self.uuid.to_string());
+        let thread = queue::spawn(&name, self.uuid)?;
+        let requests = thread.call(async |queue: Rc<queue::Queue>| queue.requests())?;
+        let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
+        let (door, own) = (thread.door(), owner.door());
+        let known = owner
+            .call(async move |local: Rc<Local>| local.add_reader(number, door, requests, &own))
+            .flatten();
+        if let Err(error) = known {
+            thread.end();
+            return Err(error);
+        }
+        let thread = Arc::new(thread);
+        lanes.push(QueueLane {
+            queue,
+            number,
+            thread: Arc::clone(&thread),
+            lus: BTreeSet::from([lu]),
+        });
+        Ok(thread)
+    }
+
+    /// Waits until queue threads have let go of a LU; those that have none left end.
+    fn detach_beside(&self, lu: LuUuid) -> Result<(), ApiError> {
+        let threads: Vec<Arc<QueueThread>> = lock(&self.queues)
+            .iter()
+            .filter(|lane| lane.lus.contains(&lu))
+            .map(|lane| Arc::clone(&lane.thread))
+            .collect();
+        for thread in threads {
+            let counters = thread
+                .call_within(Some(DETACH_LIMIT), async move |queue: Rc<queue::Queue>| {
+                    queue.detach(lu).await
+                })?;
+            let served = Report {
+                lus: BTreeMap::from([(lu, counters)]),
+                ..Report::default()
+            };
+            lock(&self.past).add(&served);
+        }
+        let mut lanes = lock(&self.queues);
+        lanes.iter_mut().for_each(|lane| {
+            lane.lus.remove(&lu);
+        });
+        let (idle, busy) = std::mem::take(&mut *lanes)
+            .into_iter()
+            .partition(|lane: &QueueLane| lane.lus.is_empty());
+        *lanes = busy;
+        drop(lanes);
+        for QueueLane { number, thread, .. } in idle {
+            let report = thread.call(async |queue: Rc<queue::Queue>| queue.report())?;
+            self.owner()?
+                .call(async move |local: Rc<Local>| local.remove_reader(number))?;
+            lock(&self.past).add(&report);
+            Thread::end_when_last(thread);
+        }
+        Ok(())
+    }
+
+    /// What all queue threads did.
+    fn served_beside(&self) -> Result<Report, ApiError> {
+        let mut all = lock(&self.past).clone();
+        let threads: Vec<_> = {
+            let lanes = lock(&self.queues);
+            lanes.iter().map(|lane| Arc::clone(&lane.thread)).collect()
+        };
+        for thread in threads {
+            let report = thread.call(async |queue: Rc<queue::Queue>| queue.report())?;
+            all.add(&report);
+            all.problems.extend(report.problems);
+        }
+        Ok(all)
     }
 
     fn handle(&self, lu: LuUuid) -> Result<u16, ApiError> {
@@ -554,6 +738,7 @@ impl Group {
     }
 
     fn detach(&self, lu: LuUuid) -> Result<(), ApiError> {
+        self.detach_beside(lu)?;
         self.owner()?
             .call_within(Some(DETACH_LIMIT), async move |local: Rc<Local>| {
                 local.detach(lu).await
@@ -581,6 +766,7 @@ impl Group {
             lu,
             Path {
                 number: None,
+                queues: 0,
                 last: Some(number),
                 problem,
             },
@@ -620,21 +806,9 @@ impl Group {
         let owner = lock(&self.owner).take();
         if let Some(owner) = owner {
             // A status request may still look at it; it lets go soon.
-            drop_when_last(owner);
+            Thread::end_when_last(owner);
         }
         Ok(())
-    }
-}
-
-fn drop_when_last(mut owner: Arc<Owner>) {
-    loop {
-        match Arc::try_unwrap(owner) {
-            Ok(owner) => return owner.end(),
-            Err(shared) => {
-                owner = shared;
-                let _ = crossbeam::channel::after(Duration::from_millis(1)).recv();
-            }
-        }
     }
 }
 

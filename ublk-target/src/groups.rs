@@ -21,7 +21,7 @@ use crate::crew;
 use crate::events::Events;
 use crate::group::Group;
 use crate::member_file::MemberFile;
-use crate::owner::{Local, Owner};
+use crate::owner::{self, Local, Owner};
 
 /// Groups whose LUs go down at a time, each with several.
 const GROUPS_AT_ONCE: usize = 4;
@@ -267,7 +267,7 @@ impl Groups {
         let probe = match place.take() {
             Some(probe) => probe,
             None => Probing {
-                owner: Owner::spawn("probe", None, || Mapping::anonymous(PROBE_BYTES), |_| ())?,
+                owner: owner::spawn("probe", None, || Mapping::anonymous(PROBE_BYTES), |_| ())?,
                 stuck: 0,
             },
         };

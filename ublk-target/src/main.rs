@@ -15,14 +15,17 @@ mod control_helper;
 mod crew;
 mod events;
 mod executor;
+mod forward;
 mod group;
 mod groups;
 mod member_file;
 mod op;
 mod owner;
+mod queue;
 mod ring;
 mod sandbox;
 mod socket;
+mod thread;
 mod ublk;
 
 use std::error::Error;

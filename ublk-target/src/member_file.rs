@@ -1,4 +1,6 @@
-//! A member of a group: a block device or a file that mgmtd opened, on the owner's ring.
+//! A member of a group: a block device or a file that mgmtd opened, on the owner's ring and on those of queue threads.
+//!
+//! All rings have the same open file description: the kernel's exclusive hold of it ends with the last I/O of any.
 
 use std::cell::Cell;
 use std::fs::File;
@@ -9,6 +11,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 
 use lunar_engine::traits::{Buf, Disk, DiskError, DiskVerb, Piece};
@@ -52,20 +56,33 @@ pub(crate) enum MemberError {
     Ring(RingError),
 }
 
-/// An open member.
+/// What the rings of a member share.
+#[derive(Debug)]
+pub(crate) struct SharedFile {
+    file: OwnedFd,
+    shape: Shape,
+    cache: Cache,
+    /// How old the oldest I/O of each queue thread's ring was when it was looked at last.
+    ages: Mutex<Vec<Arc<AtomicU64>>>,
+}
+
+impl SharedFile {
+    fn ages(&self) -> std::sync::MutexGuard<'_, Vec<Arc<AtomicU64>>> {
+        self.ages.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// An open member on one ring.
 #[derive(Debug)]
 pub(crate) struct MemberFile {
     ring: Rc<Ring>,
     /// Closed after the registered copy, which drop() releases first.
-    _file: OwnedFd,
+    shared: Arc<SharedFile>,
     slot: u32,
     who: u32,
-    capacity: u64,
-    logical_block: u32,
-    dma_mask: u32,
-    cache: Rc<Cache>,
-    limit: Limit,
     abandoned: Cell<bool>,
+    /// On a queue thread: where the owner sees how old its oldest I/O is.
+    age: Option<Arc<AtomicU64>>,
 }
 
 /// What can be learned of a descriptor without a ring.
@@ -88,34 +105,74 @@ impl MemberFile {
             return Err(MemberError::Block(shape.logical_block));
         }
         let fd = OwnedFd::from(file);
-        let slot = ring.add_file(fd.as_fd()).map_err(MemberError::Ring)?;
+        let shared = Arc::new(SharedFile {
+            file: fd,
+            cache: Cache::new(shape.volatile_cache),
+            shape,
+            ages: Mutex::default(),
+        });
+        Self::register(ring, shared, None).map_err(MemberError::Ring)
+    }
+
+    /// Takes a member of the owner's on a queue thread's ring.
+    pub(crate) fn on(ring: &Rc<Ring>, shared: &Arc<SharedFile>) -> Result<Self, RingError> {
+        let age = Arc::new(AtomicU64::new(0));
+        let member = Self::register(ring, Arc::clone(shared), Some(Arc::clone(&age)))?;
+        shared.ages().push(age);
+        Ok(member)
+    }
+
+    fn register(
+        ring: &Rc<Ring>,
+        shared: Arc<SharedFile>,
+        age: Option<Arc<AtomicU64>>,
+    ) -> Result<Self, RingError> {
         Ok(Self {
             ring: Rc::clone(ring),
-            _file: fd,
-            slot,
+            slot: ring.add_file(shared.file.as_fd())?,
+            shared,
             who: ring.next_who(),
-            capacity: shape.capacity,
-            logical_block: shape.logical_block,
-            dma_mask: shape.dma_mask,
-            cache: Rc::new(Cache {
-                volatile: shape.volatile_cache,
-                written: Cell::new(0),
-                flushed: Cell::new(None),
-            }),
-            limit: shape.limit,
             abandoned: Cell::new(false),
+            age,
         })
+    }
+
+    /// What other rings need of it.
+    pub(crate) fn shared(&self) -> Arc<SharedFile> {
+        Arc::clone(&self.shared)
+    }
+
+    /// It is this member, on this ring.
+    pub(crate) fn is_of(&self, shared: &Arc<SharedFile>) -> bool {
+        Arc::ptr_eq(&self.shared, shared)
+    }
+
+    /// Tells the owner how old the oldest I/O on this ring is.
+    pub(crate) fn tell_age(&self) {
+        if let Some(age) = &self.age {
+            age.store(self.ring.oldest(self.who), Ordering::Relaxed);
+        }
+    }
+
+    /// Nothing on this ring is waited for by the owner.
+    pub(crate) fn forget_age(&self) {
+        if let Some(age) = &self.age {
+            age.store(0, Ordering::Relaxed);
+        }
     }
 
     /// Bits of a request's memory address that must be 0 for this member to take its pages as they are.
     pub(crate) fn dma_mask(&self) -> u32 {
-        self.dma_mask
+        self.shared.shape.dma_mask
     }
 }
 
 impl Drop for MemberFile {
     fn drop(&mut self) {
         self.ring.remove_file(self.slot);
+        if let Some(own) = &self.age {
+            self.shared.ages().retain(|age| !Arc::ptr_eq(age, own));
+        }
     }
 }
 
@@ -253,20 +310,35 @@ fn limit(device: u64) -> Limit {
 }
 
 /// What may be in the volatile cache of a member.
+///
+/// The owner counts its writes when they have ended: whoever waits for them hears of it later. The host may hear of a
+/// queue thread's write, answered by the kernel, and send a flush to the owner before that thread has seen the end: it
+/// is counted as begun before it is sent, and as long as it has not been seen to end, a flush is needed.
 #[derive(Debug)]
 struct Cache {
     volatile: bool,
-    /// Writes that have ended, failed ones too; counted before whoever waits for them hears of it.
-    written: Cell<u64>,
-    /// So many of them are durable; None: nothing was flushed yet, and a former process may have written.
-    flushed: Cell<Option<u64>>,
+    begun: AtomicU64,
+    /// Failed ones too.
+    ended: AtomicU64,
+    /// One more than the writes that are durable; 0: nothing was flushed yet, and a former process may have written.
+    flushed: AtomicU64,
 }
 
 impl Cache {
     /// A flush would change nothing. The kernel too sends none to a disk without a volatile cache, but each costs a
     /// worker thread of the ring.
     fn is_durable(&self) -> bool {
-        !self.volatile || self.flushed.get() == Some(self.written.get())
+        let begun = self.begun.load(Ordering::SeqCst);
+        !self.volatile || self.flushed.load(Ordering::SeqCst) == begun + 1
+    }
+
+    fn new(volatile: bool) -> Self {
+        Self {
+            volatile,
+            begun: AtomicU64::new(0),
+            ended: AtomicU64::new(0),
+            flushed: AtomicU64::new(0),
+        }
     }
 }
 
@@ -274,19 +346,27 @@ impl Cache {
 #[derive(Debug)]
 enum Note {
     None,
-    Write(Rc<Cache>),
+    /// Not counted as begun yet.
+    Write(Arc<SharedFile>),
+    BegunWrite(Arc<SharedFile>),
     /// It covers this many writes: those that had ended when it was started.
-    Flush(Rc<Cache>, u64),
+    Flush(Arc<SharedFile>, u64),
 }
 
 impl Note {
     fn ended(&self, ok: bool) {
         match self {
             Self::None => {}
-            Self::Write(cache) => cache.written.set(cache.written.get() + 1),
+            Self::Write(file) => {
+                file.cache.begun.fetch_add(1, Ordering::SeqCst);
+                file.cache.ended.fetch_add(1, Ordering::SeqCst);
+            }
+            Self::BegunWrite(file) => {
+                file.cache.ended.fetch_add(1, Ordering::SeqCst);
+            }
             // Of two at once the later may end first.
-            Self::Flush(cache, covered) if ok => {
-                cache.flushed.set(cache.flushed.get().max(Some(*covered)));
+            Self::Flush(file, covered) if ok => {
+                file.cache.flushed.fetch_max(*covered + 1, Ordering::SeqCst);
             }
             Self::Flush(..) => {}
         }
@@ -334,13 +414,23 @@ impl Disk for MemberFile {
         if self.abandoned.get() {
             return MemberIo(Kind::Refused);
         }
-        let written = self.cache.written.get();
+        let cache = &self.shared.cache;
         let note = match verb {
-            DiskVerb::Flush if self.cache.is_durable() => return MemberIo(Kind::Nothing),
-            DiskVerb::Flush => Note::Flush(Rc::clone(&self.cache), written),
+            DiskVerb::Flush if cache.is_durable() => return MemberIo(Kind::Nothing),
+            DiskVerb::Flush => {
+                Note::Flush(Arc::clone(&self.shared), cache.ended.load(Ordering::SeqCst))
+            }
             DiskVerb::Read => Note::None,
+            // Without a volatile cache nobody asks.
+            _ if !cache.volatile => Note::None,
+            DiskVerb::Write { .. } | DiskVerb::Discard | DiskVerb::WriteZeroes
+                if self.age.is_some() =>
+            {
+                cache.begun.fetch_add(1, Ordering::SeqCst);
+                Note::BegunWrite(Arc::clone(&self.shared))
+            }
             DiskVerb::Write { .. } | DiskVerb::Discard | DiskVerb::WriteZeroes => {
-                Note::Write(Rc::clone(&self.cache))
+                Note::Write(Arc::clone(&self.shared))
             }
         };
         let act = match verb {
@@ -374,18 +464,20 @@ impl Disk for MemberFile {
             lease,
         };
         let handle = match buf {
-            Buf::Answer(id) if len <= self.limit => self.ring.start_answering(id, spec, vectors),
-            _ => self.ring.start_in_parts(self.limit, spec, vectors),
+            Buf::Answer(id) if len <= self.shared.shape.limit => {
+                self.ring.start_answering(id, spec, vectors)
+            }
+            _ => (self.ring).start_in_parts(self.shared.shape.limit, spec, vectors),
         };
         MemberIo(Kind::Running(handle, note))
     }
 
     fn capacity(&self) -> u64 {
-        self.capacity
+        self.shared.shape.capacity
     }
 
     fn logical_block(&self) -> u32 {
-        self.logical_block
+        self.shared.shape.logical_block
     }
 
     fn abandon(&self) {
@@ -394,11 +486,13 @@ impl Disk for MemberFile {
     }
 
     fn oldest(&self) -> u64 {
-        self.ring.oldest(self.who)
+        let ages = self.shared.ages();
+        let theirs = ages.iter().map(|age| age.load(Ordering::Relaxed)).max();
+        self.ring.oldest(self.who).max(theirs.unwrap_or(0))
     }
 
     fn has_volatile_cache(&self) -> bool {
-        self.cache.volatile
+        self.shared.cache.volatile
     }
 }
 
@@ -406,27 +500,59 @@ impl Disk for MemberFile {
 mod tests {
     use super::*;
 
+    fn cached() -> Arc<SharedFile> {
+        Arc::new(SharedFile {
+            file: File::open("/dev/null").unwrap().into(),
+            shape: Shape {
+                capacity: 0,
+                logical_block: 512,
+                dma_mask: 0,
+                volatile_cache: true,
+                limit: 0,
+            },
+            cache: Cache::new(true),
+            ages: Mutex::default(),
+        })
+    }
+
+    fn flush(file: &Arc<SharedFile>) -> Note {
+        Note::Flush(Arc::clone(file), file.cache.ended.load(Ordering::SeqCst))
+    }
+
     #[test]
     fn flush_is_needed_after_writes_that_it_did_not_see() {
-        let cache = Rc::new(Cache {
-            volatile: true,
-            written: Cell::new(0),
-            flushed: Cell::new(None),
-        });
-        let write = Note::Write(Rc::clone(&cache));
-        let flush = || Note::Flush(Rc::clone(&cache), cache.written.get());
-        assert!(!cache.is_durable(), "a former process may have written");
-        flush().ended(true);
-        assert!(cache.is_durable());
-        let early = flush();
+        let file = cached();
+        let write = Note::Write(Arc::clone(&file));
+        assert!(
+            !file.cache.is_durable(),
+            "a former process may have written"
+        );
+        flush(&file).ended(true);
+        assert!(file.cache.is_durable());
+        let early = flush(&file);
         write.ended(true);
         early.ended(true);
-        assert!(!cache.is_durable(), "it ended after the flush began");
-        let (older, newer) = (flush(), flush());
+        assert!(!file.cache.is_durable(), "it ended after the flush began");
+        let (older, newer) = (flush(&file), flush(&file));
         newer.ended(true);
         older.ended(false);
-        assert!(cache.is_durable());
+        assert!(file.cache.is_durable());
         write.ended(false);
-        assert!(!cache.is_durable(), "a write that failed may be there");
+        assert!(!file.cache.is_durable(), "a write that failed may be there");
+    }
+
+    #[test]
+    fn flush_is_needed_for_a_queue_threads_write_that_it_has_not_seen_the_end_of() {
+        let file = cached();
+        flush(&file).ended(true);
+        file.cache.begun.fetch_add(1, Ordering::SeqCst);
+        let write = Note::BegunWrite(Arc::clone(&file));
+        assert!(!file.cache.is_durable());
+        let early = flush(&file);
+        write.ended(true);
+        early.ended(true);
+        assert!(!file.cache.is_durable());
+        flush(&file).ended(true);
+        assert!(file.cache.is_durable());
     }
 }

@@ -6,7 +6,7 @@
 use std::task::Waker;
 
 use arrayvec::ArrayVec;
-use io_uring::types::{Fixed, FsyncFlags};
+use io_uring::types::{Fd, Fixed, FsyncFlags};
 use io_uring::{opcode, squeue};
 use lunar_engine::pool::Lease;
 use lunar_engine::traits::{DiskError, PIECES_MAX};
@@ -15,6 +15,8 @@ use lunar_engine::traits::{DiskError, PIECES_MAX};
 const CHUNK: usize = 256;
 /// POLLIN.
 const READABLE: u32 = 1;
+/// A generation is half of a completion's number, of which the highest bit tells messages.
+const GENERATION_MAX: u32 = u32::MAX >> 1;
 /// How often an operation is sent again that the kernel asks to repeat.
 const RETRIES_MAX: u8 = 64;
 
@@ -33,6 +35,12 @@ pub(crate) enum Act {
     },
     /// Until the file is readable.
     Poll,
+    /// A message to another ring of this process.
+    Message {
+        ring: i32,
+        data: u64,
+        value: i32,
+    },
     /// A command of a character device; `addr` goes beside it.
     Command {
         op: u32,
@@ -239,6 +247,9 @@ impl Op {
                 .mode(mode)
                 .build(),
             Act::Poll => opcode::PollAdd::new(fd, READABLE).build(),
+            Act::Message { ring, data, value } => {
+                opcode::MsgRingData::new(Fd(ring), value, data, None).build()
+            }
             Act::Command { op, bytes, addr } => opcode::UringCmd16::new(fd, op)
                 .cmd(bytes)
                 .addr(Some(addr))
@@ -320,7 +331,10 @@ impl Op {
 
     /// Takes the kernel's answer: the outcome, or None when there is more to do.
     pub(crate) fn advance(&mut self, result: i32) -> Option<Result<i32, DiskError>> {
-        if matches!(self.act, Act::Command { .. } | Act::Poll) {
+        if matches!(
+            self.act,
+            Act::Command { .. } | Act::Message { .. } | Act::Poll
+        ) {
             return Some(Ok(result));
         }
         if result == -libc::EINTR || result == -libc::EAGAIN {
@@ -441,7 +455,8 @@ impl Slab {
     pub(crate) fn remove(&mut self, index: u32) {
         let op = self.get(index);
         debug_assert!(op.lease.is_none(), "the lease is the caller's to drop");
-        op.generation = op.generation.wrapping_add(1);
+        // The highest bit is that of messages.
+        op.generation = op.generation.wrapping_add(1) & GENERATION_MAX;
         op.state = State::Free;
         op.waker = None;
         self.free.push(index);

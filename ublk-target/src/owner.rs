@@ -1,41 +1,38 @@
 //! An owner thread: ring, executor, private memory, at most one RAID group and the devices of its LUs.
 //!
-//! Everything in [`Local`] is plain data of that thread. Others ask by closures over a channel, which an
-//! eventfd in the ring announces. The thread ends when it is told so, or when its group could not start.
+//! Everything in [`Local`] is plain data of that thread. The thread ends when it is told so, or when its group could
+//! not start. Beside it there may be queue threads, which serve by pictures of the group that it hands them.
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
 use std::future::Future;
-use std::io::{self, Read};
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::Read;
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::thread::JoinHandle;
-use std::time::Duration;
+use std::sync::atomic::AtomicU64;
 
-use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
 use lunar_api::target::TargetEvent;
-use lunar_api::{ApiError, ErrorKind, GroupUuid, LuUuid};
+use lunar_api::{ApiError, GroupUuid, LuUuid};
 use lunar_engine::pool::Pool;
 use lunar_engine::raid_group::{Errno, RaidGroup, WORKERS};
-use lunar_engine::traits::{Clock, Env, HostRequest, MILLISECOND};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use lunar_engine::traits::{Clock, Env, MILLISECOND};
 
-use crate::allocations;
-use crate::breadcrumb::{self, Crumb};
+use crate::breadcrumb::Crumb;
 use crate::buffers::Mapping;
 use crate::clock::{RingClock, Timers};
 use crate::executor::Executor;
+use crate::forward::{Places, Receiver};
 use crate::member_file::{MemberFile, POOL_BUFFER};
-use crate::op::{Act, Place, Spec};
-use crate::ring::Ring;
+use crate::queue::Queue;
+use crate::ring::{Address, Ring};
 use crate::sandbox;
-use crate::ublk::device::{Device, Devices, Shape, UblkFront};
+use crate::thread::{Door, Lane, Thread, failed, gone};
+use crate::ublk::attached::Attached;
+use crate::ublk::device::{Shape, UblkFront};
 
-/// Stack of an owner thread: futures live on the heap, engine calls are shallow; it is locked memory.
-const STACK_BYTES: usize = 512 << 10;
 /// How often the group is asked what happened.
 const EVENTS_NS: u64 = 200 * MILLISECOND;
 
@@ -55,13 +52,15 @@ pub(crate) struct Local {
     pub(crate) executor: Rc<Executor>,
     pub(crate) pool: Rc<Pool>,
     pub(crate) clock: RingClock,
-    pub(crate) devices: Rc<Devices>,
+    pub(crate) attached: Rc<Attached>,
     crumb: Option<Crumb>,
     /// Of all members that were opened: what every one takes.
     pub(crate) dma_mask: Cell<u32>,
-    served: RefCell<BTreeMap<LuUuid, Rc<Device>>>,
-    /// Devices that somebody else stopped, and how.
-    lost: RefCell<BTreeMap<LuUuid, String>>,
+    /// Ends of the lines that queue threads forward requests on.
+    lines: RefCell<BTreeMap<LuUuid, Vec<Rc<Receiver>>>>,
+    readers: RefCell<Vec<Reader>>,
+    /// The way to this thread, for queue threads.
+    door: OnceCell<Door<Self>>,
     group: OnceCell<Rc<RaidGroup<World>>>,
     /// Workers and background tasks that run.
     running: Cell<usize>,
@@ -72,151 +71,55 @@ impl fmt::Debug for Local {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Local")
             .field("ring", &self.ring)
-            .field("devices", &self.served.borrow().len())
+            .field("attached", &self.attached)
             .finish_non_exhaustive()
     }
 }
 
-type Job = Box<dyn FnOnce(&Rc<Local>) + Send>;
-
 /// The handle that other threads have.
-pub(crate) struct Owner {
-    jobs: Sender<Job>,
-    bell: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
+pub(crate) type Owner = Thread<Local>;
+
+/// Starts an owner thread over a memory that `memory` makes on it; `events` gets what happens in its group. A crash of
+/// the thread names `group`.
+pub(crate) fn spawn(
+    name: &str,
+    group: Option<GroupUuid>,
+    memory: impl FnOnce() -> Result<Mapping, crate::buffers::BufferError> + Send + 'static,
+    events: impl Fn(Vec<TargetEvent>) + Send + 'static,
+) -> Result<Owner, ApiError> {
+    Thread::spawn(name, group, |crumb| {
+        let local = Local::new(memory, crumb)?;
+        local.executor.spawn(pass_events(Rc::clone(&local), events));
+        Ok(local)
+    })
 }
 
-impl fmt::Debug for Owner {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Owner").finish_non_exhaustive()
+impl Lane for Local {
+    fn ring(&self) -> &Rc<Ring> {
+        &self.ring
+    }
+
+    fn executor(&self) -> &Rc<Executor> {
+        &self.executor
+    }
+
+    fn end(&self) {
+        self.ending.set(true);
+    }
+
+    fn is_over(&self) -> bool {
+        self.ending.get() && self.running.get() == 0
     }
 }
 
-fn failed(what: &str, error: &dyn std::error::Error) -> ApiError {
-    crate::control::api_error(ErrorKind::Failed, what, error)
-}
-
-fn gone() -> ApiError {
-    ApiError::new(ErrorKind::NoService, "the group's thread has ended")
-}
-
-impl Owner {
-    /// Starts a thread over a memory that `memory` makes on it; `events` gets what happens in its group. A crash of
-    /// the thread names `group`.
-    pub(crate) fn spawn(
-        name: &str,
-        group: Option<GroupUuid>,
-        memory: impl FnOnce() -> Result<Mapping, crate::buffers::BufferError> + Send + 'static,
-        events: impl Fn(Vec<TargetEvent>) + Send + 'static,
-    ) -> Result<Self, ApiError> {
-        let (jobs, received) = unbounded::<Job>();
-        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        let bell = EventFd::from_value_and_flags(0, flags)
-            .map_err(|e| failed("a thread cannot be started", &io::Error::from(e)))?;
-        let bell = Arc::new(bell);
-        let (started, wait) = bounded(1);
-        let rung = Arc::clone(&bell);
-        let thread = std::thread::Builder::new()
-            .name(name.into())
-            .stack_size(STACK_BYTES)
-            .spawn(move || {
-                let crumb = group.and_then(breadcrumb::claim);
-                match Local::new(memory, crumb) {
-                    Ok(local) => {
-                        let _ = started.send(Ok(()));
-                        run(&local, received, rung, events);
-                    }
-                    Err(error) => {
-                        let _ = started.send(Err(error));
-                    }
-                }
-                if let Some(crumb) = crumb {
-                    crumb.release();
-                }
-            })
-            .map_err(|e| failed("a thread cannot be started", &e))?;
-        wait.recv().unwrap_or_else(|_| Err(gone()))?;
-        Ok(Self {
-            jobs,
-            bell,
-            thread: Some(thread),
-        })
-    }
-
-    /// Runs `ask` on the thread and waits for what it answers.
-    pub(crate) fn call<T, F>(
-        &self,
-        ask: impl FnOnce(Rc<Local>) -> F + Send + 'static,
-    ) -> Result<T, ApiError>
-    where
-        T: Send + 'static,
-        F: Future<Output = T> + 'static,
-    {
-        self.call_within(None, ask)
-    }
-
-    /// As [`Owner::call`], for at most `limit`; what was asked goes on.
-    pub(crate) fn call_within<T, F>(
-        &self,
-        limit: Option<Duration>,
-        ask: impl FnOnce(Rc<Local>) -> F + Send + 'static,
-    ) -> Result<T, ApiError>
-    where
-        T: Send + 'static,
-        F: Future<Output = T> + 'static,
-    {
-        let answer = self.ask(ask)?;
-        match limit {
-            None => answer.recv().map_err(|_| gone()),
-            Some(limit) => answer.recv_timeout(limit).map_err(|_| {
-                ApiError::new(
-                    ErrorKind::Failed,
-                    "the group's thread did not answer in time",
-                )
-            }),
-        }
-    }
-
-    /// Runs `ask` on the thread; what it answers comes by the channel.
-    pub(crate) fn ask<T, F>(
-        &self,
-        ask: impl FnOnce(Rc<Local>) -> F + Send + 'static,
-    ) -> Result<Receiver<T>, ApiError>
-    where
-        T: Send + 'static,
-        F: Future<Output = T> + 'static,
-    {
-        let (to, answer) = bounded(1);
-        self.send(Box::new(move |local| {
-            let future = ask(Rc::clone(local));
-            local.executor.spawn(async move {
-                let _ = to.send(future.await);
-            });
-        }))?;
-        Ok(answer)
-    }
-
-    fn send(&self, job: Job) -> Result<(), ApiError> {
-        self.jobs.send(job).map_err(|_| gone())?;
-        self.bell
-            .write(1)
-            .map_err(|e| failed("the thread cannot be rung", &io::Error::from(e)))?;
-        Ok(())
-    }
-
-    /// Lets the thread end once everything counted has ended, without waiting for that.
-    pub(crate) fn leave(mut self) {
-        drop(self.thread.take());
-        let _ = self.send(Box::new(|local| local.ending.set(true)));
-    }
-
-    /// Ends the thread; its members and devices are closed when this returns.
-    pub(crate) fn end(mut self) {
-        let _ = self.call(async |local: Rc<Local>| local.ending.set(true));
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
+/// A queue thread that looks at pictures of the group.
+#[derive(Debug)]
+struct Reader {
+    number: u64,
+    door: Door<Queue>,
+    /// The picture that it looks at; 0: none.
+    version: u64,
+    requests: Arc<AtomicU64>,
 }
 
 impl Local {
@@ -231,16 +134,18 @@ impl Local {
         let memory = memory().map_err(|e| failed(WHAT, &e))?;
         ring.add_memory(POOL_BUFFER, &memory)
             .map_err(|e| failed(WHAT, &e))?;
+        let executor = Executor::new();
         Ok(Rc::new(Self {
+            attached: Attached::new(&ring, &executor),
             ring,
-            executor: Executor::new(),
+            executor,
             pool: Pool::new(Box::new(memory)),
             clock: RingClock(timers),
-            devices: Rc::default(),
             crumb,
             dma_mask: Cell::new(0),
-            served: RefCell::default(),
-            lost: RefCell::default(),
+            lines: RefCell::default(),
+            readers: RefCell::default(),
+            door: OnceCell::new(),
             group: OnceCell::new(),
             running: Cell::new(0),
             ending: Cell::new(false),
@@ -256,7 +161,7 @@ impl Local {
     pub(crate) fn front(&self) -> UblkFront {
         UblkFront {
             ring: Rc::clone(&self.ring),
-            devices: Rc::clone(&self.devices),
+            devices: Rc::clone(&self.attached.devices),
         }
     }
 
@@ -283,6 +188,7 @@ impl Local {
         let watch = self.until_ended(Rc::clone(&group).watch());
         self.executor.spawn(watch);
         assert!(self.group.set(group).is_ok(), "one group a thread");
+        self.executor.spawn(Rc::clone(self).show_views());
     }
 
     /// Has the thread wait for the end of a task of the group.
@@ -302,132 +208,151 @@ impl Local {
         done
     }
 
-    /// Serves a device as LU `handle`: fetches every tag.
+    /// Serves a queue of a device as LU `handle`: fetches every tag.
     pub(crate) fn attach(
-        self: &Rc<Self>,
+        &self,
         lu: LuUuid,
         handle: u16,
-        file: OwnedFd,
+        file: Arc<OwnedFd>,
         shape: Shape,
+        queue: u16,
     ) -> Result<(), ApiError> {
         let group = Rc::clone(self.group()?);
         let crumb = self.crumb;
-        self.attach_with(lu, file, shape, async move |request| {
+        let serve = async move |request| {
             if let Some(crumb) = crumb {
                 crumb.note(handle, &request);
             }
             group.serve(handle, request).await
-        })
+        };
+        self.attached.attach(lu, file, shape, queue, serve)
     }
 
-    /// Serves a device by answering EIO to everything.
+    /// Serves a queue of a device by answering EIO to everything.
     pub(crate) fn attach_refusing(
-        self: &Rc<Self>,
+        &self,
         lu: LuUuid,
-        file: OwnedFd,
+        file: Arc<OwnedFd>,
         shape: Shape,
+        queue: u16,
     ) -> Result<(), ApiError> {
-        self.attach_with(lu, file, shape, async |_| Err(Errno(libc::EIO)))
+        let refuse = async |_| Err(Errno(libc::EIO));
+        self.attached.attach(lu, file, shape, queue, refuse)
     }
 
-    fn attach_with(
-        self: &Rc<Self>,
-        lu: LuUuid,
-        file: OwnedFd,
-        shape: Shape,
-        serve: impl AsyncFn(HostRequest) -> Result<(), Errno> + 'static,
+    /// Serves what a queue thread forwards to LU `handle`; answers where it sends to.
+    pub(crate) fn open_line(
+        &self,
+        (lu, handle): (LuUuid, u16),
+        (file, shape, queue): (Arc<OwnedFd>, Shape, u16),
+        (to, places): (Address, &Arc<Places>),
+    ) -> Result<Address, ApiError> {
+        let group = Rc::clone(self.group()?);
+        let crumb = self.crumb;
+        let devices = &self.attached.devices;
+        let line = Receiver::new(&self.ring, devices, file, queue, shape.depth)?;
+        let serve = async move |request, failed| {
+            if let Some(crumb) = crumb {
+                crumb.note(handle, &request);
+            }
+            group.serve_after(handle, request, failed).await
+        };
+        line.serve(&self.executor, to, places, shape.depth, serve);
+        let address = line.address();
+        self.lines.borrow_mut().entry(lu).or_default().push(line);
+        Ok(address)
+    }
+
+    /// Waits until the kernel has taken back every tag of a LU's queues here, and lets go of it. Queue threads have
+    /// let go of it before.
+    pub(crate) async fn detach(&self, lu: LuUuid) {
+        self.attached.detach(lu).await;
+        let lines = self.lines.borrow_mut().remove(&lu);
+        lines.iter().flatten().for_each(|line| line.close());
+    }
+
+    /// From now on a queue thread is shown every picture of the group, and waited for.
+    pub(crate) fn add_reader(
+        &self,
+        number: u64,
+        door: Door<Queue>,
+        requests: Arc<AtomicU64>,
+        own: &Door<Self>,
     ) -> Result<(), ApiError> {
-        let device = Device::new(&self.ring, &self.devices, file, shape)
-            .map_err(|e| failed("the device cannot be served", &e))?;
-        let serve = Rc::new(serve);
-        for tag in 0..shape.depth {
-            let (device, serve) = (Rc::clone(&device), Rc::clone(&serve));
-            self.executor.spawn_serving(async move {
-                device.serve_tag(tag, |request| serve(request)).await;
-            });
-        }
-        self.executor
-            .spawn(Rc::clone(self).notice_end(lu, Rc::clone(&device)));
-        self.lost.borrow_mut().remove(&lu);
-        self.served.borrow_mut().insert(lu, device);
+        self.group()?.follow(Arc::clone(&requests));
+        self.readers.borrow_mut().push(Reader {
+            number,
+            door,
+            version: 0,
+            requests,
+        });
+        self.door.get_or_init(|| own.clone());
+        self.confirm();
+        self.show_view();
         Ok(())
     }
 
-    /// Lets go of a device that somebody else stopped: whoever deletes it waits for that.
-    async fn notice_end(self: Rc<Self>, lu: LuUuid, device: Rc<Device>) {
-        device.end().await;
-        let mut served = self.served.borrow_mut();
-        // Not there, or another: it is being detached.
-        if served.get(&lu).is_some_and(|now| Rc::ptr_eq(now, &device)) {
-            served.remove(&lu);
-            let problem = device.problem();
-            // Usual before a detach; otherwise status names the problem.
-            tracing::info!(%lu, number = device.shape.number, "the kernel device of a LU has ended");
-            self.lost.borrow_mut().insert(lu, problem);
-        }
-    }
-
-    /// Waits until the kernel has taken back every tag of a LU's device, and lets go of it.
-    pub(crate) async fn detach(&self, lu: LuUuid) {
-        let device = self.served.borrow_mut().remove(&lu);
-        if let Some(device) = device {
-            device.end().await;
-        }
-        self.lost.borrow_mut().remove(&lu);
-    }
-
-    /// What is wrong with the devices of LUs; nothing is said of those that are well.
-    pub(crate) fn problems(&self) -> BTreeMap<LuUuid, String> {
-        let mut problems = self.lost.borrow().clone();
-        for (lu, device) in self.served.borrow().iter() {
-            problems.insert(*lu, device.problem());
-        }
-        problems
-    }
-}
-
-fn run(
-    local: &Rc<Local>,
-    jobs: Receiver<Job>,
-    bell: Arc<EventFd>,
-    events: impl Fn(Vec<TargetEvent>) + 'static,
-) {
-    match local.ring.add_file(bell.as_fd()) {
-        Ok(file) => local
-            .executor
-            .spawn(take_jobs(Rc::clone(local), jobs, bell, file)),
-        Err(error) => {
-            tracing::error!(%error, "a thread that nobody can ask");
+    /// A queue thread has ended.
+    pub(crate) fn remove_reader(&self, number: u64) {
+        let mut readers = self.readers.borrow_mut();
+        let Some(at) = readers.iter().position(|reader| reader.number == number) else {
             return;
-        }
-    }
-    local.executor.spawn(pass_events(Rc::clone(local), events));
-    loop {
-        local.executor.run_ready();
-        if local.ending.get() && local.running.get() == 0 {
-            break;
-        }
-        allocations::counted(true, || local.ring.turn(&local.executor));
-    }
-    local.executor.clear();
-}
-
-async fn take_jobs(local: Rc<Local>, jobs: Receiver<Job>, bell: Arc<EventFd>, file: u32) {
-    loop {
-        let spec = Spec {
-            who: 0,
-            file,
-            act: Act::Poll,
-            at: 0,
-            len: 0,
-            place: Place::None,
-            lease: None,
         };
-        let _ = local.ring.start(spec, std::iter::empty()).await;
-        // Nonblocking: it may have been read with the last one.
-        let _ = bell.read();
-        while let Ok(job) = jobs.try_recv() {
-            job(&local);
+        let reader = readers.remove(at);
+        drop(readers);
+        if let Some(group) = self.group.get() {
+            group.unfollow(&reader.requests);
+        }
+        self.confirm();
+    }
+
+    /// A queue thread looks at a picture.
+    pub(crate) fn view_confirmed(&self, number: u64, version: u64) {
+        let mut readers = self.readers.borrow_mut();
+        if let Some(reader) = readers.iter_mut().find(|reader| reader.number == number) {
+            reader.version = version;
+        }
+        drop(readers);
+        self.confirm();
+    }
+
+    fn confirm(&self) {
+        let readers = self.readers.borrow();
+        let version = readers.iter().map(|reader| reader.version).min();
+        if let Some(group) = self.group.get() {
+            group.view_confirmed(version.unwrap_or(u64::MAX));
+        }
+    }
+
+    /// Shows the present picture to every queue thread; answers its version.
+    fn show_view(&self) -> u64 {
+        let Some(group) = self.group.get() else {
+            return 0;
+        };
+        let (view, disks) = group.view();
+        let version = view.version;
+        let Some(own) = self.door.get() else {
+            return version;
+        };
+        let view = Arc::new(view);
+        let share = |disk: &Option<Rc<MemberFile>>| disk.as_ref().map(|disk| disk.shared());
+        let files: Arc<[_]> = disks.iter().map(share).collect();
+        for reader in &*self.readers.borrow() {
+            let (view, files) = (Arc::clone(&view), Arc::clone(&files));
+            let (number, own) = (reader.number, own.clone());
+            // One that has ended is removed soon.
+            let _ = reader
+                .door
+                .send(move |queue| queue.load(number, &view, &files, &own));
+        }
+        version
+    }
+
+    async fn show_views(self: Rc<Self>) {
+        let mut shown = 0;
+        while let Some(group) = self.group.get() {
+            group.view_after(shown).await;
+            shown = self.show_view();
         }
     }
 }

@@ -1,7 +1,8 @@
 //! Everything about ublk: what the kernel can do, how a device is described, and the control command itself.
 //!
-//! [`device`] serves a device's tags on an owner's ring, [`lifecycle`] brings devices up and down.
+//! [`device`] serves the tags of a device's queue on a ring, [`attached`] keeps those of a thread, [`lifecycle`] brings devices up and down.
 
+pub(crate) mod attached;
 pub(crate) mod device;
 pub(crate) mod lifecycle;
 

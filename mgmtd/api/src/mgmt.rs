@@ -175,6 +175,16 @@ requests! {
         size: Option<LuSize>,
         /// Requests in flight; none: 128.
         depth: Option<u16>,
+        /// Queues of its device; none: 1.
+        queues: Option<u16>,
+        dry_run: bool,
+        yes: bool,
+    }
+    /// Changes how a LU is served.
+    LuSet {
+        lu: String,
+        /// Queues of its device.
+        queues: Option<u16>,
         dry_run: bool,
         yes: bool,
     }
@@ -267,6 +277,9 @@ pub enum Request {
     /// Renames a LU. Answer: `Changed`.
     #[serde(rename = "io.lunar.LuRename")]
     LuRename(Rename),
+    /// Changes how a LU is served. Answer: `Changed`.
+    #[serde(rename = "io.lunar.LuSet")]
+    LuSet(LuSet),
     /// Deletes LUs. Answer: `Changed`.
     #[serde(rename = "io.lunar.LuDelete")]
     LuDelete(LuEnd),
@@ -304,6 +317,7 @@ pub const VERBS: &[(&str, bool)] = &[
     ("io.lunar.LuShow", false),
     ("io.lunar.LuCreate", true),
     ("io.lunar.LuRename", true),
+    ("io.lunar.LuSet", true),
     ("io.lunar.LuDelete", true),
     ("io.lunar.PathList", false),
     ("io.lunar.Shutdown", true),

@@ -265,6 +265,9 @@ rows! {
         uuid: LuUuid,
         group_name: String,
         depth: u16,
+        /// Queues that its device is to have, and those that the kernel made: no more than there are CPUs.
+        queues: u16,
+        queues_served: u16,
         /// Why it is not up or answers errors; empty when all is well.
         problem: String,
         /// Who holds its device now.

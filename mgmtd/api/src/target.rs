@@ -181,6 +181,14 @@ pub enum TargetRequest {
         name: String,
         size: LuSize,
         depth: u16,
+        /// Queues of its device.
+        queues: u16,
+    },
+    /// Gives a LU another number of queues: its device is made anew if nobody holds it (else `Busy`). Answer: `Lu`.
+    LuSet {
+        group: GroupUuid,
+        lu: LuUuid,
+        queues: u16,
     },
     /// Stops the device if nobody holds it (else `Busy`), then forgets the LU. Answer: `Done`.
     LuDelete { group: GroupUuid, lu: LuUuid },
@@ -489,11 +497,54 @@ pub struct LuStatus {
     /// Bytes.
     pub capacity: u64,
     pub depth: u16,
+    /// Queues that it is to have.
+    pub queues: u16,
+    /// Queues that the kernel made: no more than there are CPUs; 0 when it is not up.
+    pub queues_served: u16,
     /// Number N of /dev/ublkbN, when the device is up.
     pub ublk: Option<u32>,
     /// Why it is not up, or answers errors; empty when all is well.
     pub problem: String,
     pub counters: LuCounters,
+}
+
+impl std::ops::AddAssign for LuCounters {
+    fn add_assign(&mut self, more: Self) {
+        let Self {
+            reads,
+            writes,
+            flushes,
+            discards,
+            read_bytes,
+            write_bytes,
+            errors,
+            zero_copy,
+            user_copy,
+            bounced,
+            range_lock_waits,
+            full_stripe_writes,
+            reconstruct_writes,
+            read_modify_writes,
+            degraded_reads,
+            merged,
+        } = more;
+        self.reads += reads;
+        self.writes += writes;
+        self.flushes += flushes;
+        self.discards += discards;
+        self.read_bytes += read_bytes;
+        self.write_bytes += write_bytes;
+        self.errors += errors;
+        self.zero_copy += zero_copy;
+        self.user_copy += user_copy;
+        self.bounced += bounced;
+        self.range_lock_waits += range_lock_waits;
+        self.full_stripe_writes += full_stripe_writes;
+        self.reconstruct_writes += reconstruct_writes;
+        self.read_modify_writes += read_modify_writes;
+        self.degraded_reads += degraded_reads;
+        self.merged += merged;
+    }
 }
 
 /// Counted per LU since its device came up.

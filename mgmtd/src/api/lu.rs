@@ -1,6 +1,6 @@
 //! `lu`: logical units.
 
-use lunar_api::mgmt::{LuCreate, LuEnd, Rename};
+use lunar_api::mgmt::{LuCreate, LuEnd, LuSet, Rename};
 use lunar_api::rows::{Changed, LuList, LuOne};
 use lunar_api::target::{LuSize, LuStatus, TargetAnswer, TargetRequest};
 use lunar_api::units::format_size;
@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use super::{last_view, name_openers, view};
 use crate::daemon::{About, Daemon};
-use crate::limits::{DEPTH, DEPTH_MAX};
+use crate::limits::{DEPTH, DEPTH_MAX, QUEUES_MAX};
 use crate::link::unexpected;
 use crate::names::{check_name, expand};
 use crate::planner::{Gate, Plan};
@@ -45,7 +45,7 @@ pub async fn show(daemon: &Daemon, name: &str) -> Result<LuOne, ApiError> {
 
 /// Answers `LuCreate`.
 ///
-/// # Errors  `Usage` for a size or depth out of range
+/// # Errors  `Usage` for a size, depth or number of queues out of range
 pub async fn create(daemon: &Daemon, ask: LuCreate) -> Result<Changed, ApiError> {
     let _turn = daemon.turn().await?;
     check_name(&ask.name)?;
@@ -61,6 +61,8 @@ pub async fn create(daemon: &Daemon, ask: LuCreate) -> Result<Changed, ApiError>
     };
     let group = live.group;
     let depth = ask.depth.unwrap_or(DEPTH);
+    let queues = ask.queues.unwrap_or(1);
+    check_queues(queues)?;
     let Some(size) = ask.size else {
         return usage(
             "--size is missing".into(),
@@ -110,6 +112,7 @@ pub async fn create(daemon: &Daemon, ask: LuCreate) -> Result<Changed, ApiError>
         name,
         size,
         depth,
+        queues,
     };
     let status = lu_answer(daemon.ask(&request, Vec::new()).await?)?;
     let device = status
@@ -218,6 +221,58 @@ pub async fn rename(daemon: &Daemon, ask: Rename) -> Result<Changed, ApiError> {
     Ok(answer)
 }
 
+/// Answers `LuSet`.
+///
+/// # Errors  `Busy` with who holds it: its device is made anew
+pub async fn set(daemon: &Daemon, ask: LuSet) -> Result<Changed, ApiError> {
+    let _turn = daemon.turn().await?;
+    let view = view(daemon).await;
+    let save = view.find_lu(&ask.lu)?;
+    let row = view.lu_row(save);
+    let Some(queues) = ask.queues else {
+        return Err(ApiError::new(ErrorKind::Usage, "nothing to set is named").hint("--queues 2"));
+    };
+    check_queues(queues)?;
+    let Some(live) = view.lu_live(save) else {
+        let what = format!("the group of LU {} is not started", row.name);
+        return Err(ApiError::new(ErrorKind::NoService, what).hint("lunar status"));
+    };
+    let ublk = live.ublk;
+    let text = format!("LU {} has {queues} queues", row.name);
+    let plan = if live.queues == queues {
+        Plan::unchanged(text.clone())
+    } else {
+        check_unused(&view, save, "changed", &holders::Look::now())?;
+        let step = format!(
+            "make the device of LU {} anew, of {queues} queues",
+            row.name
+        );
+        Plan::step(step)
+    };
+    if let Gate::Answer(mut answer) = plan.gate(ask.dry_run, ask.yes)? {
+        answer.lu = Some(row);
+        return Ok(*answer);
+    }
+    let (group, lu) = (save.group, save.uuid);
+    let request = TargetRequest::LuSet { group, lu, queues };
+    let ublks: Vec<u32> = ublk.into_iter().collect();
+    let answer = daemon.ask(&request, Vec::new()).await;
+    let status = lu_answer(answer.map_err(|e| name_openers(e, &ublks))?)?;
+    absorb(daemon, status, "LuChanged", text.clone()).await?;
+    let view = last_view(daemon);
+    let mut answer = plan.done(text);
+    answer.lu = view.find_lu(&ask.lu).ok().map(|l| view.lu_row(l));
+    Ok(answer)
+}
+
+fn check_queues(queues: u16) -> Result<(), ApiError> {
+    if (1..=QUEUES_MAX).contains(&queues) {
+        return Ok(());
+    }
+    let why = format!("a LU has 1 to {QUEUES_MAX} queues");
+    Err(ApiError::new(ErrorKind::Usage, why).hint("--queues 2"))
+}
+
 /// The LUs that a list names, each once.
 fn choose<'a>(view: &'a View, names: &[String]) -> Result<Vec<&'a LuSave>, ApiError> {
     let mut out: Vec<&LuSave> = Vec::new();
@@ -242,7 +297,7 @@ pub async fn delete(daemon: &Daemon, ask: LuEnd) -> Result<Changed, ApiError> {
     let lus = choose(&view, &ask.lus)?;
     let look = holders::Look::now();
     for save in &lus {
-        check_unused(&view, save, &look)?;
+        check_unused(&view, save, "deleted", &look)?;
     }
     let mut plan = Plan::default();
     for save in &lus {
@@ -273,7 +328,12 @@ pub async fn delete(daemon: &Daemon, ask: LuEnd) -> Result<Changed, ApiError> {
     Ok(answer)
 }
 
-fn check_unused(view: &View, save: &LuSave, look: &holders::Look) -> Result<(), ApiError> {
+fn check_unused(
+    view: &View,
+    save: &LuSave,
+    what: &str,
+    look: &holders::Look,
+) -> Result<(), ApiError> {
     let Some(ublk) = view.lu_live(save).and_then(|l| l.ublk) else {
         return Ok(());
     };
@@ -283,7 +343,7 @@ fn check_unused(view: &View, save: &LuSave, look: &holders::Look) -> Result<(), 
     };
     let hint = first.strip_prefix("mounted at ");
     let hint = hint.map(|at| format!("umount {at}"));
-    let what = format!("LU {} is not deleted: in use", view.lu_row(save).name);
+    let what = format!("LU {} is not {what}: in use", view.lu_row(save).name);
     let mut busy = ApiError::new(ErrorKind::Busy, what);
     let held = held.iter().map(|h| format!("/dev/ublkb{ublk} is {h}"));
     busy.causes = held.collect();

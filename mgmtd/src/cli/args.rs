@@ -397,7 +397,7 @@ impl From<ConsistencyArg> for Consistency {
 pub(crate) enum Lu {
     /// Make a LU and its device /dev/lunar/NAME
     #[command(
-        after_help = "Examples:\n  lunar lu create vol --group data --size 10GiB\n  lunar lu create all --group data --size max --depth 256"
+        after_help = "Examples:\n  lunar lu create vol --group data --size 10GiB\n  lunar lu create all --group data --size max --depth 256\n  lunar lu create busy --group data --size 10GiB --queues 2"
     )]
     Create {
         name: String,
@@ -409,6 +409,9 @@ pub(crate) enum Lu {
         /// Requests in flight; default 128
         #[arg(long)]
         depth: Option<u16>,
+        /// Queues of the device, each with a thread of its own but the first; default 1, at most one for each CPU
+        #[arg(long)]
+        queues: Option<u16>,
     },
     /// List LUs
     #[command(after_help = "Examples:\n  lunar lu list")]
@@ -427,6 +430,17 @@ pub(crate) enum Lu {
         lu: String,
         /// The new name
         to: String,
+    },
+    /// Change how a LU is served; refused while anybody holds it
+    #[command(
+        after_help = "Examples:\n  lunar lu set vol --queues 2\n  lunar lu set vol --queues 1 --dry-run"
+    )]
+    Set {
+        #[arg(add = ArgValueCandidates::new(complete::lus))]
+        lu: String,
+        /// Queues of the device, each with a thread of its own but the first; at most one for each CPU
+        #[arg(long)]
+        queues: Option<u16>,
     },
     /// Delete LUs, all or none; refused while anybody holds one
     #[command(

@@ -404,15 +404,17 @@ fn lu(args: &Args, client: &mut Client, verb: &Lu) -> Result<u8, ApiError> {
             group,
             size,
             depth,
+            queues,
         } => {
             let ask = |yes| {
                 let (name, group) = (name.clone(), absolute(group));
-                let (size, depth) = (Some(*size), *depth);
+                let (size, depth, queues) = (Some(*size), *depth, *queues);
                 Request::LuCreate(mgmt::LuCreate {
                     name,
                     group,
                     size,
                     depth,
+                    queues,
                     dry_run,
                     yes,
                 })
@@ -422,6 +424,17 @@ fn lu(args: &Args, client: &mut Client, verb: &Lu) -> Result<u8, ApiError> {
         Lu::Rename { lu, to } => {
             let ask = |yes| Request::LuRename(rename(lu, to, dry_run, yes));
             change(args, client, "lu.rename", ask, yes)
+        }
+        Lu::Set { lu, queues } => {
+            let ask = |yes| {
+                Request::LuSet(mgmt::LuSet {
+                    lu: absolute(lu),
+                    queues: *queues,
+                    dry_run,
+                    yes,
+                })
+            };
+            change(args, client, "lu.set", ask, yes)
         }
         Lu::Delete { lus } => {
             let ask = |yes| {

@@ -134,6 +134,8 @@ pub(crate) fn lu_show() -> LuShow {
         uuid: LuUuid::from_bytes([4; 16]),
         group_name: "data".into(),
         depth: 128,
+        queues: 2,
+        queues_served: 2,
         problem: String::new(),
         holders: vec!["mounted at /srv".into()],
         members: vec![member()],

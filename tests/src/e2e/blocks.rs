@@ -59,6 +59,26 @@ pub(super) fn read(path: &str, at: u64, len: usize) -> Result<Pages, Failure> {
     Ok(pages)
 }
 
+/// Writes a block of 4 KiB that is one number throughout.
+pub(super) fn write_value(file: &File, at: u64, value: u64) -> Result<(), Failure> {
+    let mut pages = Pages::new(4096);
+    let word = value.to_le_bytes();
+    let words = pages.get_mut().chunks_exact_mut(word.len());
+    words.for_each(|to| to.copy_from_slice(&word));
+    file.write_all_at(pages.get(), at)
+        .map_err(|error| format!("4 KiB at {at}: {error}"))
+}
+
+/// Reads such a block: the least number in it, should two writes have met.
+pub(super) fn least_value(file: &File, at: u64) -> Result<u64, Failure> {
+    let mut pages = Pages::new(4096);
+    file.read_exact_at(pages.get_mut(), at)
+        .map_err(|error| format!("4 KiB at {at}: {error}"))?;
+    let (words, _) = pages.get().as_chunks::<8>();
+    let values = words.iter().map(|word| u64::from_le_bytes(*word));
+    Ok(values.min().unwrap_or(0))
+}
+
 /// Numbers that look random; the same seed gives the same.
 pub(super) struct Random(pub u64);
 

@@ -12,6 +12,7 @@ mod hostile;
 mod layout;
 mod life;
 mod manage;
+mod queues;
 mod scrub;
 mod spares;
 
@@ -30,6 +31,7 @@ pub fn tests() -> Vec<Test> {
     life::tests(&mut all);
     hostile::tests(&mut all);
     manage::tests(&mut all);
+    queues::tests(&mut all);
     scrub::tests(&mut all);
     spares::tests(&mut all);
     all

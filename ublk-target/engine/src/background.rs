@@ -149,12 +149,12 @@ impl<E: Env> RaidGroup<E> {
 
     async fn tidy(&self) {
         let mut idle_since = self.clock.now();
-        let mut seen = self.requests.get();
+        let mut seen = self.requests_seen();
         while !self.stopping.get() {
             self.clock.sleep(LOOK).await;
             let _ = self.wait_durable().await;
             let now = self.clock.now();
-            let requests = self.requests.get();
+            let requests = self.requests_seen();
             if requests != seen || self.active_writes.get() != 0 {
                 seen = requests;
                 idle_since = now;
@@ -292,7 +292,7 @@ impl<E: Env> RaidGroup<E> {
         let mut pace = Pace::new(saved_at, done);
         let mut result = Ok(());
         loop {
-            let busy = pace.is_busy(self.clock.now(), self.requests.get());
+            let busy = pace.is_busy(self.clock.now(), self.requests_seen());
             let gone = self.stopping.get() || !self.is_current(slot, wanted);
             let room = pace.room(busy, unit);
             while !gone && result.is_ok() && (window.len() as u64) < room {
@@ -402,7 +402,10 @@ impl<E: Env> RaidGroup<E> {
     /// Takes a stripe for one that nobody can read, if that can be.
     fn leave_out(&self, stripe: u64) -> bool {
         let mut holes = self.holes.borrow_mut();
-        !self.failed.get() && holes.len() < HOLES_MAX && holes.insert(stripe)
+        let is_left_out = !self.failed.get() && holes.len() < HOLES_MAX && holes.insert(stripe);
+        drop(holes);
+        self.views.advance();
+        is_left_out
     }
 
     /// Says how many stripes are left out, for people.
@@ -453,6 +456,7 @@ impl<E: Env> RaidGroup<E> {
             Some(_) => self.durable_rebuild.set(done),
             None => self.durable_synced.set(done),
         }
+        self.views.advance();
         self.advance();
         self.publish().await.map_err(|_| ())
     }
@@ -481,6 +485,7 @@ impl<E: Env> RaidGroup<E> {
         }
         self.durable_rebuild.set(0);
         self.durable_synced.set(self.synced.get());
+        self.views.advance();
         self.advance();
         self.publish().await.map_err(|_| ())
     }

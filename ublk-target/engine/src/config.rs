@@ -15,7 +15,7 @@ use crate::extents::FreeSpace;
 pub use crate::extents::{Extent, ExtentMap, allocatable_bytes, unit_bytes};
 use crate::geometry::Geometry;
 use crate::limits::{
-    CONFIG_MAX, CONFIG_SLOT_MIN, DELETED_MAX, DEPTH_MAX, EXTENTS_MAX, LU_MAX, NAME_MAX,
+    CONFIG_MAX, CONFIG_SLOT_MIN, DELETED_MAX, DEPTH_MAX, EXTENTS_MAX, LU_MAX, NAME_MAX, QUEUES_MAX,
     SCRUB_LIST_MAX,
 };
 use crate::superblock::{ConfigVersion, crc32c};
@@ -77,13 +77,30 @@ pub struct BadRecord {
     pub repaired: bool,
 }
 
+/// The queues of a LU's device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Queues {
+    pub count: u16,
+    /// Requests in flight of each.
+    pub depth: u16,
+}
+
+impl From<u16> for Queues {
+    /// One queue of so many requests.
+    fn from(depth: u16) -> Self {
+        Self { count: 1, depth }
+    }
+}
+
 /// A LU.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LuConfig {
     pub uuid: LuUuid,
     pub name: String,
-    /// Depth of its queue.
+    /// Requests in flight of each queue.
     pub depth: u16,
+    /// Queues of its device; the kernel makes at most one for each CPU.
+    pub queues: u16,
     /// Bytes; what its extents hold.
     pub capacity: u64,
     /// In order of the LU's bytes.
@@ -122,6 +139,8 @@ pub enum ConfigError {
     NoSuchLu { uuid: LuUuid },
     #[error("a queue has a depth of 1 to {DEPTH_MAX}, not {depth}")]
     Depth { depth: u16 },
+    #[error("a LU has 1 to {QUEUES_MAX} queues, not {count}")]
+    Queues { count: u16 },
     #[error("{percent} percent is not 1 to 100")]
     Percent { percent: u8 },
     #[error("a LU of 0 bytes")]
@@ -352,17 +371,18 @@ impl GroupConfig {
     /// first. Nothing has changed after an error.
     ///
     /// # Units   the size is rounded up to whole units; a percentage (of the group) down, to at least one
-    /// # Errors  name, identity or depth; not so much free, with the numbers
+    /// # Errors  name, identity or queues; not so much free, with the numbers
     pub fn create_lu(
         &mut self,
         geometry: &Geometry,
         uuid: LuUuid,
         name: &str,
         size: LuSize,
-        depth: u16,
+        queues: impl Into<Queues>,
     ) -> Result<&LuConfig, ConfigError> {
+        let queues = queues.into();
         check_name(name)?;
-        check_depth(depth)?;
+        check_queues(queues)?;
         self.check_free_name(name)?;
         if uuid.is_nil() || self.all().any(|lu| lu.uuid == uuid) {
             return Err(ConfigError::UuidTaken { uuid });
@@ -385,7 +405,8 @@ impl GroupConfig {
         self.lus.push(LuConfig {
             uuid,
             name: name.to_owned(),
-            depth,
+            depth: queues.depth,
+            queues: queues.count,
             capacity,
             extents,
         });
@@ -477,6 +498,17 @@ impl GroupConfig {
         Ok(())
     }
 
+    /// Gives a LU another number of queues.
+    pub fn set_queues(&mut self, uuid: LuUuid, count: u16) -> Result<(), ConfigError> {
+        let at = self.position(uuid)?;
+        check_queues(Queues {
+            count,
+            depth: self.lus[at].depth,
+        })?;
+        self.lus[at].queues = count;
+        Ok(())
+    }
+
     /// Renames the group.
     pub fn rename(&mut self, name: &str) -> Result<(), ConfigError> {
         check_name(name)?;
@@ -507,7 +539,10 @@ impl LuConfig {
 
     fn check(&self, geometry: &Geometry) -> Result<(), ConfigError> {
         check_name(&self.name)?;
-        check_depth(self.depth)?;
+        check_queues(Queues {
+            count: self.queues,
+            depth: self.depth,
+        })?;
         if self.uuid.is_nil() {
             return Err(ConfigError::UuidTaken { uuid: self.uuid });
         }
@@ -566,10 +601,12 @@ pub fn check_name(name: &str) -> Result<(), ConfigError> {
     })
 }
 
-fn check_depth(depth: u16) -> Result<(), ConfigError> {
-    if (1..=DEPTH_MAX).contains(&depth) {
-        Ok(())
-    } else {
-        Err(ConfigError::Depth { depth })
+fn check_queues(Queues { count, depth }: Queues) -> Result<(), ConfigError> {
+    if !(1..=DEPTH_MAX).contains(&depth) {
+        return Err(ConfigError::Depth { depth });
     }
+    if !(1..=QUEUES_MAX).contains(&count) {
+        return Err(ConfigError::Queues { count });
+    }
+    Ok(())
 }

@@ -1,12 +1,12 @@
 //! What people do to a running group: LUs, names, members, stop.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use lunar_api::target::{LuSize, MemberState};
 use lunar_api::{ApiError, DiskUuid, ErrorKind, LuUuid};
 
-use crate::config::{GroupConfig, LuConfig};
+use crate::config::{GroupConfig, LuConfig, Queues};
 use crate::limits::CONFIG_PIECE;
 use crate::member::Member;
 use crate::parity;
@@ -31,12 +31,12 @@ impl<E: Env> RaidGroup<E> {
         uuid: LuUuid,
         name: &str,
         size: LuSize,
-        depth: u16,
+        queues: impl Into<Queues>,
     ) -> Result<u16, ApiError> {
         let _turn = self.configure().await;
         let mut config = self.config.borrow().clone();
         let lu = config
-            .create_lu(&self.geometry, uuid, name, size, depth)
+            .create_lu(&self.geometry, uuid, name, size, queues)
             .cloned()
             .map_err(|error| {
                 ApiError::new(ErrorKind::Failed, format!("LU `{name}` could not be made"))
@@ -57,6 +57,7 @@ impl<E: Env> RaidGroup<E> {
             name: RefCell::new(lu.name.clone()),
             capacity: lu.capacity,
             depth: lu.depth,
+            queues: Cell::new(lu.queues),
             extents: lu.map(),
             counters: Counters::default(),
         });
@@ -65,10 +66,36 @@ impl<E: Env> RaidGroup<E> {
         } else {
             lus[at] = Some(lu);
         }
-        let depths: usize = lus.iter().flatten().map(|lu| usize::from(lu.depth)).sum();
         drop(lus);
-        self.stripes.reserve(512 + depths);
+        self.make_room();
         handle
+    }
+
+    /// Makes room for every request that the LUs can have in flight.
+    fn make_room(&self) {
+        let lus = self.lus.borrow();
+        let requests = |lu: &Rc<Lu>| usize::from(lu.depth) * usize::from(lu.queues.get());
+        let all: usize = lus.iter().flatten().map(requests).sum();
+        self.stripes.reserve(512 + all);
+    }
+
+    /// Gives a LU whose device is down another number of queues.
+    ///
+    /// # Crash  it has the old number or the new one
+    pub async fn lu_set_queues(&self, uuid: LuUuid, count: u16) -> Result<(), ApiError> {
+        let _turn = self.configure().await;
+        let mut config = self.config.borrow().clone();
+        config
+            .set_queues(uuid, count)
+            .map_err(|error| failed("the LU could not be changed", error))?;
+        self.write_config(config).await?;
+        let lus = self.lus.borrow();
+        if let Some(lu) = lus.iter().flatten().find(|lu| lu.uuid == uuid) {
+            lu.queues.set(count);
+        }
+        drop(lus);
+        self.make_room();
+        Ok(())
     }
 
     /// Forgets a LU whose device is gone.
@@ -372,6 +399,7 @@ impl<E: Env> RaidGroup<E> {
         if let Some(first) = std::mem::take(&mut *self.holes.borrow_mut()).first() {
             self.synced.set(self.synced.get().min(*first));
         }
+        self.views.advance();
         // A sync that still runs is about another disk: from here on it counts nothing as done.
         self.sync_wanted.set(self.sync_wanted.get() + 1);
         self.rebuild.set(Some(Rebuild {

@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::geometry::Geometry;
+use crate::geometry::{Geometry, Piece};
 use crate::limits::EXTENT_MIN;
 
 /// A range of a group.
@@ -79,6 +79,33 @@ impl ExtentMap {
         let (first, extent) = self.parts[behind.checked_sub(1)?];
         let inside = at - first;
         Some((extent.at + inside, extent.len - inside))
+    }
+}
+
+impl ExtentMap {
+    /// Cuts a range of the LU into the parts that lie in one chunk each, in order; their offsets are from the
+    /// start of the range. Allocates nothing.
+    ///
+    /// # Panics  if the range leaves the LU: requests are checked when they arrive
+    pub(crate) fn pieces(
+        &self,
+        geometry: &Geometry,
+        at: u64,
+        len: u64,
+    ) -> impl Iterator<Item = Piece> {
+        let mut done = 0;
+        std::iter::from_fn(move || {
+            let left = len.checked_sub(done).filter(|left| *left > 0)?;
+            let (from, room) = self.resolve(at + done).expect("requests lie within the LU");
+            let start = done;
+            let part = room.min(left);
+            done += part;
+            Some(geometry.pieces(from, part).map(move |piece| Piece {
+                offset_in_request: start + piece.offset_in_request,
+                ..piece
+            }))
+        })
+        .flatten()
     }
 }
 

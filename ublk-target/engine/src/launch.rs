@@ -17,6 +17,7 @@ use crate::stripe_table::StripeTable;
 use crate::superblock::{BYTES, GroupRecord, Replacement};
 use crate::sync::Waiters;
 use crate::traits::Env;
+use crate::view::Views;
 
 /// What is left of the parts when the members are taken out.
 pub(crate) struct Rest<E: Env> {
@@ -146,6 +147,7 @@ impl<E: Env> RaidGroup<E> {
             holes: RefCell::default(),
             sync_status: RefCell::default(),
             events: RefCell::default(),
+            views: Views::new(),
         });
         for lu in &lus {
             group.add_lu(lu);

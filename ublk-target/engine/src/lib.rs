@@ -31,3 +31,4 @@ mod stripe_table;
 pub mod superblock;
 pub mod sync;
 pub mod traits;
+pub mod view;

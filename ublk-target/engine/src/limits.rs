@@ -69,6 +69,9 @@ pub const NAME_MAX: usize = 64;
 /// Deepest queue of a LU: ublk's UBLK_MAX_QUEUE_DEPTH.
 pub const DEPTH_MAX: u16 = 4096;
 
+/// Most queues of a LU; the kernel makes no more than the machine has CPUs.
+pub const QUEUES_MAX: u16 = 64;
+
 /// Regions of an intent or missed map: 2^20 bits are 128 KiB a map.
 pub const REGIONS_MAX: u64 = 1 << 20;
 /// Smallest region of a map, in bytes.

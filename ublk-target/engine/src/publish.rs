@@ -39,6 +39,7 @@ impl<E: Env> RaidGroup<E> {
             return;
         }
         self.in_sync.set(self.in_sync.get() & !slots);
+        self.views.advance();
         if rebuilding & slots != 0 {
             self.rebuild.set(None);
             self.durable_rebuild.set(0);
@@ -150,12 +151,12 @@ impl<E: Env> RaidGroup<E> {
             // Degraded, the mark buys nothing, and a start would have to trust it.
             return;
         }
-        let requests = self.requests.get();
+        let requests = self.requests_seen();
         if self.flush_members().await.is_err() {
             return;
         }
         // A write that came and went meanwhile is not flushed.
-        let is_idle = self.active_writes.get() == 0 && self.requests.get() == requests;
+        let is_idle = self.active_writes.get() == 0 && self.requests_seen() == requests;
         let whole = self.in_sync.get().count_ones() == u32::from(self.geometry.members());
         if is_idle && whole && self.dirty.get() && !self.failed.get() {
             self.dirty.set(false);
@@ -187,6 +188,8 @@ impl<E: Env> RaidGroup<E> {
     }
 
     /// Writes the superblocks until the disks say what memory says.
+    ///
+    /// No queue thread looks at an older state when this ends.
     ///
     /// # Crash  per member copy 0 is durable before copy 1 is begun; across members in parallel. After a stop in
     /// between, the newest generation decides, and members that are behind are not stale by that
@@ -270,6 +273,8 @@ impl<E: Env> RaidGroup<E> {
                 }
             }
         }
+        // Whoever waits for this generation relies on members not being read any more that it has failed.
+        self.views.confirmed().await;
         let failed = self.blamed(failed);
         if failed & self.in_sync.get() != 0 && !self.can_lose(failed) {
             if self.geometry.redundancy() > 0 {

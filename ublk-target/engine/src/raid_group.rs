@@ -27,6 +27,7 @@ use crate::stripe_table::StripeTable;
 use crate::superblock::GroupRecord;
 use crate::sync::Waiters;
 use crate::traits::{Env, Tick};
+use crate::view::Views;
 
 /// A member as the rim hands it in.
 #[derive(Debug)]
@@ -123,7 +124,7 @@ pub(crate) struct Counters {
 }
 
 impl Counters {
-    fn get(&self) -> LuCounters {
+    pub(crate) fn get(&self) -> LuCounters {
         LuCounters {
             reads: self.reads.get(),
             writes: self.writes.get(),
@@ -153,43 +154,20 @@ pub(crate) struct Lu {
     pub name: RefCell<String>,
     pub capacity: u64,
     pub depth: u16,
+    pub queues: Cell<u16>,
     pub extents: ExtentMap,
     pub counters: Counters,
 }
 
 impl Lu {
-    /// Where byte `at` of the LU is in the group, and how many bytes follow there.
-    ///
-    /// # Panics  if `at` is beyond the LU: requests are checked when they arrive
-    fn resolve(&self, at: u64) -> (u64, u64) {
-        self.extents
-            .resolve(at)
-            .expect("requests lie within the LU")
-    }
-
-    /// Cuts a range of the LU into the parts that lie in one chunk each, in order; their offsets are from the
-    /// start of the range.
-    ///
-    /// # Panics  if the range leaves the LU
+    /// As [`ExtentMap::pieces`].
     pub(crate) fn pieces(
         &self,
         geometry: &Geometry,
         at: u64,
         len: u64,
     ) -> impl Iterator<Item = Piece> {
-        let mut done = 0;
-        std::iter::from_fn(move || {
-            let left = len.checked_sub(done).filter(|left| *left > 0)?;
-            let (from, room) = self.resolve(at + done);
-            let start = done;
-            let part = room.min(left);
-            done += part;
-            Some(geometry.pieces(from, part).map(move |piece| Piece {
-                offset_in_request: start + piece.offset_in_request,
-                ..piece
-            }))
-        })
-        .flatten()
+        self.extents.pieces(geometry, at, len)
     }
 }
 
@@ -270,6 +248,7 @@ pub struct RaidGroup<E: Env> {
     pub(crate) rate_min: Cell<u64>,
     pub(crate) rate_max: Cell<Option<u64>>,
     pub(crate) events: RefCell<Vec<TargetEvent>>,
+    pub(crate) views: Views,
 }
 
 impl<E: Env> fmt::Debug for RaidGroup<E> {
@@ -354,6 +333,8 @@ impl<E: Env> RaidGroup<E> {
             group: self.id,
             capacity: lu.capacity,
             depth: lu.depth,
+            queues: lu.queues.get(),
+            queues_served: 0,
             ublk: None,
             problem: String::new(),
             counters: lu.counters.get(),

@@ -213,7 +213,7 @@ impl<E: Env> RaidGroup<E> {
         let (mut saved, mut saved_at) = (next, self.clock.now());
         let mut counts = true;
         loop {
-            let busy = pace.is_busy(self.clock.now(), self.requests.get());
+            let busy = pace.is_busy(self.clock.now(), self.requests_seen());
             let goes_on = !self.stopping.get() && !self.is_sync_due() && self.is_scrubbing(began);
             let room = pace.room(busy, unit).min(WINDOW_MAX);
             while goes_on && counts && next < stripes && (window.len() as u64) < room {

@@ -14,15 +14,57 @@ use crate::sync::join_all;
 use crate::traits::{Buf, DiskVerb, Env, Front, HostRequest, HostVerb, PIECES_MAX, Piece};
 
 /// Adjacent bytes of one member, scattered in the request.
-struct Run {
-    slot: u16,
-    at: u64,
-    len: u64,
-    pieces: ArrayVec<Piece, PIECES_MAX>,
+pub(crate) struct Run {
+    pub slot: u16,
+    pub at: u64,
+    pub len: u64,
+    pub pieces: ArrayVec<Piece, PIECES_MAX>,
+}
+
+/// The runs of a request that may still grow, one a member.
+pub(crate) struct Runs(ArrayVec<Run, MEMBERS_MAX>);
+
+impl Runs {
+    pub(crate) fn new() -> Self {
+        Self(ArrayVec::new())
+    }
+
+    /// Adds a piece; answers the run of its member that it does not go on, if there is one: to be started.
+    pub(crate) fn add(&mut self, slot: u16, member_at: u64, part: Piece) -> Option<Run> {
+        let open = self.0.iter().position(|run| run.slot == slot);
+        if let Some(i) = open
+            && extend(&mut self.0[i], member_at, part)
+        {
+            return None;
+        }
+        let ended = open.map(|i| self.0.swap_remove(i));
+        let mut pieces = ArrayVec::new();
+        pieces.push(part);
+        self.0.push(Run {
+            slot,
+            at: member_at,
+            len: u64::from(part.len),
+            pieces,
+        });
+        ended
+    }
+
+    /// Takes those that are left.
+    pub(crate) fn rest(self) -> impl Iterator<Item = Run> {
+        self.0.into_iter()
+    }
+}
+
+/// Where a piece's bytes are in its request.
+pub(crate) fn request_piece(piece: &crate::geometry::Piece) -> Piece {
+    Piece {
+        offset: to_u32(piece.offset_in_request),
+        len: piece.len,
+    }
 }
 
 /// I/Os of one request in flight at once; more go in a second round.
-const IOS_MAX: usize = 2 * MEMBERS_MAX;
+pub(crate) const IOS_MAX: usize = 2 * MEMBERS_MAX;
 
 type Ios<E> = ArrayVec<(u16, Option<MemberIo<<E as Env>::Disk>>), IOS_MAX>;
 
@@ -32,6 +74,16 @@ impl<E: Env> RaidGroup<E> {
     /// # Crash  a write is answered after its data, its parity, and the state that they rely on are written
     /// (with FUA: durable); before the answer each of its sectors is old or new
     pub async fn serve(&self, lu: u16, request: HostRequest) -> Result<(), Errno> {
+        self.serve_after(lu, request, 0).await
+    }
+
+    /// As [`Self::serve`], of a request that a queue thread could not end: these slots, as bits, failed to read it.
+    pub async fn serve_after(
+        &self,
+        lu: u16,
+        request: HostRequest,
+        failed: u64,
+    ) -> Result<(), Errno> {
         let Some(lu) = self.lu(lu) else {
             return Err(EIO);
         };
@@ -46,7 +98,7 @@ impl<E: Env> RaidGroup<E> {
             HostVerb::Read => {
                 add(&counters.reads, 1);
                 add(&counters.read_bytes, request.len);
-                self.read(&lu, request).await
+                self.read(&lu, request, failed).await
             }
             HostVerb::Write { fua } => {
                 add(&counters.writes, 1);
@@ -84,7 +136,7 @@ impl<E: Env> RaidGroup<E> {
         verb: DiskVerb,
         lease: Option<&Lease>,
     ) -> (u64, bool) {
-        let mut runs: ArrayVec<Run, MEMBERS_MAX> = ArrayVec::new();
+        let mut runs = Runs::new();
         let mut ios: Ios<E> = ArrayVec::new();
         let (mut failed, mut lost) = (0u64, false);
         let turn = self.next_turn();
@@ -94,30 +146,13 @@ impl<E: Env> RaidGroup<E> {
                 lost = true;
                 continue;
             }
-            let part = Piece {
-                offset: to_u32(piece.offset_in_request),
-                len: piece.len,
-            };
-            let open = runs.iter().position(|r| r.slot == slot);
-            if let Some(i) = open {
-                if extend(&mut runs[i], member_at, part) {
-                    continue;
-                }
-                let run = runs.swap_remove(i);
+            if let Some(run) = runs.add(slot, member_at, request_piece(&piece)) {
                 self.start_run(&run, verb, request, lease, &mut ios, &mut failed)
                     .await;
             }
-            let mut pieces = ArrayVec::new();
-            pieces.push(part);
-            runs.push(Run {
-                slot,
-                at: member_at,
-                len: u64::from(piece.len),
-                pieces,
-            });
         }
-        for run in &runs {
-            self.start_run(run, verb, request, lease, &mut ios, &mut failed)
+        for run in runs.rest() {
+            self.start_run(&run, verb, request, lease, &mut ios, &mut failed)
                 .await;
         }
         self.join(&mut ios, &mut failed).await;
@@ -157,7 +192,7 @@ impl<E: Env> RaidGroup<E> {
         .await;
     }
 
-    async fn read(&self, lu: &Lu, request: HostRequest) -> Result<(), Errno> {
+    async fn read(&self, lu: &Lu, request: HostRequest, failed: u64) -> Result<(), Errno> {
         let mut lease = None;
         if request.zero_copy {
             add(&lu.counters.zero_copy, 1);
@@ -165,9 +200,13 @@ impl<E: Env> RaidGroup<E> {
             add(&lu.counters.user_copy, 1);
             lease = Some(self.lease(Quota::Data, to_len(request.len)).await?);
         }
-        let (failed, lost) = self
-            .transfer(lu, &request, DiskVerb::Read, lease.as_ref())
-            .await;
+        let (failed, lost) = match failed {
+            0 => {
+                let lease = lease.as_ref();
+                self.transfer(lu, &request, DiskVerb::Read, lease).await
+            }
+            failed => (failed, true),
+        };
         if failed == 0 && !lost {
             return match &lease {
                 Some(lease) => self.fill(&request, 0, request.len, lease).await,

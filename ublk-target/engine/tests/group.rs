@@ -7,6 +7,8 @@ mod replacing;
 mod scrubs;
 #[path = "group/troubles.rs"]
 mod troubles;
+#[path = "group/views.rs"]
+mod views;
 mod world;
 
 use std::cell::{Cell, RefCell};

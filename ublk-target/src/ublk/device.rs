@@ -1,4 +1,4 @@
-//! Serves the tags of one device on its owner's ring, and moves bytes between a request and private memory.
+//! Serves the tags of one queue of a device on a ring, and moves bytes between a request and private memory.
 //!
 //! One task a tag, made when the device is attached: fetch, copy the descriptor, serve, commit and fetch the
 //! next. A task ends when the kernel aborts its tag: the device is stopped or quiesced.
@@ -10,6 +10,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use libublk::sys;
@@ -25,6 +26,10 @@ use crate::ring::{Handle, Ring, RingError};
 /// What the kernel answers on a tag that it takes back.
 const ABORT: i32 = -libc::ENODEV;
 const PAGE: usize = 4096;
+/// Bytes from one queue's descriptors to the next's: the deepest queue's.
+const QUEUE_BYTES: u64 =
+    sys::UBLK_MAX_QUEUE_DEPTH as u64 * size_of::<sys::ublksrv_io_desc>() as u64;
+const _: () = assert!(QUEUE_BYTES.is_multiple_of(PAGE as u64));
 const ANSWERED: &str = "commands are answered by their number";
 
 /// Why a device cannot be served.
@@ -41,6 +46,8 @@ pub(crate) enum DeviceError {
 pub(crate) struct Shape {
     /// N of /dev/ublkbN.
     pub(crate) number: u32,
+    pub(crate) queues: u16,
+    /// Of each queue.
     pub(crate) depth: u16,
     /// The kernel registers each request's pages (AUTO_BUF_REG).
     pub(crate) registers: bool,
@@ -48,24 +55,28 @@ pub(crate) struct Shape {
     pub(crate) zero_copy: bool,
 }
 
-/// Files of the devices of a ring, by device slot.
+/// Files and queues of the devices of a ring, by device slot.
 #[derive(Debug, Default)]
 pub(crate) struct Devices {
-    files: RefCell<Vec<Option<u32>>>,
+    files: RefCell<Vec<Option<(u32, u16)>>>,
 }
 
 impl Devices {
-    fn add(&self, file: u32) -> u16 {
+    pub(crate) fn add(&self, file: u32, queue: u16) -> u16 {
         let mut files = self.files.borrow_mut();
         let slot = files.iter().position(Option::is_none).unwrap_or_else(|| {
             files.push(None);
             files.len() - 1
         });
-        files[slot] = Some(file);
+        files[slot] = Some((file, queue));
         u16::try_from(slot).expect("fewer devices than files")
     }
 
-    fn file(&self, slot: u16) -> Option<u32> {
+    pub(crate) fn remove(&self, slot: u16) {
+        self.files.borrow_mut()[usize::from(slot)] = None;
+    }
+
+    fn file(&self, slot: u16) -> Option<(u32, u16)> {
         *self.files.borrow().get(usize::from(slot))?
     }
 }
@@ -77,6 +88,7 @@ pub(crate) struct Tags {
     pub(crate) base: u16,
     /// Registered file.
     file: u32,
+    queue: u16,
     /// The kernel registers each request's pages.
     registers: bool,
 }
@@ -93,7 +105,8 @@ impl Tags {
 
     fn command(&self, op: u32, tag: u16, result: i32) -> Spec {
         let mut bytes = [0; 16];
-        // struct ublksrv_io_cmd: q_id 0, tag, result, addr 0 (user copy).
+        // struct ublksrv_io_cmd: q_id, tag, result, addr 0 (user copy).
+        bytes[..2].copy_from_slice(&self.queue.to_ne_bytes());
         bytes[2..4].copy_from_slice(&tag.to_ne_bytes());
         bytes[4..8].copy_from_slice(&result.to_ne_bytes());
         let addr = if self.registers {
@@ -113,14 +126,14 @@ impl Tags {
     }
 }
 
-/// A device being served.
+/// A queue of a device being served.
 pub(crate) struct Device {
     pub(crate) shape: Shape,
     ring: Rc<Ring>,
     devices: Rc<Devices>,
     descriptors: MmapRaw,
     /// Closed after the registered copy, which drop() releases first.
-    _file: OwnedFd,
+    _file: Arc<OwnedFd>,
     commands: Tags,
     slot: u16,
     tags: Cell<u16>,
@@ -138,27 +151,30 @@ impl fmt::Debug for Device {
 }
 
 impl Device {
-    /// Takes the open /dev/ublkcN of a device that has one queue.
+    /// Takes a queue of the device whose /dev/ublkcN is open as `file`.
     pub(crate) fn new(
         ring: &Rc<Ring>,
         devices: &Rc<Devices>,
-        file: OwnedFd,
+        file: Arc<OwnedFd>,
         shape: Shape,
+        queue: u16,
     ) -> Result<Rc<Self>, DeviceError> {
         let bytes = usize::from(shape.depth) * size_of::<sys::ublksrv_io_desc>();
         let descriptors = MmapOptions::new()
+            .offset(u64::from(queue) * QUEUE_BYTES)
             .len(bytes.next_multiple_of(PAGE))
-            .map_raw_read_only(&file)
+            .map_raw_read_only(&*file)
             .map_err(DeviceError::Map)?;
         let base = ring.add_requests(shape.depth).map_err(DeviceError::Ring)?;
         let registered = ring
             .add_file(file.as_fd())
             .inspect_err(|_| ring.remove_requests(base));
         let registered = registered.map_err(DeviceError::Ring)?;
-        let slot = devices.add(registered);
+        let slot = devices.add(registered, queue);
         let commands = Tags {
             base,
             file: registered,
+            queue,
             registers: shape.registers,
         };
         ring.set_tags(slot, commands, shape.depth);
@@ -277,7 +293,7 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        self.devices.files.borrow_mut()[usize::from(self.slot)] = None;
+        self.devices.remove(self.slot);
         self.ring.remove_file(self.commands.file);
         self.ring.remove_requests(self.commands.base);
     }
@@ -310,10 +326,11 @@ impl UblkFront {
         len: u32,
         lease: &Lease,
     ) -> CopyIo {
-        let Some(file) = self.devices.file(id.device) else {
+        let Some((file, queue)) = self.devices.file(id.device) else {
             return CopyIo::Gone;
         };
         let at = u64::from(sys::UBLKSRV_IO_BUF_OFFSET)
+            + (u64::from(queue) << sys::UBLK_QID_OFF)
             + (u64::from(id.tag) << sys::UBLK_TAG_OFF)
             + u64::from(offset);
         let spec = Spec {

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use libublk::sys;
 use lunar_api::target::Features;
+use lunar_engine::config::Queues;
 
 use super::device::Shape;
 use super::{Command, FLAG_SAFE_STOP, FLAG_ZERO_COPY, Geometry, IO_BYTES_MAX};
@@ -89,6 +90,7 @@ impl Info {
         let registers = self.flags & FLAG_ZERO_COPY != 0;
         Shape {
             number: self.number,
+            queues: self.queues,
             depth: self.depth,
             registers,
             zero_copy: registers && features.zero_copy,
@@ -157,12 +159,12 @@ impl Lifecycle<'_> {
         &self,
         number: Option<u32>,
         identity: u64,
-        depth: u16,
+        queues: Queues,
         geometry: &Geometry,
     ) -> Result<Info, LifecycleError> {
         let wanted = Info {
-            queues: 1,
-            depth,
+            queues: queues.count,
+            depth: queues.depth,
             state: 0,
             io_bytes_max: IO_BYTES_MAX,
             number: number.unwrap_or(u32::MAX),
@@ -200,7 +202,8 @@ impl Lifecycle<'_> {
     ) -> Result<(), LifecycleError> {
         let missing = wanted.flags & !info.flags;
         if missing != 0
-            || info.queues != 1
+            // No more than there are CPUs.
+            || !(1..=wanted.queues).contains(&info.queues)
             || info.depth != wanted.depth
             || info.identity != wanted.identity
         {

@@ -52,8 +52,20 @@ struct LuSave {
     uuid: LuUuid,
     name: String,
     depth: u16,
+    /// Left out when it is 1.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    queues: u16,
     capacity: u64,
     extents: Vec<Extent>,
+}
+
+fn one() -> u16 {
+    1
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde asks it")]
+fn is_one(n: &u16) -> bool {
+    *n == 1
 }
 
 #[derive(Serialize, Deserialize)]
@@ -160,6 +172,7 @@ impl From<&LuConfig> for LuSave {
             uuid: lu.uuid,
             name: lu.name.clone(),
             depth: lu.depth,
+            queues: lu.queues,
             capacity: lu.capacity,
             extents: lu.extents.clone(),
         }
@@ -172,6 +185,7 @@ impl From<LuSave> for LuConfig {
             uuid: save.uuid,
             name: save.name,
             depth: save.depth,
+            queues: save.queues,
             capacity: save.capacity,
             extents: save.extents,
         }

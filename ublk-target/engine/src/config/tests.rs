@@ -3,6 +3,7 @@ use lunar_api::units::{KIB, MIB};
 use proptest::prelude::*;
 
 use super::*;
+use crate::limits::QUEUES_MAX;
 
 const GOLDEN: &[u8] = include_bytes!("../../../../fixtures/golden/config_1.json");
 
@@ -32,6 +33,7 @@ fn golden() -> GroupConfig {
         uuid: id(n),
         name: name.to_owned(),
         depth,
+        queues: 1,
         capacity: 2 * UNIT,
         extents,
     };
@@ -191,6 +193,8 @@ fn one_broken_thing_is_refused() {
         ("no name", |c| c.deleted[0].name = "7".to_owned()),
         ("depth", |c| c.lus[0].depth = 0),
         ("depth", |c| c.lus[0].depth = DEPTH_MAX + 1),
+        ("queues", |c| c.lus[0].queues = 0),
+        ("queues", |c| c.lus[0].queues = QUEUES_MAX + 1),
         ("already", |c| c.lus[0].uuid = LuUuid::NIL),
         ("already", |c| c.lus[0].uuid = c.deleted[0].uuid),
         ("already", |c| {
@@ -452,6 +456,7 @@ fn the_largest_configuration_fits() {
             uuid: LuUuid::from_bytes(uuid),
             name: format!("{long}{i:05}"),
             depth: DEPTH_MAX,
+            queues: 1,
             capacity: per_lu as u64 * MIB,
             extents,
         }
