@@ -371,7 +371,7 @@ impl View {
         let live = live.filter(|_| save.state == JobState::Running);
         let now = live.and_then(|g| match save.kind {
             JobKind::Scrub => g.scrub.as_ref().map(|s| (s.done, s.total, s.rate)),
-            JobKind::Resync | JobKind::Recover => {
+            JobKind::Resync | JobKind::Recover | JobKind::Replace => {
                 g.sync.as_ref().map(|s| (s.done, s.total, s.rate))
             }
         });

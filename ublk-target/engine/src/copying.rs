@@ -69,6 +69,7 @@ impl<E: Env> RaidGroup<E> {
             lost: RefCell::default(),
         };
         *self.copying.borrow_mut() = Some(Rc::new(copying));
+        self.views.advance();
         self.sync_wanted.set(self.sync_wanted.get() + 1);
     }
 
@@ -89,6 +90,7 @@ impl<E: Env> RaidGroup<E> {
             return;
         };
         self.member(copying.slot).twin.take();
+        self.views.advance();
         copying.to.state.set(MemberState::Faulty);
         self.give_up(&copying.to);
         let text = format!(
@@ -117,6 +119,7 @@ impl<E: Env> RaidGroup<E> {
         *new.reason.borrow_mut() =
             format!("in the place of disk {}, which failed: {why}", old.path);
         self.members.borrow_mut()[usize::from(copying.slot)] = new;
+        self.views.advance();
         // What a resync left out stays to be done.
         let unit = self.geometry.stripe_on_member();
         let lost: BTreeSet<u64> = copying.lost.borrow().iter().map(|at| at / unit).collect();
@@ -182,7 +185,8 @@ impl<E: Env> RaidGroup<E> {
         let Some(copying) = self.copying() else {
             return Ok(());
         };
-        // From here on writes without redundancy take stripes too; those under way do not.
+        // From here on writes without redundancy take stripes too, those of queue threads as well; those under way do not.
+        self.views.confirmed().await;
         while self.plain_writes.get() > 0 && !self.stopping.get() {
             self.clock.sleep(MILLISECOND).await;
         }
@@ -329,6 +333,7 @@ impl<E: Env> RaidGroup<E> {
             window: Rc::new(Cell::new(u64::MAX)),
         });
         self.members.borrow_mut()[slot] = Rc::clone(&new);
+        self.views.advance();
         self.renew_history();
         self.advance();
         let published = self.publish().await;
@@ -338,14 +343,17 @@ impl<E: Env> RaidGroup<E> {
             new.counts.set(false);
             old.counts.set(true);
             self.members.borrow_mut()[slot] = Rc::clone(&old);
+            self.views.advance();
             self.give_up(&new);
             let text = format!("disk {}: superblock could not be written", new.path);
             self.event_of("FailSpare", &new, &text);
             self.advance();
             return self.publish().await.map_err(|_| ());
         }
+        // Durable, and no queue thread reads the disk that leaves.
         published.map_err(|_| ())?;
         new.twin.take();
+        self.views.advance();
         let text = format!(
             "disk {} has all of disk {}, and takes its place",
             new.path, old.path

@@ -125,6 +125,10 @@ impl<D: Disk> Member<D> {
             }
         });
         drop(twin);
+        let buf = match other {
+            Some(_) => again(&buf),
+            None => buf,
+        };
         MemberIo {
             member: Rc::clone(self),
             verb,
@@ -206,7 +210,7 @@ impl<D: Disk> Member<D> {
     }
 }
 
-/// The same place, for a second I/O. A request's own pages are for one only, but it may be answered only when both are over.
+/// The same place, for one I/O of two: the host is answered when both are over, by neither of them.
 fn again<'a>(buf: &Buf<'a>) -> Buf<'a> {
     match buf {
         Buf::None => Buf::None,
