@@ -1,7 +1,7 @@
 //! Finds every disk again by its identity, and starts the groups.
 //!
 //! # Order
-//! 1. Probe the known paths; if an identity is missing, probe every other candidate.
+//! 1. Probe every disk there is: known paths first, a copy of one is only known by its being there.
 //! 2. Correct paths in the tables from what the disks carry; save.
 //! 3. Open the members of each group exclusively (a dead process's I/O may hold them for up to 30 s).
 //!    A group whose members are all held starts when they are let go of.
@@ -12,6 +12,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use lunar_api::rows::{Stranger, StrangerKind};
 use lunar_api::target::{
     GroupState, GroupStatus, Label, MemberSpec, Probe, TargetAnswer, TargetRequest,
 };
@@ -21,7 +22,8 @@ use crate::daemon::{About, Daemon, Problem};
 use crate::limits::{HELD_PAUSE, OPEN_LIMIT, REOPEN_LIMIT};
 use crate::link::unexpected;
 use crate::opener::{open_exclusive, open_inflight, open_patiently, open_plain};
-use crate::probe::{boot_id, candidates, identify, stable_path, ublk_devices};
+use crate::probe::{behind, boot_id, candidates, identify, stable_path, ublk_devices};
+use crate::sightings::{self, Sightings};
 use crate::tables::DiskSave;
 
 /// Most paths probed in one message.
@@ -108,62 +110,96 @@ fn name_bad(daemon: &Daemon, path: &str, problem: Option<String>) {
 
 /// Finds every known disk and corrects its path (steps 1 and 2).
 ///
-/// # Errors  ublk-target does not answer, or the tables cannot be saved
+/// # Errors  ublk-target does not answer
 pub async fn find_disks(daemon: &Daemon) -> Result<(), ApiError> {
-    let (system, known): (_, Vec<DiskSave>) = {
-        let tables = daemon.tables();
-        (tables.system, tables.disks.values().cloned().collect())
-    };
-    let paths: Vec<PathBuf> = known.iter().map(|d| d.path.clone().into()).collect();
-    let mut found = BTreeMap::new();
-    let ours = |probe: &Probe| {
-        probe
-            .label
-            .as_ref()
-            .filter(|label| label.system == system)
-            .map(|label| label.disk)
-    };
-    let mut wanted: BTreeSet<DiskUuid> = known.iter().map(|d| d.uuid).collect();
-    for probe in probe_paths(daemon, &paths).await? {
-        if let Some(disk) = ours(&probe) {
-            wanted.extend(
-                probe
-                    .label
-                    .iter()
-                    .filter(|l| !l.deleted)
-                    .flat_map(|l| l.members.iter().copied().chain(l.replacement)),
-            );
-            found.entry(disk).or_insert(probe);
-        }
-    }
-    wanted.retain(|disk| !disk.is_nil() && !found.contains_key(disk));
-    // Without any row the tables are new, or lost: whatever is ours anywhere is looked for.
-    if !wanted.is_empty() || known.is_empty() {
-        let seen: BTreeSet<_> = paths.iter().filter_map(|p| identify(p).ok()).collect();
-        let others: Vec<PathBuf> = candidates(&paths)
-            .into_iter()
-            .filter(|path| identify(path).is_ok_and(|id| !seen.contains(&id)))
-            .collect();
-        for probe in probe_paths(daemon, &others).await? {
-            if let Some(disk) = ours(&probe) {
-                found.entry(disk).or_insert(probe);
-            }
-        }
-    }
-    correct(daemon, found);
-    daemon.save().await
+    let seen = look(daemon, &[]).await?;
+    correct(daemon, &seen);
+    // Groups do not wait for a state directory that has room; what is not saved is told by `status`.
+    let _ = daemon.save().await;
+    Ok(())
 }
 
-fn correct(daemon: &Daemon, found: BTreeMap<DiskUuid, Probe>) {
+/// Looks at every disk that there is, and at `also`; takes what is ours as found.
+///
+/// All of them each time: a copy of a disk is only known by its being there.
+///
+/// # Errors  ublk-target does not answer
+pub async fn look(daemon: &Daemon, also: &[PathBuf]) -> Result<Sightings, ApiError> {
+    let mut paths: Vec<PathBuf> = {
+        let tables = daemon.tables();
+        tables
+            .disks
+            .values()
+            .map(|d| d.path.clone().into())
+            .collect()
+    };
+    let known: BTreeSet<String> = paths.iter().map(|p| p.display().to_string()).collect();
+    paths.extend_from_slice(also);
+    let others = candidates(&paths);
+    // A path that is not there is asked for all the same: that names it.
+    let mut seen = BTreeSet::new();
+    let is_new = |path: &PathBuf| identify(path).map_or(true, |id| seen.insert(behind(id)));
+    let all: Vec<PathBuf> = paths.into_iter().chain(others).filter(is_new).collect();
+    let probes = probe_paths(daemon, &all).await?;
+    let held: BTreeMap<DiskUuid, String> = {
+        let (tables, live) = (daemon.tables(), daemon.live());
+        let members = live.groups.values().flat_map(|g| g.all_members());
+        let at = |disk| tables.disk(disk).map(|d| (disk, d.path.clone()));
+        members.filter_map(|m| at(m.disk)).collect()
+    };
+    let system = daemon.tables().system;
+    let sorted = sightings::sort(system, &held, &known, probes);
+    tell(daemon, &sorted);
+    let mut live = daemon.live();
+    live.probes.clone_from(&sorted.ours);
+    live.strangers.clone_from(&sorted.strangers);
+    live.barred.clone_from(&sorted.barred);
+    drop(live);
+    Ok(sorted)
+}
+
+/// An event for each copy that is new, and each damaged superblock of ours.
+fn tell(daemon: &Daemon, seen: &Sightings) {
+    let copy = |s: &&Stranger| s.kind == StrangerKind::Copy;
+    let old: BTreeSet<String> = {
+        let live = daemon.live();
+        live.strangers
+            .iter()
+            .filter(copy)
+            .map(|s| s.path.clone())
+            .collect()
+    };
+    for stranger in seen.strangers.iter().filter(copy) {
+        if !old.contains(&stranger.path) {
+            let text = format!("{} {}", stranger.path, stranger.text);
+            daemon.event("DiskCopied", About::default(), text);
+        }
+    }
+    for (disk, probe) in &seen.ours {
+        if let Some(damaged) = probe.label.as_ref().and_then(|l| l.damaged.as_ref()) {
+            let text = format!("{}: {damaged}", probe.path);
+            daemon.event("SuperblockDamaged", About::disk(*disk), text);
+        }
+    }
+}
+
+/// Gives rows to the members found, and the paths that they are at now.
+pub fn correct(daemon: &Daemon, seen: &Sightings) {
     let mut moved = Vec::new();
+    let mut by_slot: Vec<(&DiskUuid, &Probe)> = seen.ours.iter().collect();
+    // New numbers follow the slots.
+    by_slot.sort_by_key(|(disk, probe)| {
+        let label = probe.label.as_ref();
+        label.map(|l| (l.group, l.slot, **disk))
+    });
     {
         let mut tables = daemon.tables();
-        for (uuid, probe) in &found {
+        for (uuid, probe) in by_slot {
             let path = stable_path(Path::new(&probe.path)).display().to_string();
             let old = tables.disk(*uuid).cloned();
             // A disk whose row was lost gets a new number, but only if the newest superblock of its group
             // lists it: one that was replaced and removed keeps its old label and stays out.
-            let member = is_listed(&found, *uuid);
+            let member = is_listed(&seen.ours, *uuid);
             let number = match &old {
                 Some(row) => row.number,
                 None if member => tables.next_disk(),
@@ -196,7 +232,6 @@ fn correct(daemon: &Daemon, found: BTreeMap<DiskUuid, Probe>) {
     for (disk, text) in moved {
         daemon.event("DiskMoved", About::disk(disk), text);
     }
-    daemon.live().probes = found;
 }
 
 /// Whether the newest superblock found of a disk's group lists the disk.
@@ -215,7 +250,7 @@ fn is_listed(found: &BTreeMap<DiskUuid, Probe>, disk: DiskUuid) -> bool {
         .filter_map(label)
         .filter(|l| l.group == own.group);
     same.max_by_key(|l| l.generation)
-        .is_some_and(|newest| newest.members.contains(&disk) || newest.replacement == Some(disk))
+        .is_some_and(|newest| newest.lists(disk))
 }
 
 /// Groups that should be up and are not.
@@ -241,24 +276,22 @@ fn groups_to_start(daemon: &Daemon) -> Vec<GroupUuid> {
         .filter(|(group, label)| !group.is_nil() && !label.deleted)
         .map(|(group, _)| group)
         .filter(|group| !live.groups.contains_key(group) && !by_hand(*group))
-        .filter(|group| !live.quarantined.contains_key(group))
+        .filter(|group| !live.quarantined.contains_key(group) && !live.barred.contains_key(group))
         .collect()
 }
 
-/// Members of a group, from the disks: every disk that says it is one.
+/// Members of a group, from the disks: every disk that says it is one. Whether the group was deleted is what its newest
+/// superblock says, as of everything.
 pub fn members_of(daemon: &Daemon, group: GroupUuid) -> Vec<MemberSpec> {
-    let tables = daemon.tables();
-    let live = daemon.live();
-    let is_member = |probe: &&Probe| {
-        probe
-            .label
-            .as_ref()
-            .is_some_and(|l| l.group == group && !l.deleted)
+    let (tables, live) = (daemon.tables(), daemon.live());
+    let labels = || {
+        let all = live
+            .probes
+            .values()
+            .filter_map(|probe| probe.label.as_ref());
+        all.filter(|label| label.group == group)
     };
-    live.probes
-        .values()
-        .filter(is_member)
-        .filter_map(|probe| probe.label.as_ref())
+    labels()
         // A disk that failed and was replaced is not brought back by its old superblock.
         .filter_map(|label| tables.disk(label.disk).filter(|disk| disk.was.is_none()))
         .map(|disk| MemberSpec {
@@ -287,6 +320,12 @@ pub async fn start_groups(daemon: &Daemon, held: &mut Vec<Held>) {
             daemon.live().problems.insert(group, problem);
         }
     }
+    let barred = daemon.live().barred.clone();
+    for (group, problem) in barred {
+        if !daemon.live().groups.contains_key(&group) {
+            say_not_started(daemon, group, problem);
+        }
+    }
     for group in groups_to_start(daemon) {
         if held.iter().all(|one| one.group != group) {
             let members = members_of(daemon, group);
@@ -301,7 +340,7 @@ async fn start_or_say(
     members: Vec<MemberSpec>,
     held: &mut Vec<Held>,
 ) {
-    if let Err(error) = start_group(daemon, group, members.clone(), false).await {
+    if let Err(error) = start_group(daemon, group, members.clone(), How::default()).await {
         not_started(daemon, group, &error);
         if error.kind == ErrorKind::Busy {
             held.push(Held { group, members });
@@ -358,9 +397,7 @@ pub async fn recover_groups(daemon: &Daemon, were_up: &mut Vec<GroupStatus>) -> 
         let members: Vec<MemberSpec> = {
             let tables = daemon.tables();
             group
-                .members
-                .iter()
-                .chain(&group.replacement)
+                .all_members()
                 .filter_map(|m| tables.disk(m.disk))
                 .filter(|disk| disk.was.is_none())
                 .map(|disk| MemberSpec {
@@ -369,7 +406,7 @@ pub async fn recover_groups(daemon: &Daemon, were_up: &mut Vec<GroupStatus>) -> 
                 })
                 .collect()
         };
-        match start_group(daemon, uuid, members.clone(), false).await {
+        match start_group(daemon, uuid, members.clone(), How::default()).await {
             Ok(()) => {}
             Err(error) if error.kind == ErrorKind::Unreachable => were_up.push(group),
             Err(error) => {
@@ -424,7 +461,13 @@ pub async fn look_again(daemon: &Daemon, disks: &[DiskSave]) -> Result<(), ApiEr
 }
 
 fn not_started(daemon: &Daemon, group: GroupUuid, error: &ApiError) {
-    let problem = Problem::from(error);
+    // It is up, only the tables could not be saved.
+    if !daemon.live().groups.contains_key(&group) {
+        say_not_started(daemon, group, Problem::from(error));
+    }
+}
+
+fn say_not_started(daemon: &Daemon, group: GroupUuid, problem: Problem) {
     let about = About::group(group);
     daemon.event("GroupNotStarted", about, problem.why.clone());
     daemon.live().problems.insert(group, problem);
@@ -450,6 +493,32 @@ pub fn inflight(daemon: &Daemon, group: GroupUuid) -> Result<OwnedFd, ApiError> 
     })
 }
 
+/// What a person said about a start.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct How {
+    /// Old or wrong data is accepted.
+    pub force: bool,
+    /// The side of this disk goes on.
+    pub keep: Option<DiskUuid>,
+    /// It was deleted, and comes back.
+    pub undelete: bool,
+}
+
+/// Refuses a group that would leave disks behind that it needs.
+///
+/// # Errors  `Refused`, with the disks
+pub fn check_barred(daemon: &Daemon, group: GroupUuid, name: &str) -> Result<(), ApiError> {
+    match daemon.live().barred.get(&group) {
+        None => Ok(()),
+        Some(problem) => {
+            let what = format!("group {name} is not started");
+            Err(ApiError::new(ErrorKind::Refused, what)
+                .because(problem.why.clone())
+                .hint(problem.action.clone()))
+        }
+    }
+}
+
 /// Starts one group (steps 3 and 4).
 ///
 /// # Errors  `Busy` if every member is held by somebody; no member can be opened, or ublk-target refuses
@@ -457,7 +526,7 @@ pub async fn start_group(
     daemon: &Daemon,
     group: GroupUuid,
     members: Vec<MemberSpec>,
-    force: bool,
+    how: How,
 ) -> Result<(), ApiError> {
     let OpenedMembers {
         specs,
@@ -491,18 +560,20 @@ pub async fn start_group(
     let ublk_devices = ublk_devices();
     let start = TargetRequest::GroupStart {
         group,
-        force,
+        force: how.force,
         members: specs,
         ublk_devices,
         witness,
         without,
+        keep: how.keep,
+        undelete: how.undelete,
     };
     let answer = daemon.ask(&start, fds).await;
     let answer = answer.map_err(|error| by_name(daemon, group, error))?;
     let TargetAnswer::Group { group: status } = answer else {
         return Err(unexpected(&answer));
     };
-    daemon.absorb_group(*status).await?;
+    let saved = daemon.absorb_group(*status).await;
     if let Some((rebuild_min_bytes, rebuild_max_bytes)) = rates.filter(|r| *r != (None, None)) {
         let set = TargetRequest::GroupSet {
             group,
@@ -511,7 +582,7 @@ pub async fn start_group(
         };
         daemon.ask(&set, Vec::new()).await?;
     }
-    Ok(())
+    saved
 }
 
 /// Members as far as they could be opened.
@@ -614,6 +685,7 @@ mod tests {
             members: members.iter().map(|n| id(*n)).collect(),
             replacement: None,
             deleted: false,
+            damaged: None,
         };
         let path = format!("/dev/{disk}");
         let (capacity, data_bytes, logical_block, problem) = (1 << 30, 1 << 29, 512, None);

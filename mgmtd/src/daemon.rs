@@ -8,20 +8,22 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use lunar_api::rows::Stranger;
 use lunar_api::target::{
     Features, GroupState, GroupStatus, LuStatus, Probe, TARGET_API, TargetAnswer, TargetRequest,
     Witness,
 };
-use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid, LuUuid};
+use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid, LuUuid, SystemUuid};
 
+use crate::config_file::{self, ConfigFile};
 use crate::limits::{CALL_LIMIT, INTENT_LIMIT, STATUS_LIMIT};
 use crate::link::{Link, unexpected};
 use crate::store::{self, Store};
-use crate::tables::{EventSave, Tables};
-use crate::{devnodes, jobs, probe};
+use crate::tables::{EventSave, Kind, Tables, Write};
+use crate::{devnodes, hardware, jobs, probe};
 
 /// Where everything is.
 #[derive(Debug, Clone)]
@@ -31,6 +33,9 @@ pub struct Config {
     pub socket: PathBuf,
     pub system: Option<u32>,
     pub target_bin: PathBuf,
+    /// Programs run when something happens.
+    pub hooks_dir: PathBuf,
+    pub hook_limit: Duration,
 }
 
 /// What was last seen; nothing of it is saved.
@@ -39,10 +44,19 @@ pub struct Live {
     pub groups: BTreeMap<GroupUuid, GroupStatus>,
     pub features: Features,
     pub target_pid: Option<u32>,
+    pub target_version: String,
+    /// Model and serial of disks, remembered when they are gone.
+    pub labels: BTreeMap<DiskUuid, String>,
     /// What the disks carried when they were last probed.
     pub probes: BTreeMap<DiskUuid, Probe>,
     /// Paths that could not be read when they were last probed, and why.
     pub bad_paths: BTreeMap<String, String>,
+    /// Disks with a Lunar superblock that are left alone.
+    pub strangers: Vec<Stranger>,
+    /// Why the tables could not be saved last; empty: they are.
+    pub unsaved: String,
+    /// Groups that would leave disks behind if they started, and why.
+    pub barred: BTreeMap<GroupUuid, Problem>,
     /// Groups that ublk-target crashes by, and how.
     pub quarantined: BTreeMap<GroupUuid, String>,
     /// Why a group is not started.
@@ -97,10 +111,14 @@ impl About {
 #[derive(Debug)]
 pub struct Daemon {
     pub config: Config,
+    /// Since when this mgmtd runs.
+    pub started: std::time::Instant,
     store: Store,
     tables: Mutex<Tables>,
     live: Mutex<Live>,
     saving: tokio::sync::Mutex<()>,
+    /// The configuration that the archive has.
+    archived: Mutex<Option<ConfigFile>>,
     pub intent: tokio::sync::Mutex<()>,
     control: tokio::sync::Mutex<Option<Link>>,
     reading: tokio::sync::Mutex<Option<Link>>,
@@ -118,13 +136,23 @@ pub struct Daemon {
 
 impl Daemon {
     /// Puts the parts together.
-    pub fn new(config: Config, store: Store, tables: Tables) -> Arc<Self> {
+    pub fn new(config: Config, store: Store, mut tables: Tables) -> Arc<Self> {
+        let archived = config_file::newest(&config.state_dir);
+        if let Some((path, file)) = &archived
+            && config_file::refill(&mut tables, file)
+        {
+            let path = path.display();
+            tracing::warn!(%path, "the tables were lost: numbers and roles are those of the archive");
+        }
+        let archived = archived.map(|(_, file)| file);
         Arc::new(Self {
             config,
+            started: std::time::Instant::now(),
             store,
             tables: Mutex::new(tables),
             live: Mutex::default(),
             saving: tokio::sync::Mutex::default(),
+            archived: Mutex::new(archived),
             intent: tokio::sync::Mutex::default(),
             control: tokio::sync::Mutex::default(),
             reading: tokio::sync::Mutex::default(),
@@ -175,10 +203,18 @@ impl Daemon {
         let (store, rows) = (self.store.clone(), writes.clone());
         let result = tokio::task::spawn_blocking(move || store.write(&rows)).await;
         let result = match result {
-            Ok(Ok(())) => return Ok(()),
+            Ok(Ok(())) => {
+                self.live().unsaved.clear();
+                let told = |w: &Write| matches!(w.kind, Kind::Disks | Kind::Groups | Kind::Lus);
+                if writes.iter().any(told) {
+                    self.archive().await;
+                }
+                return Ok(());
+            }
             Ok(Err(error)) => store::one_line(&error),
             Err(error) => error.to_string(),
         };
+        self.live().unsaved.clone_from(&result);
         // They are kept and go with the next: what was done stays done, and the data path needs none of it.
         self.tables().put_back(writes);
         let dir = self.config.state_dir.display();
@@ -190,6 +226,60 @@ impl Daemon {
                 )
                 .hint(format!("df {dir}; then: lunar status")),
         )
+    }
+
+    /// The configuration now.
+    pub fn config_now(&self) -> ConfigFile {
+        let view = crate::api::last_view(self);
+        let before = self.archived.lock().unwrap_or_else(PoisonError::into_inner);
+        ConfigFile::of(&view, before.as_ref())
+    }
+
+    /// Keeps a copy of the configuration if it has changed. Nothing waits for it to work: the tables have it too.
+    async fn archive(&self) {
+        let now = self.config_now();
+        {
+            let before = self.archived.lock().unwrap_or_else(PoisonError::into_inner);
+            if before.as_ref() == Some(&now) || now.disks.is_empty() && before.is_none() {
+                return;
+            }
+        }
+        let (dir, file) = (self.config.state_dir.clone(), now.clone());
+        let kept = tokio::task::spawn_blocking(move || config_file::archive(&dir, &file)).await;
+        match kept {
+            Ok(Ok(())) => {
+                *self.archived.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
+            }
+            Ok(Err(error)) => tracing::warn!(%error, "the configuration was not archived"),
+            Err(error) => tracing::warn!(%error, "the configuration was not archived"),
+        }
+    }
+
+    /// Becomes another system: this one is new, and has nothing.
+    ///
+    /// # Crash  the state directory says it first; whatever else knows it is asked again
+    /// # Errors  the state directory takes no write, or ublk-target has groups
+    pub async fn become_system(&self, system: SystemUuid) -> Result<(), ApiError> {
+        let (store, dir) = (self.store.clone(), self.config.state_dir.clone());
+        let at = dir.clone();
+        let kept = tokio::task::spawn_blocking(move || store.set_system(&at, system)).await;
+        let kept = kept.map_err(|e| e.to_string());
+        let why = match kept {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(store::one_line(&error)),
+            Err(error) => Some(error),
+        };
+        if let Some(why) = why {
+            let what = "the identity of the system could not be saved";
+            return Err(ApiError::new(ErrorKind::Failed, what)
+                .because(why)
+                .hint(format!("df {0}; ls -ld {0}", dir.display())));
+        }
+        self.tables().system = system;
+        // Connections said hello for the one before.
+        *self.control.lock().await = None;
+        *self.reading.lock().await = None;
+        self.refresh().await
     }
 
     /// Records an event; it becomes durable with the next `save`.
@@ -275,10 +365,11 @@ impl Daemon {
                 api: TARGET_API,
                 pid,
                 features,
-                ..
+                version,
             } => {
                 let mut live = self.live();
                 live.target_pid = Some(pid);
+                live.target_version = version;
                 live.features = features;
             }
             other => return Err(unexpected(&other)),
@@ -338,8 +429,20 @@ impl Daemon {
             }
             jobs::derive(&mut tables, &groups, probe::now_ms());
         }
+        self.learn_labels();
         self.sync_nodes();
         self.save().await
+    }
+
+    fn learn_labels(&self) {
+        let disks: Vec<_> = self.tables().disks.values().cloned().collect();
+        for disk in disks {
+            let known = self.live().labels.contains_key(&disk.uuid);
+            if !known {
+                let label = hardware::label(&disk.path);
+                self.live().labels.insert(disk.uuid, label);
+            }
+        }
     }
 
     fn sync_nodes(&self) {
@@ -347,11 +450,15 @@ impl Daemon {
         if self.recovering.load(Ordering::Relaxed) {
             return;
         }
-        let want = self
-            .lus()
-            .into_iter()
-            .filter_map(|lu| Some((lu.name, lu.ublk?)))
-            .collect();
+        let mut want = BTreeMap::new();
+        let mut lus = self.lus();
+        // Of two with one name the one that was here first keeps it.
+        lus.sort_by_key(|lu| self.tables().lu(lu.lu).map(|l| l.number));
+        for lu in lus {
+            if let Some(ublk) = lu.ublk {
+                want.entry(lu.name).or_insert(ublk);
+            }
+        }
         let dir = devnodes::node_dir(self.config.system);
         if let Err(error) = devnodes::sync_nodes(&dir, &want) {
             tracing::warn!(%error, dir = %dir.display(), "device links could not be made");
@@ -377,7 +484,7 @@ impl Daemon {
         let live = self.live();
         live.groups
             .values()
-            .flat_map(|g| &g.members)
+            .flat_map(|g| g.all_members())
             .map(|m| m.disk)
             .collect()
     }

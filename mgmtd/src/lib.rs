@@ -8,13 +8,19 @@
 
 pub mod api;
 pub mod boot;
+pub mod config_file;
 pub mod daemon;
 pub mod devnodes;
+pub mod doctor;
+pub mod hardware;
 pub mod holders;
+pub mod hooks;
+pub mod import_plan;
 pub mod jobs;
 pub mod limits;
 pub mod link;
 pub mod manual;
+pub mod metrics;
 pub mod names;
 pub mod notify;
 pub mod opener;
@@ -23,6 +29,7 @@ pub mod probe;
 pub mod quarantine;
 pub mod resolve;
 pub mod server;
+pub mod sightings;
 pub mod signature;
 pub mod spares;
 pub mod store;

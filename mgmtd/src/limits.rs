@@ -40,10 +40,16 @@ pub const DISK_MIN: u64 = 64 << 20;
 pub const PATHS_MAX: usize = 128;
 /// Files looked at in one directory when a disk is searched.
 pub const SEARCH_MAX: usize = 1024;
+/// Longest run of a hook, unless mgmtd is told another.
+pub const HOOK_LIMIT: Duration = Duration::from_secs(30);
+/// Events whose hooks run at once; the next wait.
+pub const HOOKS_AT_ONCE: usize = 4;
 /// Events kept.
 pub const EVENTS_MAX: usize = 5000;
 /// Rows kept for later when the state directory takes none.
 pub const WRITES_MAX: usize = 10_000;
+/// Saved configurations kept in the state directory.
+pub const ARCHIVE_MAX: usize = 20;
 /// Ended jobs kept.
 pub const JOBS_MAX: usize = 500;
 /// Deaths of ublk-target in a minute before restarts are slowed down.

@@ -5,19 +5,21 @@
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{CommandFactory, Parser};
 use lunar_api::SystemUuid;
 use mgmtd::daemon::{Config, Daemon};
+use mgmtd::limits::HOOK_LIMIT;
 use mgmtd::store::{self, Store};
-use mgmtd::{holders, notify, probe, server, spares, supervisor};
+use mgmtd::{holders, hooks, notify, probe, server, spares, supervisor};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// The management daemon of Lunar. Its end leaves the data path running; `lunar shutdown` stops all.
 #[derive(Debug, Parser)]
 #[command(
     version,
-    after_help = "Examples:\n  mgmtd\n  mgmtd --state-dir /var/lib/lunar2 --system 2\n  RUST_LOG=debug mgmtd"
+    after_help = "Examples:\n  mgmtd\n  mgmtd --state-dir /var/lib/lunar2 --system 2\n  mgmtd --hooks-dir /usr/local/lib/lunar-hooks --hook-limit 10\n  RUST_LOG=debug mgmtd"
 )]
 struct Args {
     /// Where the tables are kept; never on a LU of this Lunar
@@ -32,6 +34,12 @@ struct Args {
     /// The ublk-target to start; else the one beside this program
     #[arg(long, value_name = "PATH")]
     ublk_target: Option<PathBuf>,
+    /// Folder of programs that are run with every event: PROGRAM EVENT GROUP [COMPONENT]
+    #[arg(long, value_name = "DIR", default_value = "/etc/lunar/hooks.d")]
+    hooks_dir: PathBuf,
+    /// Seconds after which such a program is killed
+    #[arg(long, value_name = "SECONDS", default_value_t = HOOK_LIMIT.as_secs(), value_parser = clap::value_parser!(u64).range(1..=3600))]
+    hook_limit: u64,
     /// Print the manual page
     #[arg(long, hide = true, exclusive = true)]
     man: bool,
@@ -93,6 +101,8 @@ fn config(args: Args) -> Result<Config, String> {
         run_dir,
         system,
         target_bin: args.ublk_target.unwrap_or(beside),
+        hooks_dir: args.hooks_dir,
+        hook_limit: Duration::from_secs(args.hook_limit),
     })
 }
 
@@ -134,13 +144,14 @@ async fn run(args: Args) -> Result<(), String> {
     let mut term = signal(SignalKind::terminate()).map_err(|e| say("signals", &e))?;
     let mut int = signal(SignalKind::interrupt()).map_err(|e| say("signals", &e))?;
     tokio::task::spawn_local(server::serve(daemon.clone(), listener));
+    tokio::spawn(hooks::follow(daemon.clone()));
     let mut supervisor = tokio::spawn(supervisor::supervise(daemon.clone()));
     tokio::spawn(spares::watch(daemon.clone()));
     tokio::select! {
         _ = term.recv() => tracing::info!("mgmtd ends, the data path stays up"),
         _ = int.recv() => tracing::info!("mgmtd ends, the data path stays up"),
         _ = daemon.stopped.notified() => {
-            let limit = std::time::Duration::from_secs(10);
+            let limit = Duration::from_secs(10);
             let _ = tokio::time::timeout(limit, &mut supervisor).await;
             let _ = tokio::time::timeout(limit / 10, daemon.told.notified()).await;
             tracing::info!("everything is stopped");

@@ -35,6 +35,18 @@ pub fn identify(path: &Path) -> io::Result<Identity> {
     })
 }
 
+/// What a disk really is: a loop device is its file.
+pub fn behind(identity: Identity) -> Identity {
+    let Identity::Block(dev) = identity else {
+        return identity;
+    };
+    let link = format!("/sys/dev/block/{}/loop/backing_file", major_minor(dev));
+    let file = std::fs::read_to_string(link);
+    file.ok()
+        .and_then(|path| identify(Path::new(path.trim_end())).ok())
+        .unwrap_or(identity)
+}
+
 /// Writes a device number as /sys and mountinfo do.
 pub fn major_minor(dev: u64) -> String {
     format!(

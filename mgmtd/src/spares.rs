@@ -240,6 +240,7 @@ mod tests {
             members: Vec::new(),
             replacement: None,
             deleted: false,
+            damaged: None,
         };
         let probe = Probe {
             path,

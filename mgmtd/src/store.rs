@@ -173,6 +173,30 @@ impl Store {
         Ok((store, tables))
     }
 
+    /// Has the state directory belong to another system. Blocks.
+    ///
+    /// # Crash  the commit decides; the file beside it follows at the next start
+    /// # Errors  the disk of the state directory failed
+    pub fn set_system(&self, dir: &Path, system: SystemUuid) -> Result<(), StoreError> {
+        {
+            let mut place = self.db.lock().unwrap_or_else(PoisonError::into_inner);
+            let db = match place.take() {
+                Some(db) => db,
+                None => open(&self.path)?,
+            };
+            let txn = db
+                .begin_write()
+                .map_err(|e| StoreError::Transaction(Box::new(e)))?;
+            {
+                let mut meta = txn.open_table(META).map_err(StoreError::Table)?;
+                put(&mut meta, "system", &system.to_string())?;
+            }
+            txn.commit().map_err(StoreError::Commit)?;
+            *place = Some(db);
+        }
+        keep_identity(dir, system)
+    }
+
     fn closed() -> StoreError {
         StoreError::Storage(redb::StorageError::Corrupted("it is closed".into()))
     }

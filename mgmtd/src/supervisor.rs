@@ -304,7 +304,12 @@ async fn follow(daemon: Arc<Daemon>) {
                 disk: event.disk,
                 lu: event.lu,
             };
-            daemon.event(&event.name, about, event.text);
+            let filled = event.name == "RebuildFinished" && about.disk.is_some();
+            daemon.event(&event.name, about, event.text.clone());
+            if filled {
+                // md tells both.
+                daemon.event("SpareActive", about, event.text);
+            }
         }
         if daemon.refresh().await.is_ok() {
             note_failed(&daemon, failed);

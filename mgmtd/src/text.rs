@@ -1,9 +1,11 @@
 //! The text of `lunar status`, composed here and never in the client. Pure.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use lunar_api::rows::{
     DiskState, GroupHealth, Health, LuHealth, MemberHealth, ScrubRow, StatusData, StatusReply,
+    Stranger, StrangerKind,
 };
 use lunar_api::target::{
     GroupState, GroupStatus, Level, MemberStatus, ScrubState, SyncAction, SyncStatus,
@@ -71,6 +73,14 @@ pub fn status(
             bad.disk, bad.path, bad.problem, bad.disk
         );
     }
+    if !view.live.unsaved.is_empty() {
+        let why = &view.live.unsaved;
+        let _ = writeln!(
+            text,
+            "the state directory takes no write: {why}. Data is safe, what commands change is kept in memory only. Make room: df"
+        );
+    }
+    strangers_text(&mut text, view);
     for note in &view.live.features.notes {
         let _ = writeln!(text, "  note: {note}");
     }
@@ -98,7 +108,52 @@ pub fn status(
             groups,
             disks,
             bad_disks,
+            strangers: view.live.strangers.clone(),
+            unsaved: view.live.unsaved.clone(),
         },
+    }
+}
+
+/// Disks of other systems, a line for each system, and what else is left alone.
+fn strangers_text(text: &mut String, view: &View) {
+    let strangers = &view.live.strangers;
+    let mut systems: BTreeMap<_, Vec<&Stranger>> = BTreeMap::new();
+    for stranger in strangers {
+        match (stranger.kind, stranger.system) {
+            (StrangerKind::OtherSystem, Some(system)) => {
+                systems.entry(system).or_default().push(stranger);
+            }
+            _ => {
+                let _ = writeln!(text, "{} {}", stranger.path, stranger.text);
+            }
+        }
+    }
+    let is_new = view.is_new();
+    for (system, disks) in systems {
+        let paths: Vec<&str> = disks.iter().map(|s| s.path.as_str()).collect();
+        let mut groups: Vec<&str> = disks.iter().map(|s| s.group_name.as_str()).collect();
+        groups.sort_unstable();
+        groups.dedup();
+        groups.retain(|name| !name.is_empty());
+        let of = match groups.is_empty() {
+            true => String::new(),
+            false => format!(" (group {})", groups.join(", ")),
+        };
+        let paths = paths.join(" ");
+        let _ = writeln!(
+            text,
+            "disks of Lunar system {system}{of} are here and left alone: {paths}"
+        );
+        let _ = match is_new {
+            true => writeln!(
+                text,
+                "this system is new; if its state directory was lost, all comes back by: lunar import {paths}"
+            ),
+            false => writeln!(
+                text,
+                "if that system is to lose them to this one: lunar import --take {paths}"
+            ),
+        };
     }
 }
 
@@ -306,8 +361,10 @@ fn group_text(
         let (state, r, w) = (word(m.state), m.read_errors, m.write_errors);
         let _ = writeln!(
             text,
-            "        {disk:<5} {:<5} {state:<10} {r:>5} {w:>5}     0  {}",
-            m.slot, m.path
+            "        {disk:<5} {:<5} {state:<10} {r:>5} {w:>5}     0  {}{}",
+            m.slot,
+            m.path,
+            label_of(view, m.disk, m.state)
         );
     }
     for was in view
@@ -322,9 +379,10 @@ fn group_text(
             continue;
         }
         let (n, path) = (was.number, &was.path);
+        let label = label_of(view, Some(n), DiskState::Faulty);
         let _ = writeln!(
             text,
-            "        {n:<5} {slot:<5} faulty         -     -     -  {path}  (was)"
+            "        {n:<5} {slot:<5} faulty         -     -     -  {path}  (was){label}"
         );
     }
     for (at, lu) in group.lus.iter().enumerate() {
@@ -332,6 +390,17 @@ fn group_text(
         let _ = writeln!(text, "{label} {}", lu_text(view, lu, holders));
     }
     text.push('\n');
+}
+
+/// What stands on a disk that has to be taken out of the machine.
+fn label_of(view: &View, disk: Option<u32>, state: DiskState) -> String {
+    let out = matches!(state, DiskState::Faulty | DiskState::Missing);
+    let uuid = disk.and_then(|n| view.tables.disks.get(&n)).map(|d| d.uuid);
+    let label = uuid.and_then(|uuid| view.live.labels.get(&uuid));
+    match label.filter(|label| out && !label.is_empty()) {
+        Some(label) => format!("  {label}"),
+        None => String::new(),
+    }
 }
 
 fn lu_text(view: &View, lu: &LuHealth, holders: &dyn Fn(u32) -> Vec<String>) -> String {
@@ -529,6 +598,8 @@ mod tests {
     #[test]
     fn status_degraded_exits_3_and_says_what_to_type() {
         let mut view = view();
+        let disk = view.tables.disks[&2].uuid;
+        (view.live.labels).insert(disk, "ST4000VN (serial Z1F0A)".into());
         for group in view.live.groups.values_mut() {
             group.state = GroupState::Degraded;
             group.reason = "disk 2 (slot 1) failed".into();
@@ -538,6 +609,11 @@ mod tests {
         let reply = compose(&view);
         assert_eq!(reply.exit, 3);
         assert!(reply.text.contains("state: DEGRADED"), "{}", reply.text);
+        assert!(
+            reply.text.contains("wwn-2  ST4000VN (serial Z1F0A)\n"),
+            "{}",
+            reply.text
+        );
         let risk = "  risk: it survives one more failure";
         assert!(reply.text.contains(risk), "{}", reply.text);
         assert!(

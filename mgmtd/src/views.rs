@@ -28,12 +28,15 @@ impl View {
     pub fn member(&self, disk: DiskUuid) -> Option<(&GroupStatus, &MemberStatus)> {
         self.live.groups.values().find_map(|group| {
             let member = group
-                .members
-                .iter()
-                .chain(&group.replacement)
+                .all_members()
                 .find(|m| m.disk == disk && !m.disk.is_nil())?;
             Some((group, member))
         })
+    }
+
+    /// Whether this system has nothing: no disk was ever given to it, or all is lost.
+    pub fn is_new(&self) -> bool {
+        self.tables.disks.is_empty() && self.tables.groups.is_empty() && self.live.groups.is_empty()
     }
 
     /// Known disks whose path could not be read, and why.
@@ -59,7 +62,9 @@ impl View {
         }
         let label = self.live.probes.get(&disk.uuid)?.label.as_ref()?;
         let up = self.live.groups.contains_key(&label.group);
-        (!label.group.is_nil() && !label.deleted && !up).then_some(label.group)
+        let newest = self.newest_label(label.group);
+        let deleted = newest.is_some_and(|newest| newest.deleted);
+        (!label.group.is_nil() && !deleted && !up).then_some(label.group)
     }
 
     fn disk_state(&self, disk: &DiskSave) -> DiskState {
@@ -152,12 +157,7 @@ impl View {
                 write_errors: m.write_errors,
             }
         };
-        group
-            .members
-            .iter()
-            .chain(&group.replacement)
-            .map(row)
-            .collect()
+        group.all_members().map(row).collect()
     }
 
     /// Slots of a group that is not started, from what its disks say.

@@ -10,6 +10,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use lunar_api::rows::*;
 use lunar_api::{ApiError, ErrorKind};
@@ -22,12 +23,18 @@ const VERBS: &[(&str, &str)] = &[
     ("status", ""),
     ("table", "disks"),
     ("events", ""),
+    ("events --test", ""),
+    ("doctor", ""),
+    ("metrics", ""),
+    ("stat", ""),
+    ("report", ""),
     ("job list", ""),
     ("job watch", "7"),
     ("job cancel", "7"),
     ("disk add", "/dev/sdb"),
     ("disk list", ""),
     ("disk show", "1"),
+    ("disk locate", "1"),
     ("disk fail", "1"),
     ("disk replace", "1 2"),
     ("disk remove", "1-2"),
@@ -37,6 +44,7 @@ const VERBS: &[(&str, &str)] = &[
     ("group set", "data --rebuild-max 1MiB"),
     ("group scrub", "data"),
     ("group start", "data"),
+    ("group resolve", "data --keep 1 --yes"),
     ("group stop", "data"),
     ("group rename", "data archive"),
     ("group delete", "data --yes"),
@@ -47,11 +55,17 @@ const VERBS: &[(&str, &str)] = &[
     ("lu set", "vol --queues 2"),
     ("lu delete", "vol --yes"),
     ("path list", ""),
+    ("import", "/dev/sdb"),
+    ("config save", ""),
+    ("config load", "Cargo.toml"),
     ("shutdown", "--yes"),
 ];
 
 /// Verbs that print a file for another program, not data.
 const NO_JSON: [&str; 1] = ["completions"];
+
+/// The clock of `stat`: half a second more with every look.
+static STAT_AT: AtomicU64 = AtomicU64::new(1000);
 
 /// What the mgmtd of these tests answers to a method.
 fn answer(method: &str, ask: &Value) -> Value {
@@ -61,6 +75,15 @@ fn answer(method: &str, ask: &Value) -> Value {
         "Events" => json_of(EventsReply {
             events: vec![event()],
         }),
+        "Doctor" => json_of(doctor()),
+        "Metrics" => json_of(MetricsReply {
+            text: "lunar_target_up 1\n".into(),
+        }),
+        "Report" => json_of(ReportReply {
+            text: "Lunar\n".into(),
+        }),
+        "Stat" => json_of(stat(STAT_AT.fetch_add(500, Ordering::Relaxed))),
+        "DiskLocate" => json_of(locate()),
         "JobList" => json_of(JobList { jobs: vec![job()] }),
         "JobShow" => json_of(JobOneReply { job: job() }),
         "DiskList" => json_of(DiskList {
@@ -80,6 +103,7 @@ fn answer(method: &str, ask: &Value) -> Value {
         "PathList" => json_of(PathList {
             paths: vec![path_row()],
         }),
+        "ConfigSave" => json_of(config_text()),
         _ => json_of(changed()),
     };
     value.unwrap()
@@ -163,6 +187,11 @@ fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../fixtures/golden/json/{name}.json"))
 }
 
+/// `disk add` is in disk.add.json, `events --test` in events.test.json.
+fn file_of(verb: &str) -> String {
+    verb.replace(' ', ".").replace("--", "")
+}
+
 /// The command tree, as its manual pages show it: verbs only, no nouns.
 fn verbs() -> BTreeSet<String> {
     let dir = std::env::temp_dir().join(format!("lunar-man-{}", std::process::id()));
@@ -205,7 +234,8 @@ fn verbs() -> BTreeSet<String> {
 /// schema's name, and what the golden file holds.
 #[test]
 fn every_verb_has_a_golden_file() {
-    let known: BTreeSet<String> = VERBS.iter().map(|(verb, _)| verb.to_string()).collect();
+    let verbs_only = VERBS.iter().filter(|(verb, _)| !verb.contains("--"));
+    let known: BTreeSet<String> = verbs_only.map(|(verb, _)| verb.to_string()).collect();
     let mut wanted = verbs();
     NO_JSON
         .iter()
@@ -221,7 +251,7 @@ fn every_verb_has_a_golden_file() {
         assert!(out.stderr.is_empty(), "{verb}: {}", text(&out.stderr));
         let value: Value =
             serde_json::from_str(&printed).unwrap_or_else(|e| panic!("{verb}: {e}: {printed}"));
-        let name = verb.replace(' ', ".");
+        let name = file_of(verb);
         let schema = value["schema"].as_str().unwrap();
         assert!(schema.starts_with(&format!("lunar.{name}")), "{schema}");
         hold(
@@ -234,10 +264,7 @@ fn every_verb_has_a_golden_file() {
 /// Given the golden files, then each belongs to a verb that is there, or is the error.
 #[test]
 fn golden_files_have_verbs() {
-    let mut known: BTreeSet<String> = VERBS
-        .iter()
-        .map(|(verb, _)| verb.replace(' ', "."))
-        .collect();
+    let mut known: BTreeSet<String> = VERBS.iter().map(|(verb, _)| file_of(verb)).collect();
     known.insert("error".into());
     for entry in std::fs::read_dir(golden("error").parent().unwrap()).unwrap() {
         let name = entry.unwrap().file_name().into_string().unwrap();

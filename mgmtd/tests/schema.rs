@@ -42,12 +42,18 @@ fn methods() -> Methods {
     };
     m.add::<mgmt::StatusAsk, rows::StatusReply>("Status");
     m.add::<mgmt::EventsAsk, rows::EventsReply>("Events");
+    m.add::<mgmt::EventsTestAsk, rows::Changed>("EventsTest");
+    m.add::<mgmt::Nothing, rows::DoctorReply>("Doctor");
+    m.add::<mgmt::Nothing, rows::MetricsReply>("Metrics");
+    m.add::<mgmt::Nothing, rows::StatReply>("Stat");
+    m.add::<mgmt::Nothing, rows::ReportReply>("Report");
     m.add::<mgmt::Nothing, rows::JobList>("JobList");
     m.add::<mgmt::JobOne, rows::JobOneReply>("JobShow");
     m.add::<mgmt::JobEnd, rows::Changed>("JobCancel");
     m.add::<mgmt::Nothing, rows::DiskList>("DiskList");
     m.add::<mgmt::One, rows::DiskOne>("DiskShow");
     m.add::<mgmt::DiskAdd, rows::Changed>("DiskAdd");
+    m.add::<mgmt::DiskLocate, rows::LocateReply>("DiskLocate");
     m.add::<mgmt::DiskFail, rows::Changed>("DiskFail");
     m.add::<mgmt::DiskReplace, rows::Changed>("DiskReplace");
     m.add::<mgmt::DiskRemove, rows::Changed>("DiskRemove");
@@ -57,6 +63,7 @@ fn methods() -> Methods {
     m.add::<mgmt::GroupSet, rows::Changed>("GroupSet");
     m.add::<mgmt::GroupScrub, rows::Changed>("GroupScrub");
     m.add::<mgmt::GroupStart, rows::Changed>("GroupStart");
+    m.add::<mgmt::GroupResolve, rows::Changed>("GroupResolve");
     m.add::<mgmt::GroupEnd, rows::Changed>("GroupStop");
     m.add::<mgmt::Rename, rows::Changed>("GroupRename");
     m.add::<mgmt::GroupEnd, rows::Changed>("GroupDelete");
@@ -67,6 +74,9 @@ fn methods() -> Methods {
     m.add::<mgmt::LuSet, rows::Changed>("LuSet");
     m.add::<mgmt::LuEnd, rows::Changed>("LuDelete");
     m.add::<mgmt::Nothing, rows::PathList>("PathList");
+    m.add::<mgmt::Import, rows::Changed>("Import");
+    m.add::<mgmt::Nothing, rows::ConfigText>("ConfigSave");
+    m.add::<mgmt::ConfigLoad, rows::Changed>("ConfigLoad");
     m.add::<mgmt::ShutdownAsk, rows::Changed>("Shutdown");
     m.generator.subschema_for::<ApiError>();
     m

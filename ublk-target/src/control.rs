@@ -155,6 +155,7 @@ fn dispatch(
         TargetRequest::Probe { paths } => groups.probe(paths, fds),
         TargetRequest::Label { path, disk } => {
             let [fd] = take(fds)?;
+            groups.check_system(system)?;
             groups.label(path, fd, system, disk)
         }
         TargetRequest::Wipe { path } => {
@@ -162,10 +163,19 @@ fn dispatch(
             groups.wipe(path, fd)
         }
         request @ (TargetRequest::GroupCreate { .. } | TargetRequest::GroupStart { .. }) => {
+            groups.check_system(system)?;
             groups.begin(request, fds, system)
         }
         TargetRequest::GroupQuarantine { seen, ublk_devices } => {
             groups.quarantine(*seen, &ublk_devices)
+        }
+        TargetRequest::Adopt {
+            group,
+            from,
+            members,
+        } => {
+            groups.check_system(system)?;
+            groups.adopt(group, from, system, members, fds)
         }
         TargetRequest::GroupErase { group, members } => groups.erase(group, members, fds),
         TargetRequest::GroupStop { group } => groups.end(group, false),
@@ -202,6 +212,8 @@ fn dispatch(
         }
         TargetRequest::LuSet { group, lu, queues } => groups.get(group)?.lu_set(lu, queues),
         TargetRequest::LuDelete { group, lu } => groups.get(group)?.lu_delete(lu),
+        TargetRequest::LuDeleted { group } => groups.get(group)?.deleted_lus(),
+        TargetRequest::LuUndelete { group, lu } => groups.get(group)?.lu_undelete(lu),
         TargetRequest::LuRename { group, lu, name } => groups.get(group)?.lu_rename(lu, name),
         TargetRequest::Status => groups.status(),
         TargetRequest::Events { after, wait_ms } => {

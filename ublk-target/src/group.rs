@@ -130,12 +130,16 @@ impl Group {
                 ublk_devices,
                 witness,
                 without,
+                keep,
+                undelete,
             } => {
                 let spec = StartSpec {
                     group,
                     force,
                     witness,
                     without,
+                    keep,
+                    undelete,
                 };
                 (group, Spec::Start(spec), members, ublk_devices)
             }
@@ -432,6 +436,19 @@ impl Group {
         lock(&self.paths).remove(&lu);
         lock(&self.past).lus.remove(&lu);
         Ok(TargetAnswer::Done)
+    }
+
+    pub(crate) fn lu_undelete(self: Arc<Self>, lu: LuUuid) -> TargetReply {
+        let _held = lock(&self.change);
+        self.change(async move |group| group.lu_undelete(lu).await)?;
+        // It is durable: without a device it stays, and says why.
+        self.up_or_say(lu, None);
+        self.lu_answer(lu)
+    }
+
+    pub(crate) fn deleted_lus(&self) -> TargetReply {
+        let lus = self.change(async |group: Rc<_>| Ok(group.deleted_lus()))?;
+        Ok(TargetAnswer::Deleted { lus })
     }
 
     pub(crate) fn lu_rename(self: Arc<Self>, lu: LuUuid, name: String) -> TargetReply {

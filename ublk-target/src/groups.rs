@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::Receiver;
@@ -53,7 +53,8 @@ struct Probing {
 #[derive(Debug)]
 pub(crate) struct Groups {
     common: Arc<Common>,
-    system: OnceLock<SystemUuid>,
+    /// None: nobody has said yet.
+    system: Mutex<Option<SystemUuid>>,
     /// None: it is being started or stopped.
     groups: Mutex<BTreeMap<GroupUuid, Option<Arc<Group>>>>,
     /// Reads and labels disks that are in no group.
@@ -74,7 +75,7 @@ impl Groups {
     pub(crate) fn new(common: Common) -> Arc<Self> {
         Arc::new(Self {
             common: Arc::new(common),
-            system: OnceLock::new(),
+            system: Mutex::default(),
             groups: Mutex::default(),
             probe: Mutex::default(),
         })
@@ -84,13 +85,26 @@ impl Groups {
         self.groups.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the system that this process belongs to; for good.
+    /// Takes the system that this process belongs to: for as long as it has any group.
     pub(crate) fn set_system(&self, system: SystemUuid) -> Result<(), ApiError> {
-        let first = *self.system.get_or_init(|| system);
-        if first == system {
+        let map = self.map();
+        let mut known = self.system.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = *known.get_or_insert(system);
+        if first == system || map.is_empty() {
+            *known = Some(system);
             return Ok(());
         }
         let what = format!("this process belongs to system {first}, not {system}");
+        Err(ApiError::new(ErrorKind::Usage, what))
+    }
+
+    /// Refuses to write for a system that this process has left since a connection said hello.
+    pub(crate) fn check_system(&self, system: SystemUuid) -> Result<(), ApiError> {
+        let known = *self.system.lock().unwrap_or_else(PoisonError::into_inner);
+        if known == Some(system) {
+            return Ok(());
+        }
+        let what = format!("this connection said hello for system {system}, which is past");
         Err(ApiError::new(ErrorKind::Usage, what))
     }
 
@@ -362,13 +376,30 @@ impl Groups {
         self.with_disk(path, fd, async |disk, pool| label::wipe(disk, pool).await)
     }
 
-    /// Marks the superblocks of members of a group that does not run deleted.
-    pub(crate) fn erase(
+    /// Has members of a group that does not run belong to this system, one after the other.
+    pub(crate) fn adopt(
         &self,
         uuid: GroupUuid,
+        from: SystemUuid,
+        to: SystemUuid,
         members: Vec<MemberSpec>,
         fds: Vec<OwnedFd>,
     ) -> TargetReply {
+        self.check_stopped(uuid, &members, &fds)?;
+        for (member, fd) in members.into_iter().zip(fds) {
+            self.with_disk(member.path, fd, async move |disk, pool| {
+                label::adopt(disk, pool, uuid, from, to).await.map(drop)
+            })?;
+        }
+        Ok(TargetAnswer::Done)
+    }
+
+    fn check_stopped(
+        &self,
+        uuid: GroupUuid,
+        members: &[MemberSpec],
+        fds: &[OwnedFd],
+    ) -> Result<(), ApiError> {
         if members.len() != fds.len() {
             let what = format!("{} members, but {} descriptors", members.len(), fds.len());
             return Err(ApiError::new(ErrorKind::Usage, what));
@@ -377,6 +408,17 @@ impl Groups {
             let what = format!("group {uuid} runs, or is being started or stopped");
             return Err(ApiError::new(ErrorKind::Busy, what));
         }
+        Ok(())
+    }
+
+    /// Marks the superblocks of members of a group that does not run deleted.
+    pub(crate) fn erase(
+        &self,
+        uuid: GroupUuid,
+        members: Vec<MemberSpec>,
+        fds: Vec<OwnedFd>,
+    ) -> TargetReply {
+        self.check_stopped(uuid, &members, &fds)?;
         for (member, fd) in members.into_iter().zip(fds) {
             self.with_disk(member.path, fd, async move |disk, pool| {
                 label::mark_deleted(disk, pool, uuid).await

@@ -70,6 +70,11 @@ requests! {
         after: u64,
         wait_ms: u32,
     }
+    /// Records a test message.
+    EventsTestAsk {
+        dry_run: bool,
+        yes: bool,
+    }
     /// Names one job.
     JobOne {
         job: u32,
@@ -86,6 +91,16 @@ requests! {
         role: Role,
         /// The one foreign signature that may be destroyed.
         force: Option<String>,
+        /// A disk of this system becomes a new one: what it holds dies.
+        as_new: bool,
+        dry_run: bool,
+        yes: bool,
+    }
+    /// Says where disks are and lights their LEDs.
+    DiskLocate {
+        disks: Vec<String>,
+        /// Puts the LEDs out.
+        off: bool,
         dry_run: bool,
         yes: bool,
     }
@@ -155,6 +170,35 @@ requests! {
         dry_run: bool,
         yes: bool,
     }
+    /// Chooses a side of a group whose members were written apart from each other.
+    GroupResolve {
+        group: String,
+        /// A disk of the side that goes on.
+        keep: String,
+        /// Starts although it was not stopped cleanly and is degraded.
+        force: bool,
+        dry_run: bool,
+        yes: bool,
+    }
+    /// Takes disks and what is on them from what they say themselves.
+    Import {
+        paths: Vec<String>,
+        /// Brings deleted groups and LUs back.
+        deleted: bool,
+        /// Takes groups away from the system that they belong to.
+        take: bool,
+        dry_run: bool,
+        yes: bool,
+    }
+    /// Gives numbers, roles and options as a saved configuration has them.
+    ConfigLoad {
+        /// The file's text.
+        text: String,
+        /// Makes its groups and LUs anew on blank disks.
+        create: bool,
+        dry_run: bool,
+        yes: bool,
+    }
     /// Stops a group, or deletes it.
     GroupEnd {
         group: String,
@@ -211,6 +255,21 @@ pub enum Request {
     /// What happened. Answer: `EventsReply`.
     #[serde(rename = "io.lunar.Events")]
     Events(EventsAsk),
+    /// Records a `TestMessage` for every group and runs the hooks with it. Answer: `Changed`.
+    #[serde(rename = "io.lunar.EventsTest")]
+    EventsTest(EventsTestAsk),
+    /// Checks the machine and the set-up. Answer: `DoctorReply`.
+    #[serde(rename = "io.lunar.Doctor")]
+    Doctor(Nothing),
+    /// Counters and states for Prometheus. Answer: `MetricsReply`.
+    #[serde(rename = "io.lunar.Metrics")]
+    Metrics(Nothing),
+    /// The I/O of LUs and members. Answer: `StatReply`.
+    #[serde(rename = "io.lunar.Stat")]
+    Stat(Nothing),
+    /// What a bug report needs. Answer: `ReportReply`.
+    #[serde(rename = "io.lunar.Report")]
+    Report(Nothing),
     /// Every job. Answer: `JobList`.
     #[serde(rename = "io.lunar.JobList")]
     JobList(Nothing),
@@ -229,6 +288,9 @@ pub enum Request {
     /// Gives disks to Lunar. Answer: `Changed`.
     #[serde(rename = "io.lunar.DiskAdd")]
     DiskAdd(DiskAdd),
+    /// Says where disks are. Answer: `LocateReply`.
+    #[serde(rename = "io.lunar.DiskLocate")]
+    DiskLocate(DiskLocate),
     /// Fails a member. Answer: `Changed`.
     #[serde(rename = "io.lunar.DiskFail")]
     DiskFail(DiskFail),
@@ -256,6 +318,9 @@ pub enum Request {
     /// Starts a stopped group. Answer: `Changed`.
     #[serde(rename = "io.lunar.GroupStart")]
     GroupStart(GroupStart),
+    /// Chooses a side of a group in two. Answer: `Changed`.
+    #[serde(rename = "io.lunar.GroupResolve")]
+    GroupResolve(GroupResolve),
     /// Stops a group. Answer: `Changed`.
     #[serde(rename = "io.lunar.GroupStop")]
     GroupStop(GroupEnd),
@@ -286,6 +351,15 @@ pub enum Request {
     /// The table of paths. Answer: `PathList`.
     #[serde(rename = "io.lunar.PathList")]
     PathList(Nothing),
+    /// Takes disks and what is on them. Answer: `Changed`.
+    #[serde(rename = "io.lunar.Import")]
+    Import(Import),
+    /// What no disk carries, and what there is. Answer: `ConfigText`.
+    #[serde(rename = "io.lunar.ConfigSave")]
+    ConfigSave(Nothing),
+    /// Loads what `ConfigSave` gave. Answer: `Changed`.
+    #[serde(rename = "io.lunar.ConfigLoad")]
+    ConfigLoad(ConfigLoad),
     /// Stops all in order. Answer: `Changed`.
     #[serde(rename = "io.lunar.Shutdown")]
     Shutdown(ShutdownAsk),
@@ -295,12 +369,18 @@ pub enum Request {
 pub const VERBS: &[(&str, bool)] = &[
     ("io.lunar.Status", false),
     ("io.lunar.Events", false),
+    ("io.lunar.EventsTest", true),
+    ("io.lunar.Doctor", false),
+    ("io.lunar.Metrics", false),
+    ("io.lunar.Stat", false),
+    ("io.lunar.Report", false),
     ("io.lunar.JobList", false),
     ("io.lunar.JobShow", false),
     ("io.lunar.JobCancel", true),
     ("io.lunar.DiskList", false),
     ("io.lunar.DiskShow", false),
     ("io.lunar.DiskAdd", true),
+    ("io.lunar.DiskLocate", true),
     ("io.lunar.DiskFail", true),
     ("io.lunar.DiskReplace", true),
     ("io.lunar.DiskRemove", true),
@@ -310,6 +390,7 @@ pub const VERBS: &[(&str, bool)] = &[
     ("io.lunar.GroupSet", true),
     ("io.lunar.GroupScrub", true),
     ("io.lunar.GroupStart", true),
+    ("io.lunar.GroupResolve", true),
     ("io.lunar.GroupStop", true),
     ("io.lunar.GroupRename", true),
     ("io.lunar.GroupDelete", true),
@@ -320,6 +401,9 @@ pub const VERBS: &[(&str, bool)] = &[
     ("io.lunar.LuSet", true),
     ("io.lunar.LuDelete", true),
     ("io.lunar.PathList", false),
+    ("io.lunar.Import", true),
+    ("io.lunar.ConfigSave", false),
+    ("io.lunar.ConfigLoad", true),
     ("io.lunar.Shutdown", true),
 ];
 

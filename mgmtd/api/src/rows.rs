@@ -79,6 +79,29 @@ pub enum JobKind {
     Scrub,
 }
 
+/// A light at a disk's place in an enclosure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum Led {
+    On,
+    Off,
+    /// There is none, or nobody knows of one.
+    None,
+}
+
+/// What a check of `doctor` found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum CheckState {
+    Ok,
+    /// It works, but may hurt one day.
+    Warn,
+    /// It does not work, or data is at risk.
+    Fail,
+}
+
 /// The worst state of anything.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -90,6 +113,19 @@ pub enum Health {
     Degraded,
     /// Something gives no service: exit 4.
     NoService,
+}
+
+/// Why a disk is left alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum StrangerKind {
+    /// It belongs to another system.
+    OtherSystem,
+    /// Another disk has the same identity: one is a copy of the other.
+    Copy,
+    /// Its superblock cannot be believed.
+    NotValid,
 }
 
 /// What a changing verb did.
@@ -132,6 +168,42 @@ rows! {
         reason: String,
         read_errors: u64,
         write_errors: u64,
+        /// As the disk says; empty when it does not.
+        model: String,
+        serial: String,
+        /// Every lasting name of it in /dev.
+        links: Vec<String>,
+        /// Its place in an enclosure.
+        place: Option<String>,
+        /// `write back` (volatile) or `write through`; empty for a file.
+        write_cache: String,
+    }
+    /// Where a disk is.
+    LocateRow {
+        disk: u32,
+        path: String,
+        state: DiskState,
+        model: String,
+        serial: String,
+        links: Vec<String>,
+        place: Option<String>,
+        led: Led,
+    }
+    /// One check of `doctor`.
+    CheckRow {
+        /// What was looked at: `kernel`, `memlock`, `group data`, ...
+        check: String,
+        state: CheckState,
+        /// What was found, and what follows from it.
+        text: String,
+        /// What to type about it; empty when it is fine.
+        action: String,
+    }
+    /// A group's I/O in `stat`.
+    GroupIo {
+        group: u32,
+        name: String,
+        members: Vec<MemberRow>,
     }
     /// A row of table raid-groups.
     GroupRow {
@@ -349,6 +421,17 @@ rows! {
         path: String,
         problem: String,
     }
+    /// Disks that carry a Lunar superblock and are left alone.
+    Stranger {
+        path: String,
+        kind: StrangerKind,
+        /// That it belongs to.
+        system: Option<SystemUuid>,
+        /// The name of its group; empty: it is in none, or that cannot be read.
+        group_name: String,
+        /// Why it is left alone.
+        text: String,
+    }
     /// `data` of `lunar status --json`.
     StatusData {
         health: Health,
@@ -361,6 +444,10 @@ rows! {
         disks: Vec<DiskRow>,
         /// Known disks that could not be read when they were last looked at.
         bad_disks: Vec<BadDisk>,
+        /// Disks with a Lunar superblock that are left alone.
+        strangers: Vec<Stranger>,
+        /// Why the state directory takes no write; empty when it does.
+        unsaved: String,
     }
     /// Answer to `Status`.
     StatusReply {
@@ -369,6 +456,11 @@ rows! {
         /// For people, composed here and never in the client.
         text: String,
         status: StatusData,
+    }
+    /// Answer to `ConfigSave`.
+    ConfigText {
+        /// JSON, a line a field.
+        text: String,
     }
     /// Answer to `DiskList`.
     DiskList { disks: Vec<DiskRow>, }
@@ -390,6 +482,35 @@ rows! {
     JobOneReply { job: JobRow, }
     /// Answer to `Events`.
     EventsReply { events: Vec<EventRow>, }
+    /// Answer to `DiskLocate`.
+    LocateReply {
+        outcome: Outcome,
+        /// What is done, or would be done.
+        steps: Vec<String>,
+        disks: Vec<LocateRow>,
+    }
+    /// Answer to `Doctor`.
+    DoctorReply {
+        /// Exit code of `lunar doctor`.
+        exit: u8,
+        checks: Vec<CheckRow>,
+    }
+    /// Answer to `Metrics`.
+    MetricsReply {
+        /// Prometheus' text format 0.0.4.
+        text: String,
+    }
+    /// Answer to `Stat`: counts since the group started, or the LU's device came up.
+    StatReply {
+        /// Milliseconds of a clock that only runs forward: differences count.
+        at: u64,
+        groups: Vec<GroupIo>,
+        lus: Vec<LuRow>,
+    }
+    /// Answer to `Report`.
+    ReportReply {
+        text: String,
+    }
     /// Answer to every changing verb.
     Changed {
         outcome: Outcome,

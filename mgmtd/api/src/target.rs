@@ -139,6 +139,19 @@ pub enum TargetRequest {
         /// Members that did not answer in time and are started without.
         #[serde(default)]
         without: Vec<DiskUuid>,
+        /// Of members written apart from each other the side of this disk goes on.
+        #[serde(default)]
+        keep: Option<DiskUuid>,
+        /// A deleted group comes back.
+        #[serde(default)]
+        undelete: bool,
+    },
+    /// Has the attached members of a group that does not run (nil: free disks) belong to this system, in the order
+    /// given: the highest generation first. Answer: `Done`.
+    Adopt {
+        group: GroupUuid,
+        from: SystemUuid,
+        members: Vec<MemberSpec>,
     },
     /// Stops the group's LUs (only those nobody holds: else `Busy`), marks it clean, closes its members. Answer: `Done`.
     GroupStop { group: GroupUuid },
@@ -198,6 +211,10 @@ pub enum TargetRequest {
         lu: LuUuid,
         name: String,
     },
+    /// Lists the deleted LUs whose space nobody has needed since. Answer: `Deleted`.
+    LuDeleted { group: GroupUuid },
+    /// Brings a deleted LU back, and its device. Answer: `Lu`.
+    LuUndelete { group: GroupUuid, lu: LuUuid },
     /// Tells everything. Answer: `Status`.
     Status,
     /// Waits until an event later than `after` exists, at most `wait_ms` (<= 10 s). Answer: `Events`.
@@ -258,6 +275,10 @@ pub enum TargetAnswer {
     Lu {
         lu: Box<LuStatus>,
     },
+    /// Oldest first.
+    Deleted {
+        lus: Vec<DeletedLu>,
+    },
     Status {
         groups: Vec<GroupStatus>,
         features: Features,
@@ -266,6 +287,16 @@ pub enum TargetAnswer {
         events: Vec<TargetEvent>,
     },
     Done,
+}
+
+/// A deleted LU that can come back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeletedLu {
+    pub lu: LuUuid,
+    pub name: String,
+    /// Bytes.
+    pub capacity: u64,
 }
 
 /// What the kernel gave, read back.
@@ -320,6 +351,16 @@ pub struct Label {
     pub replacement: Option<DiskUuid>,
     /// The group was deleted; the disk is free for reuse.
     pub deleted: bool,
+    /// What is wrong with the copy of the superblock that does not count.
+    #[serde(default)]
+    pub damaged: Option<String>,
+}
+
+impl Label {
+    /// It names that disk as a member, or as one that is filled to replace one.
+    pub fn lists(&self, disk: DiskUuid) -> bool {
+        self.members.contains(&disk) || self.replacement == Some(disk)
+    }
 }
 
 /// A group, live.
@@ -359,6 +400,13 @@ pub struct GroupStatus {
     pub zero_copy: bool,
     /// Times that serving requests allocated memory since the group started; stays as it is once warm.
     pub allocations: u64,
+}
+
+impl GroupStatus {
+    /// Its members, and the disk that is filled to replace one of them.
+    pub fn all_members(&self) -> impl Iterator<Item = &MemberStatus> {
+        self.members.iter().chain(&self.replacement)
+    }
 }
 
 /// A slot, live.

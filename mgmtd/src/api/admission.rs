@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use lunar_api::mgmt::DiskAdd;
 use lunar_api::target::{Label, Probe};
 use lunar_api::units::format_size;
 use lunar_api::{ApiError, DiskUuid, ErrorKind};
@@ -29,6 +30,8 @@ pub(super) struct Fresh {
     pub(super) known: Option<DiskUuid>,
     /// Signature to erase first.
     pub(super) erase: Option<String>,
+    /// What dies by it: it is taken as a new disk although it is one of this system.
+    pub(super) dies: Option<String>,
 }
 
 pub(super) fn error(path: &Path, kind: ErrorKind, why: impl Into<String>) -> ApiError {
@@ -74,8 +77,9 @@ pub(super) async fn check_fresh(
     daemon: &Daemon,
     view: &View,
     path: &Path,
-    force: Option<&str>,
+    ask: &DiskAdd,
 ) -> Result<Fresh, ApiError> {
+    let force = ask.force.as_deref();
     let probe = probe_paths(daemon, &[path.to_path_buf()])
         .await?
         .into_iter()
@@ -92,12 +96,29 @@ pub(super) async fn check_fresh(
     }
     let capacity = probe.capacity;
     let path = path.to_path_buf();
+    let label = probe.label.as_ref();
+    if let Some(label) = label.filter(|l| ask.as_new && l.system == view.tables.system) {
+        let held = view.member(label.disk).map(|(_, m)| m.path.clone());
+        let at = view.tables.disk(label.disk).map(|d| d.path.clone());
+        let part = crate::sightings::part(label);
+        return Ok(Fresh {
+            dies: Some(match held.or(at) {
+                Some(at) => format!("all on {}: a copy of {at}, {part}", path.display()),
+                None => format!("all on {}: {part}", path.display()),
+            }),
+            path,
+            capacity,
+            known: None,
+            erase: None,
+        });
+    }
     if let Some(known) = own_label(view, &path, &probe)? {
         return Ok(Fresh {
             path,
             capacity,
             known: Some(known),
             erase: None,
+            dies: None,
         });
     }
     let mut found = signature::find(&path).await?;
@@ -119,6 +140,7 @@ pub(super) async fn check_fresh(
         capacity,
         known: None,
         erase,
+        dies: None,
     })
 }
 
@@ -181,7 +203,7 @@ fn own_label(view: &View, path: &Path, probe: &Probe) -> Result<Option<DiskUuid>
                 other.number, other.path
             );
             return Err(error(path, ErrorKind::Refused, why).hint(format!(
-                "wipefs -a {0} if {0} is a copy that may die",
+                "lunar disk add --as-new {}, if it is a copy that may die",
                 path.display()
             )));
         }

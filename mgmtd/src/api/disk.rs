@@ -3,15 +3,17 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use lunar_api::mgmt::{DiskAdd, DiskFail, DiskRemove, DiskReplace, Role};
-use lunar_api::rows::{Changed, DiskList, DiskOne, DiskShow, DiskState};
+use lunar_api::mgmt::{DiskAdd, DiskFail, DiskLocate, DiskRemove, DiskReplace, Role};
+use lunar_api::rows::{
+    Changed, DiskList, DiskOne, DiskShow, DiskState, Led, LocateReply, LocateRow, Outcome,
+};
 use lunar_api::target::{MemberSpec, MemberState, TargetAnswer, TargetRequest};
 use lunar_api::units::format_size;
 use lunar_api::{ApiError, DiskUuid, ErrorKind};
 
 use super::admission::{Fresh, check_fresh, check_kind, check_unused, error, known_disk};
 use super::{last_view, view};
-use crate::boot::{look_again, probe_paths};
+use crate::boot::{find_disks, look_again, probe_paths};
 use crate::daemon::{About, Daemon};
 use crate::limits::{PATHS_MAX, REOPEN_LIMIT};
 use crate::link::unexpected;
@@ -19,9 +21,9 @@ use crate::names::expand;
 use crate::opener::open_patiently;
 use crate::planner::{Gate, Plan};
 use crate::probe::{random, stable_path};
-use crate::signature;
 use crate::tables::DiskSave;
 use crate::views::View;
+use crate::{hardware, signature};
 
 /// Answers `DiskList`.
 ///
@@ -45,6 +47,7 @@ pub async fn show(daemon: &Daemon, name: &str) -> Result<DiskOne, ApiError> {
         // The group's own reason comes first.
         member.is_none_or(|m| m.reason.is_empty())
     });
+    let hardware = hardware::of(Path::new(&save.path));
     let disk = DiskShow {
         disk: row.disk,
         path: row.path,
@@ -60,6 +63,11 @@ pub async fn show(daemon: &Daemon, name: &str) -> Result<DiskOne, ApiError> {
             + bad.map_or("", |b| b),
         read_errors: member.map_or(0, |m| m.read_errors),
         write_errors: member.map_or(0, |m| m.write_errors),
+        model: hardware.model,
+        serial: hardware.serial,
+        links: hardware.links,
+        place: hardware.slot.map(|slot| slot.name),
+        write_cache: hardware.write_cache,
     };
     Ok(DiskOne { disk })
 }
@@ -129,7 +137,7 @@ pub async fn add(daemon: &Daemon, ask: DiskAdd) -> Result<Changed, ApiError> {
     }
     let mut fresh = Vec::new();
     for (path, _) in &unknown {
-        fresh.push(check_fresh(daemon, &view, path, ask.force.as_deref()).await?);
+        fresh.push(check_fresh(daemon, &view, path, &ask).await?);
     }
     let there = numbers.clone();
     if fresh.is_empty() && changes.is_empty() {
@@ -151,6 +159,7 @@ pub async fn add(daemon: &Daemon, ask: DiskAdd) -> Result<Changed, ApiError> {
             Some(_) => format!("take {at} ({size}) back"),
             None => format!("label {at} ({size})"),
         });
+        plan.dies.extend(disk.dies.clone());
     }
     for disk in &changes {
         let (n, role) = (disk.number, role_word(ask.role));
@@ -159,7 +168,8 @@ pub async fn add(daemon: &Daemon, ask: DiskAdd) -> Result<Changed, ApiError> {
             false => format!("make disk {n} a {role} disk"),
         });
     }
-    if let Gate::Answer(answer) = plan.gate(ask.dry_run, true)? {
+    // A signature that is named with --force is confirmed by that.
+    if let Gate::Answer(answer) = plan.gate(ask.dry_run, ask.yes)? {
         return Ok(*answer);
     }
     look_again(daemon, &changes).await?;
@@ -168,6 +178,9 @@ pub async fn add(daemon: &Daemon, ask: DiskAdd) -> Result<Changed, ApiError> {
     }
     for disk in fresh {
         numbers.push(take(daemon, disk, ask.role).await?);
+    }
+    if ask.as_new {
+        find_disks(daemon).await?;
     }
     let view = last_view(daemon);
     let mut answer = plan.done("");
@@ -290,6 +303,61 @@ async fn take(daemon: &Daemon, fresh: Fresh, role: Role) -> Result<u32, ApiError
     Ok(number)
 }
 
+/// Answers `DiskLocate`: changes nothing but a light.
+///
+/// # Errors  `Usage` for a name that nothing has; `Failed` if an enclosure does not take it
+pub async fn locate(daemon: &Daemon, ask: DiskLocate) -> Result<LocateReply, ApiError> {
+    let view = view(daemon).await;
+    let disks = choose(&view, &ask.disks)?;
+    let (mut rows, mut steps) = (Vec::new(), Vec::new());
+    for disk in &disks {
+        let found = hardware::of(Path::new(&disk.path));
+        let want = if ask.off { Led::Off } else { Led::On };
+        let led = found.slot.as_ref().map_or(Led::None, hardware::Slot::led);
+        if led != Led::None && led != want {
+            let how = if ask.off { "put out" } else { "light" };
+            steps.push(format!("{how} the LED of disk {}", disk.number));
+        }
+        rows.push((disk, found, led, want));
+    }
+    let mut out = Vec::new();
+    for (disk, found, mut led, want) in rows {
+        if let Some(slot) = found
+            .slot
+            .as_ref()
+            .filter(|_| !ask.dry_run && led != Led::None)
+        {
+            slot.light(want == Led::On).map_err(|e| {
+                let what = format!("the LED of disk {} does not obey", disk.number);
+                ApiError::new(ErrorKind::Failed, what)
+                    .because(e.to_string())
+                    .hint("dmesg | tail")
+            })?;
+            led = want;
+        }
+        out.push(LocateRow {
+            disk: disk.number,
+            path: disk.path.clone(),
+            state: view.disk_row(disk).state,
+            model: found.model,
+            serial: found.serial,
+            links: found.links,
+            place: found.slot.map(|slot| slot.name),
+            led,
+        });
+    }
+    let outcome = match (steps.is_empty(), ask.dry_run) {
+        (true, _) => Outcome::Unchanged,
+        (false, true) => Outcome::Planned,
+        (false, false) => Outcome::Changed,
+    };
+    Ok(LocateReply {
+        outcome,
+        steps,
+        disks: out,
+    })
+}
+
 /// Answers `DiskFail`.
 ///
 /// # Errors  `NoRedundancy` where data would be lost
@@ -302,6 +370,18 @@ pub async fn fail(daemon: &Daemon, ask: DiskFail) -> Result<Changed, ApiError> {
         None => return Err(not_member(n)),
         Some((_, m)) if m.state == lunar_api::target::MemberState::Faulty => {
             Plan::unchanged(format!("disk {n} is faulty"))
+        }
+        // The engine decides; a plan must not promise what it will refuse. On a raid10 it depends on the mirror.
+        Some((group, m))
+            if m.state == lunar_api::target::MemberState::InSync
+                && group.can_lose == 0
+                && group.level != lunar_api::target::Level::Raid10 =>
+        {
+            return Err(
+                ApiError::new(ErrorKind::NoRedundancy, format!("disk {n} is not failed"))
+                    .because("without it data would be lost: the group has no redundancy left")
+                    .hint("lunar status"),
+            );
         }
         Some((group, _)) => Plan::step(format!("fail disk {n} in group {}", group.name)),
     };

@@ -16,8 +16,8 @@ use lunar_api::{ApiError, ErrorKind, GroupUuid};
 
 use super::{check_not_held, disk, last_view, name_openers, view};
 use crate::boot::{
-    OpenedMembers, find_disks, inflight, look_again, members_of, open_members, probe_paths,
-    start_group,
+    How, OpenedMembers, check_barred, find_disks, inflight, look_again, members_of, open_members,
+    probe_paths, start_group,
 };
 use crate::daemon::{About, Daemon, Problem};
 use crate::limits::{CHUNK, PATHS_MAX};
@@ -205,7 +205,7 @@ fn about(daemon: &Daemon, name: &str, group: GroupUuid, text: String) {
 }
 
 /// Takes a group as answered and makes the answer of the verb.
-async fn finish(
+pub(super) async fn finish(
     daemon: &Daemon,
     plan: &Plan,
     status: GroupStatus,
@@ -376,7 +376,12 @@ pub async fn start(daemon: &Daemon, ask: GroupStart) -> Result<Changed, ApiError
         return Ok(*answer);
     }
     find_disks(daemon).await?;
-    let begun = start_group(daemon, group, members_of(daemon, group), ask.force).await;
+    check_barred(daemon, group, &name)?;
+    let how = How {
+        force: ask.force,
+        ..How::default()
+    };
+    let begun = start_group(daemon, group, members_of(daemon, group), how).await;
     begun.inspect_err(|error| {
         if quarantined.is_none() {
             daemon.live().problems.insert(group, Problem::from(error));
@@ -468,7 +473,7 @@ async fn end(
 
 /// Looks again at the disks that a group gave free.
 async fn reprobe(daemon: &Daemon, view: &View, live: Option<&GroupStatus>) -> Result<(), ApiError> {
-    let members = live.iter().flat_map(|g| &g.members);
+    let members = live.iter().flat_map(|g| g.all_members());
     let paths: Vec<_> = members
         .filter_map(|m| view.tables.disk(m.disk))
         .map(|d| d.path.clone().into())

@@ -1,8 +1,10 @@
 //! What the verbs do: one file per resource. Each resolves its arguments, checks, plans, then carries out.
 
 mod admission;
+pub mod config;
 pub mod disk;
 pub mod group;
+pub mod import;
 pub mod lu;
 pub mod state;
 
@@ -23,14 +25,23 @@ pub async fn answer(daemon: &Daemon, request: Request) -> Result<Value, ApiError
     match request {
         Request::Status(ask) => json(state::status(daemon, ask).await?),
         Request::Events(ask) => json(state::events(daemon, ask).await?),
+        Request::EventsTest(ask) => json(state::events_test(daemon, ask)?),
+        Request::Doctor(_) => json(state::doctor(daemon).await?),
+        Request::Metrics(_) => json(state::metrics(daemon).await?),
+        Request::Stat(_) => json(state::stat(daemon).await?),
+        Request::Report(_) => json(state::report(daemon).await?),
         Request::JobList(_) => json(state::job_list(daemon).await?),
         Request::JobShow(ask) => json(state::job_show(daemon, ask.job).await?),
         Request::JobCancel(ask) => json(state::job_cancel(daemon, ask).await?),
         Request::PathList(_) => json(state::path_list(daemon).await?),
         Request::Shutdown(ask) => json(state::shutdown(daemon, ask).await?),
+        Request::Import(ask) => json(import::import(daemon, ask).await?),
+        Request::ConfigSave(_) => json(config::save(daemon).await?),
+        Request::ConfigLoad(ask) => json(config::load(daemon, ask).await?),
         Request::DiskList(_) => json(disk::list(daemon).await?),
         Request::DiskShow(ask) => json(disk::show(daemon, &ask.name).await?),
         Request::DiskAdd(ask) => json(disk::add(daemon, ask).await?),
+        Request::DiskLocate(ask) => json(disk::locate(daemon, ask).await?),
         Request::DiskFail(ask) => json(disk::fail(daemon, ask).await?),
         Request::DiskReplace(ask) => json(disk::replace(daemon, ask).await?),
         Request::DiskRemove(ask) => json(disk::remove(daemon, ask).await?),
@@ -40,6 +51,7 @@ pub async fn answer(daemon: &Daemon, request: Request) -> Result<Value, ApiError
         Request::GroupSet(ask) => json(group::set(daemon, ask).await?),
         Request::GroupScrub(ask) => json(group::scrub(daemon, ask).await?),
         Request::GroupStart(ask) => json(group::start(daemon, ask).await?),
+        Request::GroupResolve(ask) => json(import::resolve(daemon, ask).await?),
         Request::GroupStop(ask) => json(group::stop(daemon, ask).await?),
         Request::GroupRename(ask) => json(group::rename(daemon, ask).await?),
         Request::GroupDelete(ask) => json(group::delete(daemon, ask).await?),

@@ -3,8 +3,13 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use lunar_api::mgmt::{EventsAsk, GroupScrub, JobEnd, ScrubAsk, ShutdownAsk, StatusAsk};
-use lunar_api::rows::{Changed, EventsReply, JobKind, JobList, JobOneReply, PathList, StatusReply};
+use lunar_api::mgmt::{
+    EventsAsk, EventsTestAsk, GroupScrub, JobEnd, ScrubAsk, ShutdownAsk, StatusAsk,
+};
+use lunar_api::rows::{
+    Changed, DoctorReply, EventsReply, GroupIo, JobKind, JobList, JobOneReply, MetricsReply,
+    PathList, ReportReply, StatReply, StatusReply,
+};
 use lunar_api::target::TargetRequest;
 use lunar_api::{ApiError, ErrorKind};
 
@@ -12,10 +17,13 @@ use super::{check_not_held, last_view, name_openers, view};
 use crate::daemon::{About, Daemon};
 use crate::planner::{Gate, Plan};
 use crate::probe::boot_id;
-use crate::{holders, text};
+use crate::tables::GroupSave;
+use crate::{doctor, holders, hooks, metrics, text};
 
 /// Longest wait of one `Events`.
 const WAIT_MAX: u32 = 10_000;
+/// Newest events in a report.
+const REPORT_EVENTS: usize = 500;
 /// Most events in one answer.
 const EVENTS_ANSWER_MAX: usize = 1000;
 
@@ -23,11 +31,13 @@ const EVENTS_ANSWER_MAX: usize = 1000;
 ///
 /// # Errors  never
 pub async fn status(daemon: &Daemon, ask: StatusAsk) -> Result<StatusReply, ApiError> {
-    let up = daemon.refresh().await.is_ok();
+    // Tables that cannot be saved are another matter.
+    let refreshed = daemon.refresh().await;
+    let up = !matches!(&refreshed, Err(error) if error.kind == ErrorKind::Unreachable);
     let view = last_view(daemon);
     let boot = boot_id();
     let look = holders::Look::now();
-    let by_hand = |g: &crate::tables::GroupSave| g.stopped_in.as_ref() == Some(&boot);
+    let by_hand = |g: &GroupSave| g.stopped_in.as_ref() == Some(&boot);
     Ok(text::status(
         &view,
         ask.unhealthy,
@@ -54,6 +64,136 @@ pub async fn events(daemon: &Daemon, ask: EventsAsk) -> Result<EventsReply, ApiE
         .take(EVENTS_ANSWER_MAX)
         .collect();
     Ok(EventsReply { events })
+}
+
+/// Answers `EventsTest`: a message for every group, or one for none, as `mdadm --monitor --test`.
+///
+/// # Errors  never
+pub fn events_test(daemon: &Daemon, ask: EventsTestAsk) -> Result<Changed, ApiError> {
+    let view = last_view(daemon);
+    let (hooks, refused) = hooks::hooks_in(&daemon.config.hooks_dir);
+    let groups: Vec<_> = view.tables.groups.values().collect();
+    let named = |g: &&GroupSave| format!("record TestMessage for group {}", g.name_seen);
+    let mut plan = Plan {
+        steps: groups.iter().map(named).collect(),
+        ..Plan::default()
+    };
+    if groups.is_empty() {
+        plan.steps.push("record TestMessage, of no group".into());
+    }
+    let run = hooks.iter().map(|hook| format!("run {}", hook.display()));
+    plan.steps.extend(run);
+    if let Gate::Answer(answer) = plan.gate(ask.dry_run, ask.yes)? {
+        return Ok(*answer);
+    }
+    for group in &groups {
+        let text = format!("a test message of group {}", group.name_seen);
+        daemon.event("TestMessage", About::group(group.uuid), text);
+    }
+    if groups.is_empty() {
+        let text = "a test message; there is no group yet";
+        daemon.event("TestMessage", About::default(), text);
+    }
+    let dir = daemon.config.hooks_dir.display();
+    let count = groups.len().max(1);
+    let mut answer = plan.done(format!(
+        "TestMessage recorded {count} times; {} hooks in {dir}. What became of them: lunar events",
+        hooks.len()
+    ));
+    answer.text.extend(refused);
+    Ok(answer)
+}
+
+/// Answers `Doctor`.
+///
+/// # Errors  never
+pub async fn doctor(daemon: &Daemon) -> Result<DoctorReply, ApiError> {
+    let up = daemon.refresh().await.is_ok();
+    let view = last_view(daemon);
+    let (state_dir, run_dir) = (
+        daemon.config.state_dir.clone(),
+        daemon.config.run_dir.clone(),
+    );
+    // Not on this thread: a state directory may hang.
+    let look = move || doctor::running(&view, &state_dir, &run_dir, up);
+    let checks = tokio::task::spawn_blocking(look).await.map_err(|e| {
+        ApiError::new(ErrorKind::Failed, "the checks did not end").because(e.to_string())
+    })?;
+    Ok(DoctorReply {
+        exit: doctor::exit(&checks),
+        checks,
+    })
+}
+
+/// Answers `Metrics`.
+///
+/// # Errors  never
+pub async fn metrics(daemon: &Daemon) -> Result<MetricsReply, ApiError> {
+    let up = daemon.refresh().await.is_ok();
+    let text = metrics::page(&last_view(daemon), up);
+    Ok(MetricsReply { text })
+}
+
+/// Answers `Stat`.
+///
+/// # Errors  never
+pub async fn stat(daemon: &Daemon) -> Result<StatReply, ApiError> {
+    let view = view(daemon).await;
+    let io = |g: &GroupSave| {
+        let live = view.live.groups.get(&g.uuid)?;
+        Some(GroupIo {
+            group: g.number,
+            name: live.name.clone(),
+            members: view.member_rows(live),
+        })
+    };
+    let at = daemon.started.elapsed().as_millis();
+    Ok(StatReply {
+        at: u64::try_from(at).unwrap_or(u64::MAX),
+        groups: view.tables.groups.values().filter_map(io).collect(),
+        lus: view.tables.lus.values().map(|l| view.lu_row(l)).collect(),
+    })
+}
+
+/// Answers `Report`: status, checks, tables and events in one text. There is nothing secret in any of them.
+///
+/// # Errors  never
+pub async fn report(daemon: &Daemon) -> Result<ReportReply, ApiError> {
+    let ask = StatusAsk { unhealthy: false };
+    let mut text = format!("Lunar {}\n\n== status\n", env!("CARGO_PKG_VERSION"));
+    text += &status(daemon, ask).await?.text;
+    text += "== doctor\n";
+    for check in doctor(daemon).await?.checks {
+        text += &format!("{:?} {}: {}\n", check.state, check.check, check.text);
+    }
+    let view = last_view(daemon);
+    let mut section = |name: &str, rows: Vec<serde_json::Result<String>>| {
+        text += &format!("== {name}\n");
+        for row in rows.into_iter().flatten() {
+            text += &format!("{row}\n");
+        }
+    };
+    let disks = view.tables.disks.values();
+    section("disks", disks.map(serde_json::to_string).collect());
+    let shows = view.tables.groups.values().map(|g| view.group_show(g));
+    section("groups", shows.map(|g| serde_json::to_string(&g)).collect());
+    let shows = view
+        .tables
+        .lus
+        .values()
+        .map(|l| view.lu_show(l, Vec::new()));
+    section("LUs", shows.map(|l| serde_json::to_string(&l)).collect());
+    let labels = view.live.probes.values();
+    section("superblocks", labels.map(serde_json::to_string).collect());
+    let jobs = view.tables.jobs.values().map(|j| view.job_row(j));
+    section("jobs", jobs.map(|j| serde_json::to_string(&j)).collect());
+    let events = view.tables.events.iter().rev().take(REPORT_EVENTS);
+    let mut events: Vec<_> = events
+        .map(|e| serde_json::to_string(&view.event_row(e)))
+        .collect();
+    events.reverse();
+    section("events", events);
+    Ok(ReportReply { text })
 }
 
 /// Answers `JobList`.

@@ -68,12 +68,15 @@ pub(crate) enum Noun {
     Table { name: Table },
     /// Tell what happened
     #[command(
-        after_help = "Examples:\n  lunar events\n  lunar events --follow\n  lunar events --json"
+        after_help = "Examples:\n  lunar events\n  lunar events --follow\n  lunar events --json\n  lunar events --test     (a TestMessage for every group, also to the hooks)"
     )]
     Events {
         /// Go on until Ctrl-C
         #[arg(long, short)]
         follow: bool,
+        /// Record a TestMessage for every group and run the hooks with it
+        #[arg(long, conflicts_with = "follow")]
+        test: bool,
     },
     /// Background jobs
     #[command(
@@ -113,6 +116,60 @@ pub(crate) enum Noun {
         #[command(subcommand)]
         verb: PathVerb,
     },
+    /// Take disks, groups and LUs from what the disks themselves say
+    ///
+    /// After the state directory was lost: the new, empty system becomes the one that the disks belong to, finds their groups and
+    /// LUs, and starts them. Disks of another system are named and left alone; --take makes them this system's for good.
+    #[command(
+        after_help = "Examples:\n  lunar import /dev/sdb /dev/sdc /dev/sdd\n  lunar import --dry-run /dev/disk/by-id/wwn-*\n  lunar import --deleted /dev/sdb /dev/sdc     (deleted groups and LUs come back)\n  lunar import --take /dev/sdb /dev/sdc        (the other system loses them)"
+    )]
+    Import {
+        #[arg(required = true, value_name = "PATH")]
+        paths: Vec<PathBuf>,
+        /// Bring deleted groups and LUs back, as far as nobody has needed their space since
+        #[arg(long)]
+        deleted: bool,
+        /// Take groups away from the system that they belong to
+        #[arg(long)]
+        take: bool,
+    },
+    /// Keep what no disk carries, and what there is, in a file
+    #[command(
+        after_help = "Examples:\n  lunar config save /root/lunar.json\n  lunar config load /root/lunar.json --dry-run"
+    )]
+    Config {
+        #[command(subcommand)]
+        verb: Config,
+    },
+    /// Check the machine and the set-up, and say what to do about what is not well
+    #[command(
+        after_help = "Examples:\n  lunar doctor\n  lunar doctor --all\n  lunar doctor --json\n\nExit status: 0 nothing failed (warnings allowed), 1 a check failed."
+    )]
+    Doctor {
+        /// Print the checks that are fine too
+        #[arg(long, short)]
+        all: bool,
+    },
+    /// Print counters and states for Prometheus (text format 0.0.4)
+    #[command(
+        after_help = "Examples:\n  lunar metrics\n  lunar metrics > /var/lib/node_exporter/lunar.prom     (textfile collector)"
+    )]
+    Metrics,
+    /// Print the I/O of LUs and members
+    #[command(
+        after_help = "Examples:\n  lunar stat           (counts since the group started)\n  lunar stat 2         (a second's I/O, every 2 s, until Ctrl-C)\n  lunar stat 1 10 --json"
+    )]
+    Stat {
+        /// Seconds between two lines; without: counts since the group started
+        #[arg(value_parser = clap::value_parser!(u32).range(1..=86400))]
+        interval: Option<u32>,
+        /// How many times; without: until Ctrl-C
+        #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+        count: Option<u32>,
+    },
+    /// Print all that a bug report needs, without secrets
+    #[command(after_help = "Examples:\n  lunar report > lunar-report.txt")]
+    Report,
     /// Print what a shell needs to complete lunar's verbs, options and names
     #[command(
         after_help = "Examples:\n  lunar completions bash > /usr/share/bash-completion/completions/lunar\n  lunar completions zsh > /usr/local/share/zsh/site-functions/_lunar\n  lunar completions fish > /etc/fish/completions/lunar.fish"
@@ -171,7 +228,7 @@ pub(crate) enum Job {
 pub(crate) enum Disk {
     /// Give disks to Lunar, all or none
     #[command(
-        after_help = "Examples:\n  lunar disk add /dev/sdb /dev/sdc\n  lunar disk add --role spare /dev/sdd\n  lunar disk add --force=ext4 /dev/sde     (that ext4 dies)"
+        after_help = "Examples:\n  lunar disk add /dev/sdb /dev/sdc\n  lunar disk add --role spare /dev/sdd\n  lunar disk add --force=ext4 /dev/sde     (that ext4 dies)\n  lunar disk add --as-new /dev/sdf         (a copy of another disk)"
     )]
     Add {
         #[arg(required = true, value_name = "PATH")]
@@ -181,6 +238,9 @@ pub(crate) enum Disk {
         /// The one foreign signature that may be destroyed
         #[arg(long, require_equals = true, value_name = "SIGNATURE")]
         force: Option<String>,
+        /// Take a copy of a disk of this system as a new one: what it holds dies
+        #[arg(long)]
+        as_new: bool,
     },
     /// List disks
     #[command(after_help = "Examples:\n  lunar disk list\n  lunar disk list --json")]
@@ -191,6 +251,16 @@ pub(crate) enum Disk {
         /// Number, name or path
         #[arg(add = ArgValueCandidates::new(complete::disks))]
         disk: String,
+    },
+    /// Say where disks are (links, model, serial, slot), and light their LEDs
+    #[command(after_help = "Examples:\n  lunar disk locate 2\n  lunar disk locate 2-4 --off")]
+    Locate {
+        /// Numbers, ranges, names or paths
+        #[arg(required = true, value_name = "DISK", add = ArgValueCandidates::new(complete::disks))]
+        disks: Vec<String>,
+        /// Put the LEDs out
+        #[arg(long)]
+        off: bool,
     },
     /// Fail a member by hand
     #[command(after_help = "Examples:\n  lunar disk fail 2")]
@@ -287,6 +357,20 @@ pub(crate) enum Group {
         /// Start a group that is quarantined
         #[arg(long)]
         again: bool,
+    },
+    /// Go on with one side of a group whose disks were written apart from each other
+    #[command(
+        after_help = "Examples:\n  lunar group resolve data --keep 2 --dry-run\n  lunar group resolve data --keep 2     (what the other side wrote since is given up)"
+    )]
+    Resolve {
+        #[arg(add = ArgValueCandidates::new(complete::groups))]
+        group: String,
+        /// A disk of the side that goes on
+        #[arg(long, value_name = "DISK", add = ArgValueCandidates::new(complete::disks))]
+        keep: String,
+        /// Although it was not stopped cleanly and is degraded
+        #[arg(long)]
+        force: bool,
     },
     /// Stop a group and its LUs
     #[command(after_help = "Examples:\n  lunar group stop data")]
@@ -450,6 +534,25 @@ pub(crate) enum Lu {
         /// Numbers, ranges, names or devices
         #[arg(required = true, value_name = "LU", add = ArgValueCandidates::new(complete::lus))]
         lus: Vec<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Config {
+    /// Write it to FILE, or to standard output
+    #[command(
+        after_help = "Examples:\n  lunar config save > lunar.json\n  lunar config save /root/lunar.json"
+    )]
+    Save { file: Option<PathBuf> },
+    /// Give numbers, roles and options as FILE has them, and say what differs
+    #[command(
+        after_help = "Examples:\n  lunar config load /root/lunar.json --dry-run\n  lunar config load /root/lunar.json\n  lunar config load /root/lunar.json --create --yes     (the same groups and LUs, empty, on blank disks)"
+    )]
+    Load {
+        file: PathBuf,
+        /// Make its groups and LUs anew, empty, on the disks at the paths that it names
+        #[arg(long)]
+        create: bool,
     },
 }
 

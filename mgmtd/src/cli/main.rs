@@ -5,9 +5,11 @@
 mod args;
 mod client;
 mod complete;
+mod import;
 mod manual;
 mod run;
 mod show;
+mod stat;
 
 use std::process::ExitCode;
 

@@ -5,19 +5,21 @@ use std::path::{Path, PathBuf};
 
 use lunar_api::mgmt::{self, EventsAsk, JobOne, Nothing, One, Request, ScrubAsk, StatusAsk};
 use lunar_api::rows::{
-    Changed, DiskList, DiskOne, EventsReply, GroupList, GroupOne, JobList, JobOneReply, JobState,
-    LuList, LuOne, Outcome, PathList, StatusReply,
+    Changed, DiskList, DiskOne, DoctorReply, EventsReply, GroupList, GroupOne, JobList,
+    JobOneReply, JobState, LocateReply, LuList, LuOne, MetricsReply, Outcome, PathList,
+    ReportReply, StatusReply,
 };
 use lunar_api::{ApiError, ErrorKind};
 use serde_json::{Value, json};
 
 use crate::args::{Args, Disk, Group, Job, Lu, Noun, PathVerb, Table};
 use crate::client::Client;
-use crate::{manual, show};
+use crate::{manual, show, stat};
 
 /// Does what was typed and gives the exit code.
 pub(crate) fn run(args: &Args) -> Result<u8, ApiError> {
     match &args.noun {
+        Noun::Doctor { all } => return doctor(args, *all),
         Noun::Completions { shell } => return manual::completions(*shell).map(|()| 0),
         Noun::Man { out } => return manual::write_pages(out).map(|()| 0),
         _ => {}
@@ -26,7 +28,12 @@ pub(crate) fn run(args: &Args) -> Result<u8, ApiError> {
     let c = &mut client;
     match &args.noun {
         Noun::Status { unhealthy, watch } => status(args, c, *unhealthy, *watch),
-        Noun::Events { follow } => events(args, c, *follow),
+        Noun::Events { test: true, .. } => {
+            let (dry_run, yes) = flags(args);
+            let ask = |yes| Request::EventsTest(mgmt::EventsTestAsk { dry_run, yes });
+            change(args, c, "events.test", ask, yes)
+        }
+        Noun::Events { follow, .. } => events(args, c, *follow),
         Noun::Table { name } => match name {
             Table::Disks => disks(args, c, "table.disks"),
             Table::RaidGroups => groups(args, c, "table.raid_groups"),
@@ -40,21 +47,62 @@ pub(crate) fn run(args: &Args) -> Result<u8, ApiError> {
         Noun::Path {
             verb: PathVerb::List,
         } => paths(args, c, "path.list"),
+        Noun::Import { .. } | Noun::Config { .. } => crate::import::run(args, c),
         Noun::Shutdown => {
             let (dry_run, yes) = flags(args);
             let ask = |yes| Request::Shutdown(mgmt::ShutdownAsk { dry_run, yes });
             change(args, c, "shutdown", ask, yes)
         }
-        Noun::Completions { .. } | Noun::Man { .. } => Ok(0),
+        Noun::Metrics => {
+            let reply: MetricsReply = c.call(&Request::Metrics(Nothing {}))?;
+            print(args, "metrics", &reply, || reply.text.clone());
+            Ok(0)
+        }
+        Noun::Report => {
+            let reply: ReportReply = c.call(&Request::Report(Nothing {}))?;
+            print(args, "report", &reply, || reply.text.clone());
+            Ok(0)
+        }
+        Noun::Stat { interval, count } => stat::stat(args, c, *interval, *count),
+        Noun::Completions { .. } | Noun::Man { .. } | Noun::Doctor { .. } => Ok(0),
     }
 }
 
-fn flags(args: &Args) -> (bool, bool) {
+pub(crate) fn flags(args: &Args) -> (bool, bool) {
     (args.dry_run, args.yes)
 }
 
+/// The checks of mgmtd; those that need no mgmtd when it cannot be reached.
+fn doctor(args: &Args, all: bool) -> Result<u8, ApiError> {
+    let asked = Client::connect(args).and_then(|mut c| c.call(&Request::Doctor(Nothing {})));
+    let reply: DoctorReply = match asked {
+        Err(error) if error.kind == ErrorKind::Unreachable => {
+            let base = args.system.map_or(String::new(), |n| format!("/{n}"));
+            let (state, run) = (format!("/var/lib/lunar{base}"), format!("/run/lunar{base}"));
+            let mut checks = mgmtd::doctor::machine(Path::new(&state), Path::new(&run));
+            checks.push(lunar_api::rows::CheckRow {
+                check: "mgmtd".into(),
+                state: lunar_api::rows::CheckState::Fail,
+                text: format!("{}: {}", error.message, error.causes.join(", ")),
+                action: error.hint.unwrap_or_default(),
+            });
+            DoctorReply { exit: 1, checks }
+        }
+        other => other?,
+    };
+    print(args, "doctor", &reply.checks, || {
+        show::checks(&reply.checks, all)
+    });
+    Ok(reply.exit)
+}
+
 /// Prints the envelope of `--json`, or what `text` gives.
-fn print(args: &Args, name: &str, data: impl serde::Serialize, text: impl FnOnce() -> String) {
+pub(crate) fn print(
+    args: &Args,
+    name: &str,
+    data: impl serde::Serialize,
+    text: impl FnOnce() -> String,
+) {
     if args.json {
         println!(
             "{}",
@@ -208,7 +256,7 @@ fn absolute(name: &str) -> String {
     name.split(',').map(one).collect::<Vec<_>>().join(",")
 }
 
-fn absolute_path(path: &Path) -> String {
+pub(crate) fn absolute_path(path: &Path) -> String {
     let whole = std::path::absolute(path).unwrap_or_else(|_| PathBuf::from(path));
     whole.display().to_string()
 }
@@ -222,20 +270,37 @@ fn disk(args: &Args, client: &mut Client, verb: &Disk) -> Result<u8, ApiError> {
             print(args, "disk.show", &reply.disk, || show::object(&reply.disk));
             Ok(0)
         }
-        Disk::Add { paths, role, force } => {
+        Disk::Add {
+            paths,
+            role,
+            force,
+            as_new,
+        } => {
             let paths: Vec<String> = paths.iter().map(|p| absolute_path(p)).collect();
-            let (role, force) = ((*role).into(), force.clone());
+            let (role, force, as_new) = ((*role).into(), force.clone(), *as_new);
             let ask = |yes| {
                 let (paths, force) = (paths.clone(), force.clone());
                 Request::DiskAdd(mgmt::DiskAdd {
                     paths,
                     role,
                     force,
+                    as_new,
                     dry_run,
                     yes,
                 })
             };
             change(args, client, "disk.add", ask, yes)
+        }
+        Disk::Locate { disks, off } => {
+            let request = Request::DiskLocate(mgmt::DiskLocate {
+                disks: disks.iter().map(|d| absolute(d)).collect(),
+                off: *off,
+                dry_run,
+                yes,
+            });
+            let reply: LocateReply = client.call(&request)?;
+            print(args, "disk.locate", &reply, || show::locate(&reply));
+            Ok(0)
         }
         Disk::Fail { disk } => {
             let ask = |yes| {
@@ -360,6 +425,19 @@ fn group(args: &Args, client: &mut Client, verb: &Group) -> Result<u8, ApiError>
             };
             change(args, client, "group.start", ask, yes)
         }
+        Group::Resolve { group, keep, force } => {
+            let ask = |yes| {
+                let (group, keep, force) = (group.clone(), absolute(keep), *force);
+                Request::GroupResolve(mgmt::GroupResolve {
+                    group,
+                    keep,
+                    force,
+                    dry_run,
+                    yes,
+                })
+            };
+            change(args, client, "group.resolve", ask, yes)
+        }
         Group::Stop { group } => change(
             args,
             client,
@@ -450,7 +528,7 @@ fn lu(args: &Args, client: &mut Client, verb: &Lu) -> Result<u8, ApiError> {
 }
 
 /// Sends a changing request; on a terminal what dies is shown first and its name has to be typed.
-fn change(
+pub(crate) fn change(
     args: &Args,
     client: &mut Client,
     name: &str,

@@ -2,14 +2,15 @@
 
 use comfy_table::{Table, presets};
 use lunar_api::rows::{
-    Changed, DiskRow, EventRow, GroupRow, JobRow, JobState, LuRow, LuShow, PathRow, PathState,
+    Changed, CheckRow, CheckState, DiskRow, EventRow, GroupRow, JobRow, JobState, Led, LocateReply,
+    LuRow, LuShow, Outcome, PathRow, PathState,
 };
 use lunar_api::target::GroupState;
 use lunar_api::units::format_size;
 use mgmtd::text::{duration, level_word, utc, word};
 use serde_json::Value;
 
-fn table(head: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
+pub(crate) fn table(head: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table
         .load_style(presets::NOTHING)
@@ -269,9 +270,47 @@ pub(crate) fn lu(row: &LuShow) -> String {
     out + &format!("line for /etc/fstab:\n  {}\n", row.fstab)
 }
 
+pub(crate) fn locate(reply: &LocateReply) -> String {
+    let mut out = String::new();
+    for row in &reply.disks {
+        out += &object(row);
+        if row.led == Led::None {
+            out += "                  no LED is known: go by the serial number\n";
+        }
+    }
+    let planned = reply.outcome == Outcome::Planned;
+    let steps = reply.steps.iter().filter(|_| planned);
+    steps.for_each(|step| out += &format!("would {step}\n"));
+    out
+}
+
+/// What is not well, and all of it if asked for; then a line that sums up.
+pub(crate) fn checks(checks: &[CheckRow], all: bool) -> String {
+    let mut out = String::new();
+    for check in checks {
+        let word = match check.state {
+            CheckState::Ok if !all => continue,
+            CheckState::Ok => "ok",
+            CheckState::Warn => "WARN",
+            CheckState::Fail => "FAIL",
+        };
+        out += &format!("{word:<4}  {}: {}\n", check.check, check.text);
+        if !check.action.is_empty() {
+            out += &format!("      Try: {}\n", check.action);
+        }
+    }
+    let count = |state| checks.iter().filter(|c| c.state == state).count();
+    let (good, warn, fail) = (
+        count(CheckState::Ok),
+        count(CheckState::Warn),
+        count(CheckState::Fail),
+    );
+    out + &format!("{good} ok, {warn} warnings, {fail} failed\n")
+}
+
 pub(crate) fn changed(reply: &Changed) -> String {
     let mut out: String = reply.text.iter().map(|line| format!("{line}\n")).collect();
-    if reply.outcome == lunar_api::rows::Outcome::Planned {
+    if reply.outcome == Outcome::Planned {
         reply
             .dies
             .iter()

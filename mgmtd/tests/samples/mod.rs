@@ -53,6 +53,69 @@ pub(crate) fn disk_show() -> DiskShow {
         reason: String::new(),
         read_errors: 0,
         write_errors: 0,
+        model: "ST4000VN008".into(),
+        serial: "Z1F0A".into(),
+        links: vec![disk_row().path],
+        place: Some("Slot 07".into()),
+        write_cache: "write back".into(),
+    }
+}
+
+pub(crate) fn locate() -> LocateReply {
+    let disk = disk_show();
+    LocateReply {
+        outcome: Outcome::Changed,
+        steps: vec!["light the LED of disk 1".into()],
+        disks: vec![LocateRow {
+            disk: 1,
+            path: disk.path,
+            state: disk.state,
+            model: disk.model,
+            serial: disk.serial,
+            links: disk.links,
+            place: disk.place,
+            led: Led::On,
+        }],
+    }
+}
+
+pub(crate) fn doctor() -> DoctorReply {
+    let row = |check: &str, state, text: &str, action: &str| CheckRow {
+        check: check.into(),
+        state,
+        text: text.into(),
+        action: action.into(),
+    };
+    let old = "its program was replaced since it was started";
+    DoctorReply {
+        exit: 1,
+        checks: vec![
+            row("kernel", CheckState::Ok, "Linux 7.2.0", ""),
+            row("mgmtd", CheckState::Warn, old, "systemctl restart mgmtd"),
+            row(
+                "ublk module",
+                CheckState::Fail,
+                "ublk_drv is not loaded",
+                "modprobe ublk_drv",
+            ),
+        ],
+    }
+}
+
+/// The I/O at a moment: the later, the more.
+pub(crate) fn stat(at: u64) -> StatReply {
+    let mut lu = lu_row();
+    (lu.counters.reads, lu.counters.read_bytes) = (at * 2, at * 8192);
+    let mut member = member();
+    (member.writes, member.write_bytes) = (at, at * 4096);
+    StatReply {
+        at,
+        groups: vec![GroupIo {
+            group: 1,
+            name: "data".into(),
+            members: vec![member],
+        }],
+        lus: vec![lu],
     }
 }
 
@@ -267,12 +330,26 @@ pub(crate) fn status() -> StatusReply {
             path: "/dev/sdb".into(),
             problem: "cannot be read: Input/output error".into(),
         }],
+        strangers: vec![Stranger {
+            path: "/dev/sdc".into(),
+            kind: StrangerKind::OtherSystem,
+            system: Some(SystemUuid::from_bytes([8; 16])),
+            group_name: "old".into(),
+            text: "belongs to another system".into(),
+        }],
+        unsaved: String::new(),
     };
     StatusReply {
         exit: 3,
         text: " group: data   raid5\n".into(),
         status,
     }
+}
+
+/// The answer to `ConfigSave`.
+pub(crate) fn config_text() -> ConfigText {
+    let text = "{\n  \"format\": \"lunar.config/1\"\n}\n".into();
+    ConfigText { text }
 }
 
 /// The answer to a changing verb.

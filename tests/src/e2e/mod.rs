@@ -5,10 +5,12 @@ pub mod shell;
 
 mod blocks;
 mod concurrent;
+mod config;
 mod data;
 mod disks;
 mod failing;
 mod hostile;
+mod import;
 mod layout;
 mod life;
 mod manage;
@@ -34,6 +36,8 @@ pub fn tests() -> Vec<Test> {
     queues::tests(&mut all);
     scrub::tests(&mut all);
     spares::tests(&mut all);
+    import::tests(&mut all);
+    config::tests(&mut all);
     all
 }
 

@@ -25,10 +25,18 @@ impl Rig {
 
     /// As [`Self::new`], with variables.
     pub fn with_env(env: &'static [(&'static str, &'static str)]) -> Result<Self, Failure> {
+        Self::of(sh("mktemp -d /tmp/lunar.XXXXXX")?, env)
+    }
+
+    /// As [`Self::new`], with a state directory that is there.
+    pub fn in_state(state: &str) -> Result<Self, Failure> {
+        Self::of(state.to_owned(), &[])
+    }
+
+    fn of(state: String, env: &'static [(&'static str, &'static str)]) -> Result<Self, Failure> {
         let exe = std::env::current_exe().map_err(|error| error.to_string())?;
         let bin = exe.parent().ok_or("no folder")?.display().to_string();
-        let state = sh("mktemp -d /tmp/lunar.XXXXXX")?;
-        let log = format!("{state}.log");
+        let log = format!("/tmp/{}.log", state.replace('/', "-"));
         let mut rig = Self {
             bin,
             state,
@@ -59,6 +67,11 @@ impl Rig {
         self.mgmtd = Some(child);
         until("mgmtd answers", 60, || Ok(self.run(&["status"])?.code != 5))
             .map_err(|why| format!("{why}\n{}", self.log_tail()))
+    }
+
+    /// The state directory.
+    pub fn state_dir(&self) -> &str {
+        &self.state
     }
 
     /// The last lines of mgmtd's and ublk-target's log.

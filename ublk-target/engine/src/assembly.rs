@@ -8,11 +8,16 @@
 //!    left before all that is remembered is told from that where it can be proven (`is_outlived`).
 //! 3. What decides is not older than the witness (what mgmtd saw last), or `force`.
 //! 4. A member is stale iff *the deciding superblock says so*. A lower generation of its own says nothing: a power
-//!    cut may have stopped an update after one member of four.
+//!    cut may have stopped an update after one member of four. But one below the recorded `floor` is an older copy of
+//!    itself (a snapshot put back, a disk that lied about its writes): stale too. Only where it cannot be done without, and with
+//!    `force`, it is taken as it is.
 //! 5. No more members are missing than the level can do without. `force` does not help: there is no data.
 //! 6. Parity, not cleanly stopped and degraded: parity may not match, and the missing member cannot be told from it:
 //!    refused without `force`. Not so after the mere death of the process, whose in-flight log is there.
 //!    Mirrors need no parity: every copy holds old or new.
+//!
+//! With `keep` a person has chosen between the sides of rule 2: that of the disk named goes on, and every member that is not
+//! behind it is stale. The histories of the others become parents: what they wrote is given up for good.
 //!
 //! Invariant: the same superblocks in another order give the same plan.
 
@@ -43,6 +48,10 @@ pub struct Conditions {
     pub force: bool,
     /// The in-flight log of the process that died is there and valid: the machine did not stop.
     pub process_death_only: bool,
+    /// The side of this disk goes on.
+    pub keep: Option<DiskUuid>,
+    /// A deleted group comes back.
+    pub undelete: bool,
 }
 
 /// What is to be done with a slot. The number is that of the disk in what [`assemble`] was given.
@@ -65,8 +74,12 @@ pub enum SlotPlan {
 pub struct Plan {
     /// The number of the disk whose superblock decides.
     pub leader: usize,
-    /// The superblock that decides. The next is written with its generation + 1.
+    /// The superblock that decides.
     pub superblock: Superblock,
+    /// The next generation counts on from here: above all that was given up too.
+    pub generation: u64,
+    /// Histories that were given up for that of the superblock.
+    pub given_up: Vec<History>,
     /// One a slot.
     pub slots: Vec<SlotPlan>,
     /// The disk that the replacement in `superblock` is.
@@ -125,6 +138,8 @@ pub enum AssemblyError {
     },
     #[error("the group was deleted")]
     Deleted,
+    #[error("disk {disk} is not there, so its side cannot be kept")]
+    KeptNotThere { disk: DiskUuid },
     #[error("the members were written apart from each other: {a}; {b}")]
     Split { a: Side, b: Side },
     #[error("{a} and {b} both have generation {generation}, but they differ")]
@@ -160,7 +175,7 @@ impl AssemblyError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::NobodyThere | Self::Deleted => ErrorKind::NoService,
-            Self::NotOfGroup { .. } => ErrorKind::Usage,
+            Self::NotOfGroup { .. } | Self::KeptNotThere { .. } => ErrorKind::Usage,
             Self::TooFew { .. } => ErrorKind::NoRedundancy,
             Self::DuplicateDisk { .. }
             | Self::Split { .. }
@@ -190,6 +205,7 @@ impl AssemblyError {
             Self::DirtyDegraded { .. } => Some(format!(
                 "connect the missing disk; or, to accept the damage: lunar group start {group} --force"
             )),
+            Self::KeptNotThere { .. } => Some("lunar disk list".to_owned()),
             Self::NotOfGroup { .. } | Self::Geometry(_) => None,
         }
     }
@@ -217,22 +233,46 @@ pub fn assemble(
     conditions: Conditions,
 ) -> Result<Plan, AssemblyError> {
     let members = check_members(group, present)?;
-    let leader = find_leader(&members)?;
+    let (leader, given_up) = match conditions.keep {
+        None => (find_leader(&members)?, Vec::new()),
+        Some(disk) => find_kept(&members, disk)?,
+    };
     let said = leader.group;
-    let record = &take_over(said, &members);
-    if record.flags.deleted {
+    if said.flags.deleted && !conditions.undelete {
         return Err(AssemblyError::Deleted);
     }
     let mut reasons = Vec::new();
     let overruled = check_witness(&members, leader, conditions, &mut reasons)?;
-    let geometry = record.geometry().map_err(AssemblyError::Geometry)?;
-    let slots = place(record, &members, &mut reasons);
+    let geometry = said.geometry().map_err(AssemblyError::Geometry)?;
+    let seat = |older| {
+        let record = take_over(said, &members, &given_up, older);
+        let seats = place(&record, &members, &given_up, older);
+        (record, seats)
+    };
+    let (mut record, mut seats) = seat(Older::Stale);
+    let mut older_taken = false;
+    if conditions.force && !geometry.survives(missing(&seats)) {
+        let all = seat(Older::Taken);
+        if geometry.survives(missing(&all.1)) {
+            older_taken = true;
+            (record, seats) = all;
+        }
+    }
+    let record = &record;
     let replacement = record
         .replacement
         .and_then(|new| members.iter().find(|m| is_replacement(m, new)))
         .map(|new| new.index);
-    let lost = lost_slots(record, &slots);
-    check_redundancy(&geometry, &slots, &lost)?;
+    reasons.extend(seats.iter().filter_map(|seat| seat.reason.clone()));
+    for member in &members {
+        let is_seated = record.slot_of(member.superblock.disk).is_some();
+        if !is_seated && replacement != Some(member.index) {
+            reasons.push(format!("{} is no member any more", member.path));
+        }
+    }
+    let lost: Vec<String> = seats.iter().filter_map(|seat| seat.lost.clone()).collect();
+    let slots: Vec<SlotPlan> = seats.iter().map(|seat| seat.plan).collect();
+    check_redundancy(&geometry, missing(&seats), &lost)?;
 
     let is_unclean = record.flags.dirty && !conditions.process_death_only;
     let parity = check_parity(
@@ -245,6 +285,7 @@ pub fn assemble(
     )?;
     let synced_to = match (geometry.redundancy() > 0, parity) {
         (false, _) => geometry.member_bytes(),
+        (true, _) if older_taken => 0,
         (true, Parity::Accepted) => record.synced_to,
         (true, Parity::Right | Parity::Torn) if is_unclean => {
             reasons.push("it was not stopped cleanly: all of it is resynced".to_owned());
@@ -268,7 +309,12 @@ pub fn assemble(
         superblock,
         replacement,
         degraded: u16::try_from(lost.len()).expect("at most 64 slots"),
-        renew_history: overruled || lost_in_sync,
+        renew_history: overruled || lost_in_sync || older_taken || !given_up.is_empty(),
+        generation: given_up
+            .iter()
+            .map(Found::generation)
+            .fold(leader.generation(), u64::max),
+        given_up: given_up.iter().map(|m| m.group.history).collect(),
         resync: synced_to < geometry.member_bytes(),
         synced_to,
         torn: parity == Parity::Torn,
@@ -304,9 +350,15 @@ impl Plan {
         let mut record = self.superblock.member.as_ref()?.group.clone();
         if self.renew_history {
             let old = std::mem::replace(&mut record.history, fresh);
-            record.parents.insert(0, old);
+            let former = std::mem::replace(&mut record.parents, vec![old]);
+            for history in self.given_up.iter().copied().chain(former) {
+                if !record.parents.contains(&history) {
+                    record.parents.push(history);
+                }
+            }
             record.parents.truncate(PARENTS_MAX);
         }
+        record.flags.deleted = false;
         for (entry, plan) in record.members.iter_mut().zip(&self.slots) {
             let is_held = match plan {
                 SlotPlan::InSync(_) | SlotPlan::Rebuilding(_) | SlotPlan::Faulty => true,
@@ -446,6 +498,36 @@ fn find_leader<'a>(members: &[Found<'a>]) -> Result<Found<'a>, AssemblyError> {
     Ok(leader)
 }
 
+/// The side of a disk: the newest of its own history that counts it, and the members that are not behind that.
+fn find_kept<'a>(
+    members: &[Found<'a>],
+    disk: DiskUuid,
+) -> Result<(Found<'a>, Vec<Found<'a>>), AssemblyError> {
+    let kept = members.iter().find(|m| m.superblock.disk == disk);
+    let kept = kept.ok_or(AssemblyError::KeptNotThere { disk })?;
+    let counts_it = |m: &&Found<'_>| {
+        m.group.history == kept.group.history
+            && kept.generation() >= m.group.floor
+            && (m.generation() > kept.generation() || m.group == kept.group)
+    };
+    // Among equals the first, as without a choice.
+    let newest = |a: Found<'a>, b: Found<'a>| {
+        if b.generation() > a.generation() {
+            b
+        } else {
+            a
+        }
+    };
+    let leader = members.iter().filter(counts_it).copied().reduce(newest);
+    let leader = leader.unwrap_or(*kept);
+    let is_behind = |m: &&Found<'_>| match m.group.history == leader.group.history {
+        true => m.generation() < leader.generation() || m.group == leader.group,
+        false => is_ancestor(m, &leader) || is_outlived(m, &leader),
+    };
+    let given_up = members.iter().filter(|m| !is_behind(m)).copied().collect();
+    Ok((leader, given_up))
+}
+
 /// Says whether what `old` says may have come before what `new` says. A former history ended when the next
 /// began: one that is as far as `new` went on by itself, and is another side.
 fn is_ancestor(old: &Found<'_>, new: &Found<'_>) -> bool {
@@ -546,7 +628,7 @@ fn check_witness(
     let mut found = side_of(&leader);
     let of_leader = members.iter().filter(|m| m.group.history == found.history);
     found.paths = of_leader.map(|m| m.path.to_owned()).collect();
-    if !conditions.force {
+    if !conditions.force && conditions.keep.is_none() {
         return Err(AssemblyError::OlderThanWitness { found, witness });
     }
     reasons.push(format!(
@@ -558,24 +640,36 @@ fn check_witness(
 
 /// Rule 4, where a disk was to be replaced: whoever of the two is there. The one that is filled is in no slot while the
 /// other is there; without the other it is what a rebuild goes on with.
-fn take_over(said: &GroupRecord, members: &[Found<'_>]) -> GroupRecord {
+fn take_over(
+    said: &GroupRecord,
+    members: &[Found<'_>],
+    given_up: &[Found<'_>],
+    older: Older,
+) -> GroupRecord {
     let mut record = said.clone();
-    let Some(new) = said.replacement else {
+    let Some(new) = record.replacement.take() else {
         return record;
     };
     let entry = &mut record.members[usize::from(new.slot)];
-    let is_old = |m: &Found<'_>| m.superblock.disk == entry.disk && m.slot == new.slot;
-    let has_new = members.iter().any(|m| is_replacement(m, new));
-    if members.iter().any(is_old) {
-        record.replacement = said.replacement.filter(|_| has_new);
-        return record;
-    }
-    record.replacement = None;
-    let is_rebuilt = |entry: &MemberEntry| entry.state == MemberState::Rebuilding;
-    if has_new && !said.members.iter().any(is_rebuilt) {
-        entry.disk = new.disk;
-        entry.state = MemberState::Rebuilding;
-        entry.rebuilt_to = new.copied_to;
+    let is_kept = |m: &&Found<'_>| !given_up.iter().any(|g| g.index == m.index);
+    let is_fresh = |m: &Found<'_>| m.generation() >= said.floor;
+    let is_old = |m: &&Found<'_>| m.superblock.disk == entry.disk && m.slot == new.slot;
+    let has_new = members
+        .iter()
+        .filter(is_kept)
+        .any(|m| is_replacement(m, new) && is_fresh(m));
+    match members.iter().filter(is_kept).find(is_old) {
+        Some(old) if is_fresh(old) => record.replacement = has_new.then_some(new),
+        // What was copied is not what this older copy of it has.
+        Some(_) if older == Older::Taken => {}
+        _ => {
+            let is_rebuilt = |entry: &MemberEntry| entry.state == MemberState::Rebuilding;
+            if has_new && !said.members.iter().any(is_rebuilt) {
+                entry.disk = new.disk;
+                entry.state = MemberState::Rebuilding;
+                entry.rebuilt_to = new.copied_to;
+            }
+        }
     }
     record
 }
@@ -584,57 +678,83 @@ fn is_replacement(member: &Found<'_>, new: Replacement) -> bool {
     member.superblock.disk == new.disk && member.slot == new.slot
 }
 
-/// Rule 4.
-fn place(record: &GroupRecord, members: &[Found<'_>], reasons: &mut Vec<String>) -> Vec<SlotPlan> {
-    let mut slots = Vec::new();
-    for (slot, entry) in record.members.iter().enumerate() {
-        let found = members.iter().find(|m| m.superblock.disk == entry.disk);
-        let plan = match (entry.state, found) {
-            (MemberState::InSync, Some(m)) if usize::from(m.slot) == slot => {
-                SlotPlan::InSync(m.index)
-            }
-            (MemberState::Rebuilding, Some(m)) if usize::from(m.slot) == slot => {
-                SlotPlan::Rebuilding(m.index)
-            }
-            (_, Some(m)) => SlotPlan::Stale(m.index),
-            (MemberState::Faulty, None) => SlotPlan::Faulty,
-            (MemberState::InSync | MemberState::Rebuilding | MemberState::Missing, None) => {
-                SlotPlan::Missing
-            }
-        };
-        match plan {
-            SlotPlan::InSync(_) => {}
-            SlotPlan::Stale(_) => {
-                let path = found.map_or("", |m| m.path);
-                reasons.push(format!(
-                    "{path} (slot {slot}) missed writes: it needs a rebuild"
-                ));
-            }
-            SlotPlan::Rebuilding(_) | SlotPlan::Faulty | SlotPlan::Missing => {
-                reasons.push(describe(slot, entry.disk, plan));
-            }
-        }
-        slots.push(plan);
-    }
-    for member in members {
-        let is_new = record
-            .replacement
-            .is_some_and(|new| is_replacement(member, new));
-        if record.slot_of(member.superblock.disk).is_none() && !is_new {
-            reasons.push(format!("{} is no member any more", member.path));
-        }
-    }
-    slots
+/// What is done with members that are older than the leader knew them.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Older {
+    Stale,
+    /// A person said so, and without them there is nothing.
+    Taken,
 }
 
-/// Returns the slots that are not in sync, in words.
-fn lost_slots(record: &GroupRecord, slots: &[SlotPlan]) -> Vec<String> {
-    slots
+/// What is done with a slot, and what there is to say about it.
+struct Seat {
+    plan: SlotPlan,
+    /// Why it does not count, if it does not.
+    lost: Option<String>,
+    reason: Option<String>,
+}
+
+/// Rule 4.
+fn place(
+    record: &GroupRecord,
+    members: &[Found<'_>],
+    given_up: &[Found<'_>],
+    older: Older,
+) -> Vec<Seat> {
+    let mut seats = Vec::new();
+    for (slot, entry) in record.members.iter().enumerate() {
+        let found = members.iter().find(|m| m.superblock.disk == entry.disk);
+        let counts = matches!(entry.state, MemberState::InSync | MemberState::Rebuilding);
+        let in_place = found.filter(|m| counts && usize::from(m.slot) == slot);
+        let is_given_up = found.is_some_and(|m| given_up.iter().any(|g| g.index == m.index));
+        let below = in_place.filter(|m| m.generation() < record.floor);
+        let is_taken = older == Older::Taken && entry.state == MemberState::InSync;
+        let in_place = in_place.filter(|_| !is_given_up && (below.is_none() || is_taken));
+        let plan = match (entry.state, found, in_place) {
+            (MemberState::Rebuilding, _, Some(m)) => SlotPlan::Rebuilding(m.index),
+            (_, _, Some(m)) => SlotPlan::InSync(m.index),
+            (_, Some(m), None) => SlotPlan::Stale(m.index),
+            (MemberState::Faulty, None, None) => SlotPlan::Faulty,
+            (_, None, None) => SlotPlan::Missing,
+        };
+        let path = found.map_or("", |m| m.path);
+        let said = match (below, plan) {
+            _ if is_given_up => format!("{path} (slot {slot}) is of the side that was given up"),
+            (Some(m), _) => format!(
+                "{path} (slot {slot}) is an older copy of itself: it says generation {}, it had {} at least",
+                m.generation(),
+                record.floor
+            ),
+            (None, SlotPlan::Stale(_)) => {
+                format!("{path} (slot {slot}) missed writes: it needs a rebuild")
+            }
+            (None, plan) => describe(slot, entry.disk, plan),
+        };
+        let is_lost = !matches!(plan, SlotPlan::InSync(_));
+        let forced = || below.map(|_| format!("forced: {said}"));
+        seats.push(Seat {
+            plan,
+            lost: is_lost.then(|| match (below, is_given_up) {
+                (None, false) => describe(slot, entry.disk, plan),
+                _ => said.clone(),
+            }),
+            reason: if is_lost {
+                Some(said.clone())
+            } else {
+                forced()
+            },
+        });
+    }
+    seats
+}
+
+/// The slots that are not in sync, as bits.
+fn missing(seats: &[Seat]) -> u64 {
+    let lost = seats
         .iter()
-        .enumerate()
-        .filter(|(_, plan)| !matches!(plan, SlotPlan::InSync(_)))
-        .map(|(slot, plan)| describe(slot, record.members[slot].disk, *plan))
-        .collect()
+        .zip(0..)
+        .filter(|(seat, _)| seat.lost.is_some());
+    lost.fold(0, |set, (_, slot)| set | 1 << slot)
 }
 
 fn describe(slot: usize, disk: DiskUuid, plan: SlotPlan) -> String {
@@ -654,14 +774,9 @@ fn describe(slot: usize, disk: DiskUuid, plan: SlotPlan) -> String {
 /// Rule 5.
 fn check_redundancy(
     geometry: &Geometry,
-    slots: &[SlotPlan],
+    missing: u64,
     lost: &[String],
 ) -> Result<(), AssemblyError> {
-    let missing = slots
-        .iter()
-        .zip(0..)
-        .filter(|(plan, _)| !matches!(plan, SlotPlan::InSync(_)))
-        .fold(0, |set, (_, slot)| set | 1_u64 << slot);
     if geometry.survives(missing) {
         return Ok(());
     }

@@ -3,10 +3,10 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use lunar_api::target::{LuSize, MemberState};
+use lunar_api::target::{DeletedLu, LuSize, MemberState};
 use lunar_api::{ApiError, DiskUuid, ErrorKind, LuUuid};
 
-use crate::config::{GroupConfig, LuConfig, Queues};
+use crate::config::{ConfigError, GroupConfig, LuConfig, Queues};
 use crate::limits::CONFIG_PIECE;
 use crate::member::Member;
 use crate::parity;
@@ -112,6 +112,38 @@ impl<E: Env> RaidGroup<E> {
             }
         }
         Ok(())
+    }
+
+    /// Brings a deleted LU back; the rim then makes its device.
+    ///
+    /// # Crash  as of [`Self::lu_create`]
+    /// # Errors  its space was needed since, or another LU has its name
+    pub async fn lu_undelete(&self, uuid: LuUuid) -> Result<u16, ApiError> {
+        let what = "the LU could not be brought back";
+        let _turn = self.configure().await;
+        let mut config = self.config.borrow().clone();
+        let lu = config.undelete_lu(uuid).cloned().map_err(|error| {
+            let refused = failed(what, &error);
+            match error {
+                ConfigError::NameTaken { name } => {
+                    refused.hint(format!("lunar lu rename {name} OTHER, then the same again"))
+                }
+                _ => refused,
+            }
+        })?;
+        self.write_config(config).await?;
+        Ok(self.add_lu(&lu))
+    }
+
+    /// Deleted LUs that can come back, oldest first.
+    pub fn deleted_lus(&self) -> Vec<DeletedLu> {
+        let config = self.config.borrow();
+        let deleted = config.deleted.iter().map(|lu| DeletedLu {
+            lu: lu.uuid,
+            name: lu.name.clone(),
+            capacity: lu.capacity,
+        });
+        deleted.collect()
     }
 
     /// Renames a LU.

@@ -5,10 +5,12 @@ use std::rc::Rc;
 use lunar_api::target::{Label, Probe};
 use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid, History, SystemUuid};
 
+use crate::config::GroupConfig;
 use crate::parity;
 use crate::pool::{Lease, Pool, Quota};
 use crate::raid_group::EIO;
 use crate::reserve::{end_copy_at, lay_out};
+use crate::start::read_pieces;
 use crate::superblock::{At, BYTES, Copy, Superblock, SuperblockError, choose, decode};
 use crate::traits::{Buf, Disk, DiskError, DiskVerb, Piece};
 
@@ -63,6 +65,19 @@ pub(crate) async fn read_superblock_to<D: Disk>(
     disk: &D,
     to: Place<'_>,
 ) -> Result<Superblock, LabelError> {
+    match choose(read_copies(disk, to).await?) {
+        Ok(superblock) => Ok(superblock),
+        Err(SuperblockError::NotLunar) => Err(LabelError::None),
+        Err(SuperblockError::Unreadable { errno }) => {
+            Err(LabelError::Read(DiskError::Errno(errno)))
+        }
+        Err(error) => Err(LabelError::Invalid(error)),
+    }
+}
+
+type Copies = [Result<Superblock, SuperblockError>; 2];
+
+async fn read_copies<D: Disk>(disk: &D, to: Place<'_>) -> Result<Copies, LabelError> {
     let size = disk.capacity();
     if size < 2 * BYTES as u64 {
         return Err(LabelError::None);
@@ -96,14 +111,7 @@ pub(crate) async fn read_superblock_to<D: Disk>(
         ),
         Err(error) => Err(unreadable(error)),
     };
-    match choose([start, end]) {
-        Ok(superblock) => Ok(superblock),
-        Err(SuperblockError::NotLunar) => Err(LabelError::None),
-        Err(SuperblockError::Unreadable { errno }) => {
-            Err(LabelError::Read(DiskError::Errno(errno)))
-        }
-        Err(error) => Err(LabelError::Invalid(error)),
-    }
+    Ok([start, end])
 }
 
 fn unreadable(error: DiskError) -> SuperblockError {
@@ -117,11 +125,27 @@ fn unreadable(error: DiskError) -> SuperblockError {
 
 /// Reads what a disk carries.
 pub async fn probe<D: Disk>(disk: &D, path: &str, pool: &Rc<Pool>) -> Probe {
-    let (label, problem) = match read_superblock(disk, pool).await {
-        Ok(superblock) => (Some(short(&superblock)), None),
-        Err(LabelError::None) => (None, None),
-        Err(LabelError::Read(cause)) => (None, Some(format!("cannot be read: {cause}"))),
-        Err(LabelError::Invalid(cause)) => (None, Some(format!("superblock not valid: {cause}"))),
+    let copies = {
+        let lease = pool.lease(Quota::Work, BYTES).await;
+        read_copies(disk, (&lease, 0)).await
+    };
+    let copies = copies.unwrap_or([
+        Err(SuperblockError::NotLunar),
+        Err(SuperblockError::NotLunar),
+    ]);
+    let damaged = damaged(&copies);
+    let (label, problem) = match choose(copies) {
+        Ok(superblock) => {
+            let mut label = short(&superblock);
+            label.group_name = name_of(disk, pool, &superblock).await.unwrap_or_default();
+            label.damaged = damaged;
+            (Some(label), None)
+        }
+        Err(SuperblockError::NotLunar) => (None, None),
+        Err(cause @ SuperblockError::Unreadable { .. }) => {
+            (None, Some(format!("cannot be read: {cause}")))
+        }
+        Err(cause) => (None, Some(format!("superblock not valid: {cause}"))),
     };
     let (capacity, logical_block) = (disk.capacity(), disk.logical_block());
     Probe {
@@ -132,6 +156,28 @@ pub async fn probe<D: Disk>(disk: &D, path: &str, pool: &Rc<Pool>) -> Probe {
         label,
         problem,
     }
+}
+
+/// What is wrong with the copy that does not count.
+fn damaged(copies: &Copies) -> Option<String> {
+    (0..).zip(copies).find_map(|(i, copy)| {
+        let cause = copy.as_ref().err()?;
+        Some(format!(
+            "copy {i} of its superblock is damaged ({cause}), copy {} counts",
+            1 - i
+        ))
+    })
+}
+
+/// The name of the group, which stands in the configuration.
+async fn name_of<D: Disk>(disk: &D, pool: &Rc<Pool>, block: &Superblock) -> Option<String> {
+    let member = block.member.as_ref()?;
+    let version = member.group.config;
+    let geometry = member.group.geometry().ok()?;
+    let at = member.layout.config[usize::from(version.current)].offset;
+    let json = read_pieces(pool, disk, at, usize::try_from(version.len).ok()?).await;
+    let config = GroupConfig::decode(&json.ok()?, &version, &geometry).ok()?;
+    Some(config.name)
 }
 
 fn short(superblock: &Superblock) -> Label {
@@ -155,6 +201,7 @@ fn short(superblock: &Superblock) -> Label {
             .and_then(|group| group.replacement)
             .map(|new| new.disk),
         deleted: group.is_some_and(|group| group.flags.deleted),
+        damaged: None,
     }
 }
 
@@ -208,6 +255,45 @@ pub async fn mark_deleted<D: Disk>(
     }
     block.generation += 1;
     write_both(disk, pool, &block).await.map_err(failed)
+}
+
+/// Has a member of a group, or a free disk, belong to another system; returns whether it had to be written.
+///
+/// # Crash  copy 0 is durable before copy 1 is begun: the disk is of the one or of the other. Members are written from
+/// the highest generation down: no generation is ever there with two contents
+/// # Errors  it is of neither system or of another group, or does not take the writes
+pub async fn adopt<D: Disk>(
+    disk: &D,
+    pool: &Rc<Pool>,
+    group: GroupUuid,
+    from: SystemUuid,
+    to: SystemUuid,
+) -> Result<bool, ApiError> {
+    let failed = |cause: String| {
+        ApiError::new(ErrorKind::Failed, "the disk could not be taken over").because(cause)
+    };
+    let mut block = read_superblock(disk, pool)
+        .await
+        .map_err(|error| failed(error.to_string()))?;
+    let found = block
+        .member
+        .as_ref()
+        .map_or(GroupUuid::NIL, |m| m.group.uuid);
+    if found != group {
+        return Err(failed(format!(
+            "it is of group {found} now, no longer of {group}"
+        )));
+    }
+    if block.system == to {
+        return Ok(false);
+    }
+    if block.system != from {
+        return Err(failed(format!("it is of system {} now", block.system)));
+    }
+    block.system = to;
+    block.generation += 1;
+    write_both(disk, pool, &block).await.map_err(failed)?;
+    Ok(true)
 }
 
 /// Writes both copies, the first one durable before the second is begun.

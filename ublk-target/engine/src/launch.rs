@@ -21,7 +21,7 @@ use crate::view::Views;
 
 /// What is left of the parts when the members are taken out.
 pub(crate) struct Rest<E: Env> {
-    system: SystemUuid,
+    pub system: SystemUuid,
     pub pool: Rc<Pool>,
     clock: E::Clock,
     front: E::Front,
@@ -43,6 +43,14 @@ pub(crate) fn split<E: Env>(parts: Parts<E>) -> (Vec<Given<E::Disk>>, Rest<E>) {
 /// A member that is there, and where its metadata lies.
 pub(crate) type Slot<D> = Option<(Given<D>, MemberPlace)>;
 
+/// Who is there.
+pub(crate) struct Seated<D> {
+    /// One a slot.
+    pub slots: Vec<Slot<D>>,
+    /// The disk that is filled to replace one of them.
+    pub new: Option<(Slot<D>, Replacement)>,
+}
+
 impl<E: Env> RaidGroup<E> {
     /// Puts a group together in memory. States are those of the record, but who is not there is not believed.
     /// `died`: a process of the group died here, and its log goes on.
@@ -52,15 +60,14 @@ impl<E: Env> RaidGroup<E> {
         record: GroupRecord,
         config: GroupConfig,
         generation: u64,
-        slots: Vec<Slot<E::Disk>>,
-        replacement: Option<(Slot<E::Disk>, Replacement)>,
+        seated: Seated<E::Disk>,
         died: bool,
     ) -> Rc<Self> {
         rest.pool.set_aside();
         let unit = geometry.stripe_on_member();
         let (mut in_sync, mut rebuild) = (0, None);
         let mut members = Vec::new();
-        for (i, (slot, entry)) in (0u16..).zip(slots.into_iter().zip(&record.members)) {
+        for (i, (slot, entry)) in (0u16..).zip(seated.slots.into_iter().zip(&record.members)) {
             let mut state = entry.state;
             match slot {
                 Some((given, place)) => {
@@ -90,7 +97,7 @@ impl<E: Env> RaidGroup<E> {
             }
         }
         let mut copied = None;
-        if let Some((Some(seat), new)) = replacement {
+        if let Some((Some(seat), new)) = seated.new {
             let meta = rest.pool.lease(Quota::Work, BYTES).await;
             let member = Member::present(new.slot, MemberState::Rebuilding, seat, meta);
             copied = Some((Rc::new(member), new));
@@ -126,6 +133,7 @@ impl<E: Env> RaidGroup<E> {
             config: RefCell::new(config),
             generation: Cell::new(generation),
             durable: Cell::new(generation),
+            floor: Cell::new(0),
             publishing: Cell::new(false),
             configuring: Cell::new(false),
             changed: Waiters::default(),

@@ -295,6 +295,7 @@ impl<E: Env> RaidGroup<E> {
             self.drop_copy("superblock could not be written");
         }
         self.durable.set(generation);
+        self.floor.set(generation);
         self.dirty_durable.set(dirty);
         Ok(())
     }
@@ -310,6 +311,7 @@ impl<E: Env> RaidGroup<E> {
                 ..record.flags
             },
             synced_to: self.durable_synced.get() * unit,
+            floor: self.floor.get(),
             members: members
                 .iter()
                 .zip(&record.members)

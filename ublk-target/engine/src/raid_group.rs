@@ -78,6 +78,10 @@ pub struct StartSpec {
     /// Members to leave out, because they are still busy or do not answer: the group starts as if they were
     /// missing, and says so durably before it serves anything.
     pub without: Vec<DiskUuid>,
+    /// Of members that were written apart from each other the side of this disk goes on; the others are stale.
+    pub keep: Option<DiskUuid>,
+    /// A group that was deleted comes back.
+    pub undelete: bool,
 }
 
 /// Answer to a host request that failed: a positive errno (EIO, ENOSPC, EINVAL, EOPNOTSUPP; never EAGAIN).
@@ -204,6 +208,8 @@ pub struct RaidGroup<E: Env> {
     pub(crate) config: RefCell<GroupConfig>,
     pub(crate) generation: Cell<u64>,
     pub(crate) durable: Cell<u64>,
+    /// What every member in sync or rebuilding says at least on its disk.
+    pub(crate) floor: Cell<u64>,
     pub(crate) publishing: Cell<bool>,
     pub(crate) configuring: Cell<bool>,
     pub(crate) dirty: Cell<bool>,

@@ -10,16 +10,14 @@ use crate::config::GroupConfig;
 use crate::geometry::{Geometry, GeometryError};
 use crate::inflight::{self, Left};
 use crate::label::{read_superblock, read_superblock_to};
-use crate::launch::{Slot, split};
+use crate::launch::{Seated, Slot, split};
 use crate::limits::{CONFIG_PIECE, MEMBERS_MAX};
 use crate::parity;
 use crate::pool::{Pool, Quota};
 use crate::raid_group::{CreateSpec, Given, MemberPlace, Parts, RaidGroup, StartSpec};
 use crate::reserve::{Reserve, lay_out, region_bytes};
 use crate::serve::bits;
-use crate::superblock::{
-    BYTES, ConfigVersion, Flags, GroupRecord, MemberEntry, Replacement, Superblock,
-};
+use crate::superblock::{BYTES, ConfigVersion, Flags, GroupRecord, MemberEntry, Superblock};
 use crate::traits::{Buf, Disk, DiskError, DiskVerb, Env, Piece};
 
 fn failed(what: &str, why: impl ToString) -> ApiError {
@@ -77,6 +75,7 @@ impl<E: Env> RaidGroup<E> {
             synced_to: if clean { geometry.member_bytes() } else { 0 },
             log_lanes: 1,
             config: ConfigVersion::default(),
+            floor: 0,
             members: members
                 .iter()
                 .zip(0..n)
@@ -106,8 +105,7 @@ impl<E: Env> RaidGroup<E> {
             record,
             config.clone(),
             generation,
-            slots,
-            None,
+            Seated { slots, new: None },
             false,
         )
         .await;
@@ -147,6 +145,10 @@ impl<E: Env> RaidGroup<E> {
             }
             match read_superblock_to(&given.disk, (&whole, page)).await {
                 Ok(superblock) if spec.without.contains(&superblock.disk) => {}
+                // Its first superblock written here would take it away from the other, unasked.
+                Ok(superblock) if superblock.system != rest.system => {
+                    return Err(foreign(&given.path, &superblock));
+                }
                 // It has left since whoever hands it in saw it last.
                 Ok(superblock) if superblock.is_free() => {
                     unreadable.push(format!("{}: it is a free disk now", given.path));
@@ -183,6 +185,8 @@ impl<E: Env> RaidGroup<E> {
             witness: spec.witness,
             force: spec.force,
             process_death_only: left.is_some(),
+            keep: spec.keep,
+            undelete: spec.undelete,
         };
         let present: Vec<Present<'_>> = superblocks
             .iter()
@@ -213,6 +217,9 @@ impl<E: Env> RaidGroup<E> {
             .filter_map(|slot| slot.used())
             .chain(plan.replacement)
             .any(differs);
+        let used = plan.slots.iter().filter_map(|slot| slot.used());
+        let used = used.chain(plan.replacement);
+        let floor = used.map(|disk| superblocks[disk].generation).min();
         let geometry = record.geometry().map_err(|error| failed(what, error))?;
         let without: Vec<_> = spec
             .without
@@ -220,26 +227,27 @@ impl<E: Env> RaidGroup<E> {
             .filter(|disk| record.slot_of(**disk).is_some())
             .map(left_out)
             .collect();
-        let (slots, new) = seat(&plan, readable, &superblocks, &record);
+        let seated = seat(&plan, readable, &superblocks, &record);
         // Replay comes first: what is read from here on may take the memory that it writes from.
         let mut unreplayed = 0;
         if let Some(left) = &left {
-            unreplayed = left.unreplayed | replay(&rest.pool, left, &record, &slots).await;
+            unreplayed = left.unreplayed | replay(&rest.pool, left, &record, &seated.slots).await;
             inflight::replayed(&rest.pool, unreplayed);
         }
-        let config = read_config(&rest.pool, &geometry, &record, &slots, &plan.slots).await?;
-        let generation = plan.superblock.generation;
+        let config =
+            read_config(&rest.pool, &geometry, &record, &seated.slots, &plan.slots).await?;
+        let generation = plan.generation;
         let group = Self::launch(
             rest,
             geometry,
             record,
             config,
             generation,
-            slots,
-            new,
+            seated,
             left.is_some(),
         )
         .await;
+        group.floor.set(floor.unwrap_or(0).min(generation));
         for reason in plan.reasons.iter().chain(&unreadable).chain(&without) {
             group.event("Assembled", None, reason);
         }
@@ -276,6 +284,15 @@ impl<E: Env> RaidGroup<E> {
     }
 }
 
+fn foreign(path: &str, superblock: &Superblock) -> ApiError {
+    ApiError::new(ErrorKind::Refused, "the group could not be started")
+        .because(format!(
+            "{path} belongs to Lunar system {}",
+            superblock.system
+        ))
+        .hint("lunar import --take PATH.., all its disks, if that system is to lose the group")
+}
+
 /// Brings every member that is used to its slot, and the one that is to replace another beside it; the others are let
 /// go of.
 fn seat<D>(
@@ -283,7 +300,7 @@ fn seat<D>(
     given: Vec<Given<D>>,
     superblocks: &[Superblock],
     record: &GroupRecord,
-) -> (Vec<Slot<D>>, Option<(Slot<D>, Replacement)>) {
+) -> Seated<D> {
     let mut given: Vec<Option<Given<D>>> = given.into_iter().map(Some).collect();
     let mut seat = |i: usize, slot: usize| {
         let superblock = &superblocks[i];
@@ -310,7 +327,7 @@ fn seat<D>(
         .replacement
         .zip(said.and_then(|member| member.group.replacement))
         .map(|(i, new)| (seat(i, usize::from(new.slot)), new));
-    (slots, new)
+    Seated { slots, new }
 }
 
 /// The shape of a new group: all members alike as large as the smallest allows, or, linear, each as it is.
@@ -372,18 +389,16 @@ async fn read_config<D: Disk>(
     Err(failed("the configuration could not be read", why))
 }
 
-async fn read_pieces<D: Disk>(
+pub(crate) async fn read_pieces<D: Disk>(
     pool: &Rc<Pool>,
     disk: &D,
     at: u64,
     bytes: usize,
 ) -> Result<Vec<u8>, DiskError> {
     let mut json = vec![0; bytes];
-    let lease = pool.lease(Quota::Work, CONFIG_PIECE).await;
-    for (part, start) in json
-        .chunks_mut(CONFIG_PIECE)
-        .zip((0..).step_by(CONFIG_PIECE))
-    {
+    let most = bytes.next_multiple_of(BYTES).clamp(BYTES, CONFIG_PIECE);
+    let lease = pool.lease(Quota::Work, most).await;
+    for (part, start) in json.chunks_mut(most).zip((0..).step_by(most)) {
         let piece = Piece {
             offset: 0,
             len: u32::try_from(part.len().next_multiple_of(4096)).expect("at most CONFIG_PIECE"),

@@ -109,6 +109,9 @@ pub struct GroupRecord {
     /// Lanes that the log area is divided into.
     pub log_lanes: u16,
     pub config: ConfigVersion,
+    /// Every member that is in sync or rebuilding here had at least this generation on its own superblock when this one
+    /// was written: one that says less is an older copy of itself. 0: not known.
+    pub floor: u64,
     /// One a slot.
     pub members: Vec<MemberEntry>,
     /// The disk that is filled to replace one that is in sync.
@@ -334,6 +337,10 @@ impl Superblock {
         check_area("end copy", end_copy, self.device_size)?;
         match &self.member {
             None => Ok(()),
+            Some(member) if member.group.floor > self.generation => Err(SuperblockError::Field {
+                field: "floor",
+                value: member.group.floor,
+            }),
             Some(member) => member.check(self.disk, end_copy, self.device_size),
         }
     }

@@ -163,6 +163,8 @@ impl Rig {
             force,
             witness: None,
             without: without.iter().map(|disk| uuid(*disk)).collect(),
+            keep: None,
+            undelete: false,
         };
         let group = self
             .world
@@ -754,6 +756,8 @@ fn process_that_dies_while_it_starts_after_a_power_loss_leaves_the_resync_to_do(
             force: false,
             witness: None,
             without: Vec::new(),
+            keep: None,
+            undelete: false,
         };
         rig.world.crash_in.set(Some(crash));
         let _ = rig.world.try_block_on(RaidGroup::start(parts, spec));
@@ -799,6 +803,8 @@ fn start_that_dies_after_its_replay_remembers_who_was_not_there() {
             force: false,
             witness: None,
             without: vec![uuid(1)],
+            keep: None,
+            undelete: false,
         };
         rig.world.crash_in.set(Some(crash));
         let _ = rig.world.try_block_on(RaidGroup::start(parts, spec));

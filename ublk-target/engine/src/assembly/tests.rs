@@ -58,6 +58,7 @@ impl World {
             synced_to: reserve.data_bytes,
             log_lanes: 1,
             config: ConfigVersion::default(),
+            floor: 0,
             members: (0..members).map(entry).collect(),
             replacement: None,
         };
@@ -177,6 +178,8 @@ const CALM: Conditions = Conditions {
     witness: None,
     force: false,
     process_death_only: false,
+    keep: None,
+    undelete: false,
 };
 const FORCE: Conditions = Conditions {
     force: true,

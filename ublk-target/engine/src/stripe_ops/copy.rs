@@ -60,7 +60,7 @@ impl<E: Env> RaidGroup<E> {
                 .is_ok();
             if !got {
                 got = self
-                    .from_redundancy(stripe, copying.slot, here, &lease, (from, len))
+                    .get_otherwise(stripe, copying.slot, here, &lease, (from, len))
                     .await;
             }
             match got {
@@ -85,7 +85,7 @@ impl<E: Env> RaidGroup<E> {
 
     /// Gets one grain of a slot without reading it, to `to` of the lease; from `scratch` on there is room for a grain of
     /// every member.
-    async fn from_redundancy(
+    async fn get_otherwise(
         &self,
         stripe: u64,
         slot: u16,

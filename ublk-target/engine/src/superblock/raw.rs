@@ -15,8 +15,10 @@ use super::{
 use crate::limits::{MEMBERS_MAX, PARENTS_MAX};
 use crate::reserve::{Area, COPY_0_AT, Layout};
 
+/// A compatible feature: `floor` is recorded. Set where it is not 0.
+const FLOOR: u64 = 1 << 0;
 /// Features that this code knows, by word.
-const COMPAT: u64 = 0;
+const COMPAT: u64 = FLOOR;
 const RO_COMPAT: u64 = 0;
 /// The replacement is there, and may be.
 const INCOMPAT_REPLACEMENT: u64 = 1 << 0;
@@ -27,7 +29,7 @@ const ASSUME_CLEAN: u32 = 1 << 1;
 const DELETED: u32 = 1 << 2;
 const TORN: u32 = 1 << 3;
 
-const RESERVED: usize = 1576;
+const RESERVED: usize = 1560;
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Clone, Copy)]
 #[repr(C)]
@@ -96,7 +98,9 @@ struct Raw {
     config_len: U64,
     config_generation: U64,
     config_crc: U32,
-    reserved_b: [u8; RESERVED - 4 - 32],
+    reserved_b: [u8; 4],
+    floor: U64,
+    reserved_c: [u8; RESERVED - 32],
     replacement: RawReplacement,
     table: [RawMember; MEMBERS_MAX],
 }
@@ -110,7 +114,8 @@ const _: () = assert!(offset_of!(Raw, chunk) == 272);
 const _: () = assert!(offset_of!(Raw, data_offset) == 288);
 const _: () = assert!(offset_of!(Raw, areas) == 328);
 const _: () = assert!(offset_of!(Raw, config_len) == 456);
-const _: () = assert!(offset_of!(Raw, reserved_b) == 476);
+const _: () = assert!(offset_of!(Raw, floor) == 480);
+const _: () = assert!(offset_of!(Raw, reserved_c) == 488);
 const _: () = assert!(offset_of!(Raw, replacement) == 2016);
 const _: () = assert!(offset_of!(Raw, table) == BYTES / 2);
 
@@ -118,7 +123,6 @@ pub(super) fn encode(superblock: &Superblock, copy: Copy, to: &mut [u8; BYTES]) 
     let mut raw = Raw::new_zeroed();
     raw.magic = MAGIC;
     raw.format = FORMAT.into();
-    raw.compat = COMPAT.into();
     raw.ro_compat = RO_COMPAT.into();
     raw.system = superblock.system.to_bytes();
     raw.disk = superblock.disk.to_bytes();
@@ -169,6 +173,8 @@ fn encode_group(group: &GroupRecord, raw: &mut Raw) {
     raw.config_len = group.config.len.into();
     raw.config_generation = group.config.generation.into();
     raw.config_crc = group.config.crc.into();
+    raw.floor = group.floor.into();
+    raw.compat = if group.floor == 0 { 0 } else { FLOOR }.into();
     if let Some(new) = group.replacement {
         raw.incompat = INCOMPAT_REPLACEMENT.into();
         raw.replacement = RawReplacement {
@@ -345,6 +351,10 @@ fn decode_group(raw: &Raw) -> Result<GroupRecord, SuperblockError> {
             len: raw.config_len.get(),
             crc: raw.config_crc.get(),
             generation: raw.config_generation.get(),
+        },
+        floor: match raw.compat.get() & FLOOR {
+            0 => 0,
+            _ => raw.floor.get(),
         },
         members: table.iter().map(decode_entry).collect::<Result<_, _>>()?,
         // Without the feature bit the bytes are none that this version writes.

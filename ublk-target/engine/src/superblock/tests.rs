@@ -46,6 +46,7 @@ fn sample() -> Superblock {
             crc: 0x1234_5678,
             generation: 40,
         },
+        floor: 0,
         members: vec![
             entry(6, MemberState::InSync, 0),
             entry(7, MemberState::InSync, 0),
@@ -253,7 +254,7 @@ fn versions_and_features_from_the_future_are_refused() {
 #[test]
 fn compatible_features_are_read_and_dropped() {
     let mut bytes = encoded(&sample(), Copy::Start);
-    bytes[16] = 1;
+    bytes[16] = 2;
     bytes[500] = 7;
     raw::seal(&mut bytes);
     assert_eq!(decode(&bytes, at_start()), Ok(sample()));
@@ -655,5 +656,26 @@ proptest! {
         bytes[..8].copy_from_slice(&MAGIC);
         raw::seal(&mut bytes);
         prop_assert!(decode(&bytes, at_start()).is_err());
+    }
+}
+
+#[test]
+fn a_floor_is_a_compatible_feature_and_no_higher_than_the_generation() {
+    let with = |floor| {
+        let mut superblock = sample();
+        superblock.member.as_mut().unwrap().group.floor = floor;
+        superblock
+    };
+    let bytes = encoded(&with(40), Copy::Start);
+    assert_eq!((bytes[16], &bytes[480..488]), (1, &40u64.to_le_bytes()[..]));
+    assert!(decode(&bytes, at_start()) == Ok(with(40)));
+    assert_eq!(encoded(&with(0), Copy::Start)[16], 0);
+    assert!(with(42).encode(Copy::Start, &mut [0; BYTES]).is_err());
+    // The bit without a value, and a value without the bit, are not what is written.
+    for (at, byte) in [(480, 0), (16, 0)] {
+        let mut bytes = bytes;
+        bytes[at] = byte;
+        raw::seal(&mut bytes);
+        assert!(decode(&bytes, at_start()).is_err(), "byte {at}");
     }
 }

@@ -253,6 +253,8 @@ fn configuration_of_many_pieces_is_written_and_read() {
         force: false,
         witness: None,
         without: Vec::new(),
+        keep: None,
+        undelete: false,
     };
     let group = world.block_on(RaidGroup::start(parts, spec)).unwrap();
     assert_eq!(group.lus().len(), usize::from(lus));

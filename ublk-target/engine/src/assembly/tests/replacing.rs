@@ -19,7 +19,7 @@ fn copying(level: Level, copied_to: u64) -> World {
     world.update(&[0, 1, 2, 3, NEW], |group| {
         group.replacement = Some(Replacement {
             disk: disk(NEW),
-            slot: SLOT as u16,
+            slot: u16::try_from(SLOT).unwrap(),
             copied_to,
         });
     })
