@@ -56,7 +56,7 @@ e2e_groups() { # e2e_groups GROUP..: all tests whose names contain GROUP
 }
 part_e2e() {
   e2e_groups data_verified data_survives_member_error data_survives_member_hang data_survives_member_vanish \
-    data_file data_counters data_overlapping data_requests layout_ life_ hostile_ manage_ queues_ spare_ scrub_ import_ config_
+    data_file data_counters data_overlapping data_requests layout_ life_ hostile_ manage_ queues_ replace_ spare_ scrub_ import_ config_
 }
 part_matrix() {
   LUNAR_E2E_LONG=1 e2e_groups long_data_survives_member_error long_data_survives_member_hang long_data_survives_member_vanish \

@@ -15,6 +15,7 @@ mod layout;
 mod life;
 mod manage;
 mod queues;
+mod replace;
 mod scrub;
 mod spares;
 
@@ -35,6 +36,7 @@ pub fn tests() -> Vec<Test> {
     manage::tests(&mut all);
     queues::tests(&mut all);
     scrub::tests(&mut all);
+    replace::tests(&mut all);
     spares::tests(&mut all);
     import::tests(&mut all);
     config::tests(&mut all);

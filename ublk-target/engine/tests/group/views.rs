@@ -347,3 +347,49 @@ fn storm_beside_a_copy_loses_no_write() {
         assert_eq!(is_plain, writes > 0, "{what}: {writes} writes by picture");
     }
 }
+
+/// Given a queue thread's write without redundancy that is slow, when its disk is replaced, then nothing is copied before
+/// that write has ended, and the new disk has it.
+#[test]
+fn copy_waits_for_writes_of_queue_threads_that_go_to_the_old_disk_alone() {
+    for level in [Level::Raid0, Level::Linear] {
+        let rig = rig(61, level, 2, 65536, true);
+        let follower = Follower::new(&rig);
+        rig.world.spawn(Rc::clone(&follower).take_all());
+        rig.stores[0].faults.slow.set(true);
+        rig.world.pages.borrow_mut()[1] = vec![9; 4096];
+        let written = Rc::new(Cell::new(false));
+        let (ended, queue) = (Rc::clone(&written), Rc::clone(&follower));
+        rig.world.spawn(async move {
+            let write = block(0, 1, HostVerb::Write { fua: false });
+            assert_eq!(queue.serve(write).await, (Ok(()), true));
+            ended.set(true);
+        });
+        rig.sleep(1);
+        assert_eq!(rig.stores[0].held(), 1);
+        rig.stores[0].faults.slow.set(false);
+        let new = Store::new(DISK, 0x5A);
+        follower.stores.borrow_mut().push((9, Rc::clone(&new)));
+        let (group, given) = (Rc::clone(&rig.group), given(&rig.world, 9, &new));
+        rig.world.spawn(async move {
+            assert_eq!(group.member_replace(0, given).await, Ok(()));
+        });
+        rig.sleep(5);
+        let sync = rig.group.status().sync.unwrap();
+        assert!(sync.done == 0 && !written.get(), "{level:?}: {sync:?}");
+        rig.stores[0].release(&rig.world);
+        let group = Rc::clone(&rig.group);
+        rig.world
+            .run_until(move || group.status().replacement.is_none());
+        assert!(written.get());
+        rig.stores[0].faults.dead.set(true);
+        rig.world.pages.borrow_mut()[2] = vec![0; 4096];
+        let group = Rc::clone(&rig.group);
+        let read = block(0, 2, HostVerb::Read);
+        let result = rig
+            .world
+            .block_on(async move { group.serve(0, read).await });
+        assert_eq!(result, Ok(()));
+        assert_eq!(rig.world.pages.borrow()[2], vec![9; 4096], "{level:?}");
+    }
+}
