@@ -60,7 +60,7 @@ part_e2e() {
 }
 part_matrix() {
   LUNAR_E2E_LONG=1 e2e_groups long_data_survives_member_error long_data_survives_member_hang long_data_survives_member_vanish \
-    long_data_file long_data_requests long_layout_raid0 long_layout_raid5 long_queues
+    long_data_file long_data_requests long_layout_raid0 long_layout_raid5 long_queues long_replace
 }
 part_demo() {
   if [ "${LUNAR_TEST_ON_HOST:-}" != 1 ]; then

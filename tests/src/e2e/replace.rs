@@ -3,14 +3,14 @@
 use super::rig::{Rig, text};
 use super::shell::{Failure, pause, sh, sh_in, until};
 use super::spares::{compare, disk_state, disks_of, each_other_away, events, fill, number};
-use super::{Test, add, ensure};
+use super::{LONG, Test, add, ensure};
 
 pub(super) fn tests(to: &mut Vec<Test>) {
     add(to, "replace_reads_the_old_disk_and_no_other", idle);
-    for level in ["raid0", "raid1", "raid5"] {
+    for (long, level) in [(LONG, "raid0"), (LONG, "raid1"), ("", "raid5")] {
         add(
             to,
-            format!("replace_under_writes_and_a_killed_process_{level}"),
+            format!("{long}replace_under_writes_and_a_killed_process_{level}"),
             move || busy(level),
         );
     }
@@ -21,7 +21,7 @@ pub(super) fn tests(to: &mut Vec<Test>) {
     );
     add(
         to,
-        "replace_leaves_all_as_it_was_when_the_new_disk_fails",
+        format!("{LONG}replace_leaves_all_as_it_was_when_the_new_disk_fails"),
         new_fails,
     );
     add(to, "replace_goes_on_after_a_shutdown", shutdown);
@@ -139,6 +139,7 @@ fn idle() -> Result<(), Failure> {
         })?;
     }
     // And it can be used again at once.
+    rate(&rig, "1GiB")?;
     rig.lunar(&["disk", "replace", &new_number, &old_number])?;
     wait_taken(&rig, &old_number)?;
     each_other_away(&rig, 1)
