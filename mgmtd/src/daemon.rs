@@ -496,7 +496,7 @@ impl Daemon {
         let live = self.live();
         live.groups
             .values()
-            .flat_map(|g| &g.members)
+            .flat_map(|g| g.all_members())
             .map(|m| m.disk)
             .collect()
     }

@@ -220,6 +220,7 @@ mod tests {
             history: History::NIL,
             generation: 5,
             members: Vec::new(),
+            replacement: None,
             deleted: false,
             damaged: None,
         };

@@ -73,6 +73,8 @@ pub enum JobKind {
     Resync,
     /// Fills a replacement.
     Recover,
+    /// Copies a disk that is replaced.
+    Replace,
     /// Compares every stripe.
     Scrub,
 }

@@ -269,7 +269,7 @@ pub(crate) enum Disk {
         #[arg(add = ArgValueCandidates::new(complete::disks))]
         disk: String,
     },
-    /// Put NEW, or a spare, in the place of OLD, and rebuild
+    /// Put NEW, or a spare, in the place of OLD: copied from OLD while that is in sync, else rebuilt
     #[command(
         after_help = "Examples:\n  lunar disk replace 2 5\n  lunar disk replace 2 --wait     (takes a spare)"
     )]

@@ -334,7 +334,7 @@ fn trimmed_and_killed(fs: &str, level: &str) -> Result<(), Failure> {
 fn mixed() -> Result<(), Failure> {
     let (rig, mut paths) = array("ext4-file", "raid5", 3, 80)?;
     let grain = limit(&rig, "discard_granularity")?;
-    let ram = members("4k", 1, 80)?.remove(0);
+    let ram = members("null_blk", 1, 80)?.remove(0);
     let keeps = sh(&format!(
         "cat /sys/block/$(basename {ram})/queue/write_zeroes_max_bytes"
     ))?;
@@ -363,7 +363,7 @@ fn mixed() -> Result<(), Failure> {
 }
 
 /// Given space that a deleted LU had, when a LU is made of it with `--zero`, then all of it reads as zero, also without
-/// each member, its space is given back, the deleted LU cannot come back, and a scrub finds nothing; without `--zero`
+/// two members, its space is given back, the deleted LU cannot come back, and a scrub finds nothing; without `--zero`
 /// it has what was there.
 fn new_lu() -> Result<(), Failure> {
     let (rig, paths) = array("ext4-file", "raid6", 4, 80)?;
@@ -393,11 +393,9 @@ fn new_lu() -> Result<(), Failure> {
     };
     zeroes("new")?;
     scrub_finds_nothing(&rig)?;
-    for path in &paths {
+    for path in &paths[..2] {
         rig.lunar(&["disk", "fail", path, "--yes"])?;
         zeroes("degraded")?;
-        rig.lunar(&["disk", "replace", path, path, "--yes"])?;
-        rig.wait_optimal(120)?;
     }
     let output = rig.run(&["import", "--deleted", "vol", "--yes"])?;
     ensure(output.code != 0, || {
@@ -433,7 +431,7 @@ fn degraded() -> Result<(), Failure> {
     let erased = zero(&rig, MIB + 512, 3 * MIB)? + &discard(&rig, 5 * MIB + 512, 3 * MIB, grain)?;
     sh(&erased)?;
     content_is_right(&rig, "degraded")?;
-    rebuild_rate(&rig, "8MiB")?;
+    rebuild_rate(&rig, "12MiB")?;
     rig.lunar(&["disk", "replace", &paths[1], &paths[1], "--yes"])?;
     let mut rounds = 0;
     for at in [10, 44, 14, 40, 18, 36] {

@@ -17,6 +17,7 @@ mod levels;
 mod life;
 mod manage;
 mod queues;
+mod replace;
 mod scrub;
 mod spares;
 
@@ -39,6 +40,7 @@ pub fn tests() -> Vec<Test> {
     manage::tests(&mut all);
     queues::tests(&mut all);
     scrub::tests(&mut all);
+    replace::tests(&mut all);
     spares::tests(&mut all);
     import::tests(&mut all);
     config::tests(&mut all);

@@ -63,6 +63,18 @@ pub(crate) struct InflightLog {
 #[must_use]
 pub(crate) struct Entry(u16);
 
+/// Entries that nobody fills; given back when it is dropped.
+#[derive(Debug, Default)]
+pub(crate) struct Held<'a>(Vec<(&'a InflightLog, u16)>);
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        for (log, entry) in self.0.drain(..) {
+            log.clear(Entry(entry));
+        }
+    }
+}
+
 fn put(cells: &[Cell<u8>], at: usize, bytes: &[u8]) {
     for (cell, byte) in cells[at..at + bytes.len()].iter().zip(bytes) {
         cell.set(*byte);
@@ -126,6 +138,13 @@ impl InflightLog {
     pub(crate) async fn open(&self) -> Entry {
         let entry = self.waiters.until(|| self.spare.borrow_mut().pop()).await;
         Entry(entry)
+    }
+
+    /// Takes the free entries; answers true once nobody else has any.
+    pub(crate) fn take_all<'a>(&'a self, held: &mut Held<'a>) -> bool {
+        held.0
+            .extend(self.spare.borrow_mut().drain(..).map(|entry| (self, entry)));
+        held.0.len() == ENTRIES
     }
 
     /// Makes the entry live: from here on a successor writes these segments.

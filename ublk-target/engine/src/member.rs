@@ -32,6 +32,10 @@ pub(crate) struct Member<D> {
     /// It has refused to zero a range: without giving the space back, and with it.
     pub no_zeroing: [Cell<bool>; 2],
     pub state: Cell<MemberState>,
+    /// What fails on it fails the slot: not so while it is filled to replace another, or leaves.
+    pub counts: Cell<bool>,
+    /// The disk that gets what is written here too.
+    pub twin: RefCell<Option<Twin<D>>>,
     pub reason: RefCell<String>,
     pub reads: Cell<u64>,
     pub writes: Cell<u64>,
@@ -39,6 +43,13 @@ pub(crate) struct Member<D> {
     pub write_bytes: Cell<u64>,
     pub read_errors: Cell<u64>,
     pub write_errors: Cell<u64>,
+}
+
+/// Another disk for the same slot: what is written to a member goes to it too.
+pub(crate) struct Twin<D> {
+    pub member: Rc<Member<D>>,
+    /// Bytes of the members' data below which that is so.
+    pub window: Rc<Cell<u64>>,
 }
 
 /// Adds to a counter.
@@ -59,6 +70,8 @@ impl<D: Disk> Member<D> {
             to_blame: Cell::new(false),
             no_zeroing: Default::default(),
             state: Cell::new(state),
+            counts: Cell::new(true),
+            twin: RefCell::default(),
             reason: RefCell::default(),
             reads: Cell::new(0),
             writes: Cell::new(0),
@@ -94,6 +107,35 @@ impl<D: Disk> Member<D> {
         buf: Buf<'_>,
         pieces: &[Piece],
     ) -> MemberIo<D> {
+        self.count(verb, len);
+        let twin = self.twin.borrow();
+        let both = twin.as_ref().filter(|twin| {
+            verb != DiskVerb::Read && (verb == DiskVerb::Flush || at < twin.window.get())
+        });
+        let other = both.map(|twin| {
+            let (member, at) = (&twin.member, twin.member.data_offset + at);
+            member.count(verb, len);
+            Other {
+                io: member.start(verb, at, len, again(&buf), pieces),
+                member: Rc::clone(member),
+                failed: None,
+            }
+        });
+        drop(twin);
+        let buf = match other {
+            Some(_) => again(&buf),
+            None => buf,
+        };
+        MemberIo {
+            member: Rc::clone(self),
+            verb,
+            io: self.start(verb, self.data_offset + at, len, buf, pieces),
+            failed: None,
+            other,
+        }
+    }
+
+    fn count(&self, verb: DiskVerb, len: u64) {
         match verb {
             DiskVerb::Read => {
                 add(&self.reads, 1);
@@ -105,7 +147,19 @@ impl<D: Disk> Member<D> {
             }
             DiskVerb::Flush | DiskVerb::WriteZeroes { .. } => {}
         }
-        self.submit_meta(verb, self.data_offset + at, len, buf, pieces)
+    }
+
+    fn start(
+        &self,
+        verb: DiskVerb,
+        at: u64,
+        len: u64,
+        buf: Buf<'_>,
+        pieces: &[Piece],
+    ) -> Option<D::Io> {
+        let disk = self.disk.borrow();
+        disk.as_ref()
+            .map(|disk| disk.submit(verb, at, len, buf, pieces))
     }
 
     /// Starts an I/O at byte `at` of the disk.
@@ -117,21 +171,20 @@ impl<D: Disk> Member<D> {
         buf: Buf<'_>,
         pieces: &[Piece],
     ) -> MemberIo<D> {
-        let io = self
-            .disk
-            .borrow()
-            .as_ref()
-            .map(|disk| disk.submit(verb, at, len, buf, pieces));
         MemberIo {
             member: Rc::clone(self),
             verb,
-            io,
+            io: self.start(verb, at, len, buf, pieces),
+            failed: None,
+            other: None,
         }
     }
 
-    /// Whether it is worth asking it to zero a range in this way.
+    /// Whether it is worth asking it, and its twin, to zero a range in this way.
     pub(crate) fn takes_zeroing(&self, unmap: bool) -> bool {
-        !self.no_zeroing[usize::from(unmap)].get()
+        let takes = |member: &Self| !member.no_zeroing[usize::from(unmap)].get();
+        let twin = self.twin.borrow();
+        takes(self) && twin.as_ref().is_none_or(|twin| takes(&twin.member))
     }
 
     fn note_error(&self, verb: DiskVerb, error: DiskError) {
@@ -167,24 +220,94 @@ impl<D: Disk> Member<D> {
     }
 }
 
-/// An I/O of a member that may not be there. An error is noted at the member that it was given to.
+/// The same place, for one I/O of two: the host is answered when both are over, by neither of them.
+fn again<'a>(buf: &Buf<'a>) -> Buf<'a> {
+    match buf {
+        Buf::None => Buf::None,
+        Buf::Request(id) | Buf::Answer(id) => Buf::Request(*id),
+        Buf::Pool(lease) => Buf::Pool(lease),
+    }
+}
+
+/// An I/O of a member that may not be there, and that of its twin. An error is noted at the member that it was given to.
 pub(crate) struct MemberIo<D: Disk> {
     member: Rc<Member<D>>,
     verb: DiskVerb,
     io: Option<D::Io>,
+    /// How it ended, once it has.
+    failed: Option<Result<(), DiskError>>,
+    other: Option<Other<D>>,
+}
+
+struct Other<D: Disk> {
+    member: Rc<Member<D>>,
+    io: Option<D::Io>,
+    failed: Option<Result<(), DiskError>>,
+}
+
+/// Looks at one of the two; true when it has ended.
+fn look<D: Disk>(
+    member: &Member<D>,
+    verb: DiskVerb,
+    io: &mut Option<D::Io>,
+    ended: &mut Option<Result<(), DiskError>>,
+    cx: &mut Context<'_>,
+) -> bool {
+    if ended.is_some() {
+        return true;
+    }
+    let result = match io {
+        Some(io) => match Pin::new(io).poll(cx) {
+            Poll::Ready(result) => result,
+            Poll::Pending => return false,
+        },
+        None => Err(DiskError::Abandoned),
+    };
+    if let Err(error) = result {
+        member.note_error(verb, error);
+    }
+    *ended = Some(result);
+    true
 }
 
 impl<D: Disk> Future for MemberIo<D> {
     type Output = Result<(), DiskError>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let result = match &mut self.io {
-            Some(io) => Pin::new(io).poll(cx),
-            None => Poll::Ready(Err(DiskError::Abandoned)),
-        };
-        if let Poll::Ready(Err(error)) = result {
-            self.member.note_error(self.verb, error);
+        let this = &mut *self;
+        let mut over = look(&this.member, this.verb, &mut this.io, &mut this.failed, cx);
+        if let Some(other) = &mut this.other {
+            over &= look(
+                &other.member,
+                this.verb,
+                &mut other.io,
+                &mut other.failed,
+                cx,
+            );
         }
-        result
+        if !over {
+            return Poll::Pending;
+        }
+        let own = this.failed.unwrap_or(Ok(()));
+        // Who is the slot's now says whether it failed: the twin may have taken it meanwhile, or the first have left.
+        let counted = |member: &Member<D>, result: Result<(), DiskError>| match member.counts.get()
+        {
+            true => result,
+            false => Ok(()),
+        };
+        let Some(other) = &this.other else {
+            return Poll::Ready(own);
+        };
+        let second = other.failed.unwrap_or(Ok(()));
+        // Whichever of the two does not zero has to be written to, also one that does not count yet.
+        if let DiskVerb::WriteZeroes { .. } = this.verb
+            && let Some(refused) = [own, second]
+                .into_iter()
+                .find(|result| matches!(result, Err(DiskError::Errno(_))))
+        {
+            return Poll::Ready(refused);
+        }
+        let second = counted(&other.member, second);
+        Poll::Ready(counted(&this.member, own).and(second))
     }
 }

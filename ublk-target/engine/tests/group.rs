@@ -5,6 +5,8 @@
 mod erases;
 #[path = "group/levels.rs"]
 mod levels;
+#[path = "group/replacing.rs"]
+mod replacing;
 #[path = "group/scrubs.rs"]
 mod scrubs;
 #[path = "group/troubles.rs"]

@@ -327,7 +327,8 @@ impl<E: Env> RaidGroup<E> {
 
     async fn erase_runs(&self, runs: &[(u16, u64, u64)], erase: Erase) -> Result<(), Errno> {
         let mut zeroes = None;
-        if erase != Erase::Discard {
+        // The disk that is filled to replace another must not have what the other has forgotten.
+        if erase != Erase::Discard || self.copying().is_some() {
             let lease = self.lease(Quota::Work, ZEROES_BYTES).await?;
             parity::zero(lease.cells(0..ZEROES_BYTES));
             zeroes = Some(lease);

@@ -220,7 +220,11 @@ impl<E: Env> RaidGroup<E> {
                 (WORK, None) => unreachable!("a write from work memory without any"),
                 (item, _) => match &batch[usize::from(item)].task {
                     Task::Write { lease, .. } => lease,
-                    Task::Read { .. } | Task::Sync | Task::Scrub { .. } | Task::Hold => {
+                    Task::Read { .. }
+                    | Task::Sync
+                    | Task::Copy
+                    | Task::Scrub { .. }
+                    | Task::Hold => {
                         unreachable!("batches of writes hold writes")
                     }
                 },
@@ -244,7 +248,9 @@ impl<E: Env> RaidGroup<E> {
             kept.extend(work.cloned());
             kept.extend(batch.iter().filter_map(|item| match &item.task {
                 Task::Write { lease, .. } => Some(lease.clone()),
-                Task::Read { .. } | Task::Sync | Task::Scrub { .. } | Task::Hold => None,
+                Task::Read { .. } | Task::Sync | Task::Copy | Task::Scrub { .. } | Task::Hold => {
+                    None
+                }
             }));
             return Err(errno);
         }

@@ -28,16 +28,21 @@ enum Members {
     Break,
 }
 
+impl Store {
+    fn set(&self, members: Members) {
+        let faults = &self.faults;
+        faults.keeps.set(matches!(members, Members::Keep));
+        faults.no_zeroes.set(matches!(members, Members::Refuse));
+        faults.zero_errors.set(matches!(members, Members::Break));
+    }
+}
+
 impl Rig {
     fn set(&self, members: Members) {
-        for store in self.stores.iter().skip(1) {
-            store.faults.keeps.set(matches!(members, Members::Keep));
-            store
-                .faults
-                .no_zeroes
-                .set(matches!(members, Members::Refuse));
-            (store.faults.zero_errors).set(matches!(members, Members::Break));
-        }
+        self.stores
+            .iter()
+            .skip(1)
+            .for_each(|store| store.set(members));
     }
 
     /// A request of any kind at a drawn place, and the model as it will be.
@@ -381,4 +386,108 @@ fn erase_before_a_lu_is_there_ends_when_the_group_stops() {
     );
     assert_eq!(made.get(), Some(false));
     assert!(!rig.has(NEW));
+}
+
+/// Given a disk that is copied to another, which zeroes or does not, when it is erased and written in front of the copy
+/// and behind it, then all reads as the model says, before and after the other has its place, and redundancy fits.
+#[test]
+fn erase_while_a_disk_is_copied() {
+    let mut zeroed = 0;
+    for (seed, (level, n, chunk)) in (0..).zip(SHAPES) {
+        for (turn, (old, new)) in (0..).zip([
+            (Members::GiveBack, Members::GiveBack),
+            (Members::GiveBack, Members::Refuse),
+            (Members::GiveBack, Members::Break),
+            (Members::Refuse, Members::GiveBack),
+            (Members::Keep, Members::Break),
+        ]) {
+            let is_plain = matches!(level, Level::Raid0 | Level::Linear);
+            if is_plain && !matches!(old, Members::GiveBack) {
+                continue;
+            }
+            eprintln!("{old:?} to {new:?}");
+            let mut rig = rig(10_000 + seed * 10 + turn + round(), level, n, chunk, true);
+            let stripe = stripe_of(level, n, chunk);
+            let slot = u16::from(level != Level::Linear);
+            rig.mixed(8, stripe);
+            rig.stores[usize::from(slot)].set(old);
+            rig.group.set_rebuild_rate(Some(1 << 20), Some(1 << 20));
+            let fresh = rig.begin_replace(slot);
+            fresh.set(new);
+            rig.mixed(20, stripe);
+            rig.wait_done(2 << 20);
+            rig.mixed(30, stripe);
+            rig.check();
+            let status = rig.group.status();
+            assert!(status.replacement.is_some(), "{}", status.reason);
+            if let (Members::GiveBack, Members::GiveBack) = (old, new) {
+                zeroed += fresh.zeroed.get();
+            }
+            rig.group.set_rebuild_rate(None, Some(1 << 40));
+            if !is_plain {
+                rig.mixed(60, stripe);
+            }
+            rig.wait_replaced(slot);
+            rig.check();
+            if !is_plain {
+                rig.redundancy_fits();
+            }
+            rig.check_without_old(slot);
+        }
+    }
+    assert!(zeroed > 0, "the disk that comes was never told to zero");
+}
+
+/// Given a disk that is copied to another, and a process that dies in the middle of it or as the other takes its
+/// place, when the next one comes up, then what nobody was changing is right, redundancy fits, and afterwards all is
+/// as asked for.
+#[test]
+fn erase_while_a_disk_is_copied_killed_anywhere() {
+    let mut seen = [0; 2];
+    for (seed, (level, n, chunk)) in (0..).zip(SHAPES.into_iter().skip(2)) {
+        for turn in 0..8 {
+            let mut rig = rig(
+                11_000 + (4 << 20) + seed * 10 + turn + round(),
+                level,
+                n,
+                chunk,
+                true,
+            );
+            let stripe = stripe_of(level, n, chunk);
+            rig.mixed(4, stripe);
+            let fresh = rig.begin_replace(1);
+            let total = rig.group.status().sync.unwrap().total;
+            rig.wait_done(match turn % 4 {
+                0 => 1 << 20,
+                _ => total - (1 << 20),
+            });
+            rig.world.crash_in.set(Some(1 + rig.world.random(400)));
+            let cut = rig.mixed(1000, stripe);
+            rig.world.kill();
+            let memory = Rc::clone(&rig.memory);
+            rig.restart(&memory, false).unwrap();
+            let has_it = rig.group.status().members[1].disk != uuid(1);
+            seen[usize::from(has_it)] += 1;
+            let mut unknown = rig.known.borrow().clone();
+            for request in &cut {
+                unknown[request.at as usize..(request.at + request.len) as usize].fill(false);
+            }
+            let known = rig.known.replace(unknown);
+            rig.check();
+            rig.redundancy_fits();
+            *rig.known.borrow_mut() = known;
+            for request in cut {
+                let group = Rc::clone(&rig.group);
+                let result = rig
+                    .world
+                    .block_on(async move { group.serve(0, request).await });
+                assert_eq!(result, Ok(()));
+            }
+            rig.wait_replaced(1);
+            assert!(fresh.writes.get() > 0);
+            rig.redundancy_fits();
+            rig.check_without_old(1);
+        }
+    }
+    assert!(seen.iter().all(|n| *n > 0), "{seen:?}");
 }
