@@ -56,11 +56,11 @@ e2e_groups() { # e2e_groups GROUP..: all tests whose names contain GROUP
 }
 part_e2e() {
   e2e_groups data_verified data_survives_member_error data_survives_member_hang data_survives_member_vanish \
-    data_file data_counters data_overlapping data_requests layout_ life_ hostile_ manage_ queues_ replace_ spare_ scrub_ import_ config_
+    data_file data_counters data_overlapping data_requests layout_ life_ hostile_ manage_ queues_ replace_ resize_ spare_ scrub_ import_ config_
 }
 part_matrix() {
   LUNAR_E2E_LONG=1 e2e_groups long_data_survives_member_error long_data_survives_member_hang long_data_survives_member_vanish \
-    long_data_file long_data_requests long_layout_raid0 long_layout_raid5 long_queues long_replace
+    long_data_file long_data_requests long_layout_raid0 long_layout_raid5 long_queues long_replace long_resize
 }
 part_demo() {
   if [ "${LUNAR_TEST_ON_HOST:-}" != 1 ]; then

@@ -11,7 +11,7 @@ use crate::limits::CONFIG_PIECE;
 use crate::member::Member;
 use crate::parity;
 use crate::pool::{Lease, Quota};
-use crate::raid_group::{Counters, Given, Lu, MemberPlace, RaidGroup, Rebuild};
+use crate::raid_group::{Given, Lu, MemberPlace, RaidGroup, Rebuild};
 use crate::reserve::lay_out;
 use crate::serve::bits;
 use crate::superblock::BYTES;
@@ -59,7 +59,7 @@ impl<E: Env> RaidGroup<E> {
             depth: lu.depth,
             queues: Cell::new(lu.queues),
             extents: lu.map(),
-            counters: Counters::default(),
+            counters: Rc::default(),
         });
         if at == lus.len() {
             lus.push(Some(lu));
@@ -96,6 +96,52 @@ impl<E: Env> RaidGroup<E> {
         drop(lus);
         self.make_room();
         Ok(())
+    }
+
+    /// Gives a LU more space; the rim then tells queue threads and the kernel. Answers its handle.
+    ///
+    /// # Crash  it has the old size or the new one, which is durable before anybody can reach the new space: the device
+    /// is the smaller one until the rim has made it larger, at the latest when it is recovered
+    /// # Errors  less than it has; not so much free
+    pub async fn lu_resize(&self, uuid: LuUuid, size: LuSize) -> Result<u16, ApiError> {
+        let _turn = self.configure().await;
+        let mut config = self.config.borrow().clone();
+        let grown = config
+            .resize_lu(&self.geometry, uuid, size)
+            .cloned()
+            .map_err(|error| {
+                let kind = match error {
+                    ConfigError::Shrink { .. } => ErrorKind::Refused,
+                    _ => ErrorKind::Failed,
+                };
+                ApiError::new(kind, "the LU was not resized").because(error.to_string())
+            })?;
+        let running = || {
+            self.lus
+                .borrow()
+                .iter()
+                .flatten()
+                .find(|lu| lu.uuid == uuid)
+                .cloned()
+        };
+        let missing = || failed("the LU was not resized", "it does not run");
+        let handle = running().ok_or_else(missing)?.handle;
+        if config != *self.config.borrow() {
+            self.write_config(config).await?;
+            let old = running().ok_or_else(missing)?;
+            let name = old.name.borrow().clone();
+            self.lus.borrow_mut()[usize::from(handle)] = Some(Rc::new(Lu {
+                handle,
+                uuid,
+                name: RefCell::new(name),
+                capacity: grown.capacity,
+                depth: old.depth,
+                queues: Cell::new(old.queues.get()),
+                extents: grown.map(),
+                counters: Rc::clone(&old.counters),
+            }));
+        }
+        Ok(handle)
     }
 
     /// Forgets a LU whose device is gone.

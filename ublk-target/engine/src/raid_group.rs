@@ -150,7 +150,7 @@ impl Counters {
     }
 }
 
-/// A LU of a running group.
+/// A LU of a running group; one that has grown is another, and requests from before end as they began.
 #[derive(Debug)]
 pub(crate) struct Lu {
     pub handle: u16,
@@ -160,7 +160,7 @@ pub(crate) struct Lu {
     pub depth: u16,
     pub queues: Cell<u16>,
     pub extents: ExtentMap,
-    pub counters: Counters,
+    pub counters: Rc<Counters>,
 }
 
 impl Lu {
