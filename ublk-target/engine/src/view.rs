@@ -2,7 +2,7 @@
 //!
 //! A queue thread looks at a [`GroupView`], a picture of the group that never changes, and forwards to the owner
 //! whatever the picture does not settle. The owner makes a new picture when the group changes, and relies on a change
-//! only when every queue thread has confirmed it ([`Views`]).
+//! only when every queue thread has confirmed it (`Views`).
 //!
 //! Where there is no redundancy queue threads write too; there a picture is confirmed when no write is under way that an
 //! earlier one allowed.
