@@ -58,6 +58,7 @@ pub async fn supervise(daemon: Arc<Daemon>) {
                 }
             }
             Err(error) => {
+                daemon.live().starting = false;
                 daemon.event("TargetNotStarted", About::default(), error.to_string());
             }
         }
@@ -145,6 +146,7 @@ async fn bring_up(
         );
     }
     drop(turn);
+    daemon.live().starting = false;
     let _ = daemon.save().await;
     ready(daemon);
     tokio::spawn(follow(daemon.clone()));

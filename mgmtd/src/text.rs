@@ -35,6 +35,9 @@ pub fn status(
     if !target_up {
         text += "ublk-target does not answer; what follows is what was last seen. See: lunar events\n\n";
     }
+    if view.live.starting {
+        text += "mgmtd has just started and still looks for disks; what follows is not settled. Wait a moment, then: lunar status\n\n";
+    }
     let mut groups = Vec::new();
     for save in view.tables.groups.values() {
         let group = group_health(view, save);
@@ -54,16 +57,21 @@ pub fn status(
         .disk_rows()
         .into_iter()
         .filter(|d| d.group.is_none() && need_look.contains(&d.state))
+        // What is told of them below says more.
+        .filter(|d| !view.live.strangers.iter().any(|s| s.path == d.path))
         .collect();
+    // A disk of a group whose members are not known yet may be one of them.
+    let is_known = !view.live.starting && groups.iter().all(|g| g.level.is_some());
     for disk in &disks {
-        let _ = writeln!(
-            text,
-            "disk {} is {} and in no group: {}. Take it out: lunar disk remove {}",
-            disk.disk,
-            word(disk.state),
-            disk.path,
-            disk.disk
-        );
+        let (n, state, path) = (disk.disk, word(disk.state), &disk.path);
+        let _ = if is_known {
+            writeln!(
+                text,
+                "disk {n} is {state} and in no group: {path}. Take it out: lunar disk remove {n}"
+            )
+        } else {
+            writeln!(text, "disk {n} is {state}: {path}")
+        };
     }
     let bad_disks = view.bad_disks();
     for bad in &bad_disks {
@@ -104,6 +112,7 @@ pub fn status(
             health,
             system,
             target_up,
+            starting: view.live.starting,
             features,
             groups,
             disks,

@@ -228,6 +228,13 @@ impl Queue {
         Ok(())
     }
 
+    /// A LU that may be served here has grown.
+    pub(crate) fn grow(&self, lu: LuUuid, extents: ExtentMap) {
+        if let Some(served) = self.lus.borrow().get(&lu) {
+            served.grow(extents);
+        }
+    }
+
     /// Waits until the kernel has taken back every tag of a LU's queue here. Answers what was done for it.
     pub(crate) async fn detach(&self, lu: LuUuid) -> LuCounters {
         self.boxes.borrow_mut().remove(&lu);

@@ -205,6 +205,12 @@ pub enum TargetRequest {
         lu: LuUuid,
         queues: u16,
     },
+    /// Gives a LU more space, while it is in use; its size is then `size`. Answer: `Lu`.
+    LuResize {
+        group: GroupUuid,
+        lu: LuUuid,
+        size: LuSize,
+    },
     /// Stops the device if nobody holds it (else `Busy`), then forgets the LU. Answer: `Done`.
     LuDelete { group: GroupUuid, lu: LuUuid },
     /// Renames a LU. Answer: `Lu`.
@@ -234,7 +240,7 @@ pub struct MemberSpec {
     pub path: String,
 }
 
-/// Size of a new LU.
+/// Size of a LU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]

@@ -18,6 +18,7 @@ mod life;
 mod manage;
 mod queues;
 mod replace;
+mod resize;
 mod scrub;
 mod spares;
 
@@ -41,6 +42,7 @@ pub fn tests() -> Vec<Test> {
     queues::tests(&mut all);
     scrub::tests(&mut all);
     replace::tests(&mut all);
+    resize::tests(&mut all);
     spares::tests(&mut all);
     import::tests(&mut all);
     config::tests(&mut all);

@@ -98,7 +98,7 @@ impl<E: Env> RaidGroup<E> {
         self.flush().await
     }
 
-    /// Puts a new LU into a configuration, apart from those that are being zeroed.
+    /// Puts a new LU into a configuration.
     fn cut_lu(
         &self,
         config: &mut GroupConfig,
@@ -107,15 +107,26 @@ impl<E: Env> RaidGroup<E> {
         size: LuSize,
         queues: Queues,
     ) -> Result<LuConfig, ApiError> {
+        let make = |config: &mut GroupConfig| {
+            let made = config.create_lu(&self.geometry, uuid, name, size, queues);
+            made.cloned()
+        };
+        self.beside_zeroing(config, make)
+            .map_err(|error| failed(&format!("LU `{name}` could not be made"), error))
+    }
+
+    /// Changes a configuration so that it takes no space or name of the LUs that are being zeroed.
+    fn beside_zeroing<T>(
+        &self,
+        config: &mut GroupConfig,
+        change: impl FnOnce(&mut GroupConfig) -> T,
+    ) -> T {
         let zeroing = self.zeroing.borrow();
         config.lus.extend(zeroing.iter().cloned());
-        let lu = config
-            .create_lu(&self.geometry, uuid, name, size, queues)
-            .cloned()
-            .map_err(|error| failed(&format!("LU `{name}` could not be made"), error))?;
+        let result = change(config);
         let is_zeroing = |lu: &LuConfig| zeroing.iter().any(|other| other.uuid == lu.uuid);
         config.lus.retain(|lu| !is_zeroing(lu));
-        Ok(lu)
+        result
     }
 
     pub(crate) fn add_lu(&self, lu: &LuConfig) -> u16 {
@@ -160,6 +171,46 @@ impl<E: Env> RaidGroup<E> {
         Ok(())
     }
 
+    /// Gives a LU more space; the rim then tells queue threads and the kernel. Answers its handle.
+    ///
+    /// # Crash  it has the old size or the new one, which is durable before anybody can reach the new space: the device
+    /// is the smaller one until the rim has made it larger, at the latest when it is recovered
+    /// # Errors  less than it has; not so much free
+    pub async fn lu_resize(&self, uuid: LuUuid, size: LuSize) -> Result<u16, ApiError> {
+        let _turn = self.configure().await;
+        let mut config = self.config.borrow().clone();
+        let resize = |config: &mut GroupConfig| {
+            let grown = config.resize_lu(&self.geometry, uuid, size);
+            grown.cloned()
+        };
+        let grown = self.beside_zeroing(&mut config, resize).map_err(|error| {
+            let kind = match error {
+                ConfigError::Shrink { .. } => ErrorKind::Refused,
+                _ => ErrorKind::Failed,
+            };
+            ApiError::new(kind, "the LU was not resized").because(error.to_string())
+        })?;
+        let running = || {
+            self.lus
+                .borrow()
+                .iter()
+                .flatten()
+                .find(|lu| lu.uuid == uuid)
+                .cloned()
+        };
+        let missing = || failed("the LU was not resized", "it does not run");
+        let handle = running().ok_or_else(missing)?.handle;
+        if config != *self.config.borrow() {
+            self.write_config(config).await?;
+            let old = running().ok_or_else(missing)?;
+            self.lus.borrow_mut()[usize::from(handle)] = Some(Rc::new(Lu {
+                counters: Rc::clone(&old.counters),
+                ..Lu::new(handle, &grown)
+            }));
+        }
+        Ok(handle)
+    }
+
     /// Forgets a LU whose device is gone.
     pub async fn lu_delete(&self, uuid: LuUuid) -> Result<(), ApiError> {
         let _turn = self.configure().await;
@@ -184,15 +235,17 @@ impl<E: Env> RaidGroup<E> {
         let what = "the LU could not be brought back";
         let _turn = self.configure().await;
         let mut config = self.config.borrow().clone();
-        let lu = config.undelete_lu(uuid).cloned().map_err(|error| {
-            let refused = failed(what, &error);
-            match error {
-                ConfigError::NameTaken { name } => {
-                    refused.hint(format!("lunar lu rename {name} OTHER, then the same again"))
-                }
-                _ => refused,
-            }
-        })?;
+        let undelete = |config: &mut GroupConfig| config.undelete_lu(uuid).cloned();
+        let lu =
+            self.beside_zeroing(&mut config, undelete)
+                .map_err(|error| {
+                    let refused = failed(what, &error);
+                    match error {
+                        ConfigError::NameTaken { name } => refused
+                            .hint(format!("lunar lu rename {name} OTHER, then the same again")),
+                        _ => refused,
+                    }
+                })?;
         self.write_config(config).await?;
         Ok(self.add_lu(&lu))
     }

@@ -148,7 +148,7 @@ impl Counters {
     }
 }
 
-/// A LU of a running group.
+/// A LU of a running group; one that has grown is another, and requests from before end as they began.
 #[derive(Debug)]
 pub(crate) struct Lu {
     pub handle: u16,
@@ -158,7 +158,7 @@ pub(crate) struct Lu {
     pub depth: u16,
     pub queues: Cell<u16>,
     pub extents: ExtentMap,
-    pub counters: Counters,
+    pub counters: Rc<Counters>,
 }
 
 impl Lu {
@@ -171,7 +171,7 @@ impl Lu {
             depth: lu.depth,
             queues: Cell::new(lu.queues),
             extents: lu.map(),
-            counters: Counters::default(),
+            counters: Rc::default(),
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! A queue thread looks at a [`GroupView`], a picture of the group that never changes, and forwards to the owner
 //! whatever the picture does not settle. The owner makes a new picture when the group changes, and relies on a change
-//! only when every queue thread has confirmed it ([`Views`]).
+//! only when every queue thread has confirmed it (`Views`).
 //!
 //! Where there is no redundancy queue threads write too; there a picture is confirmed when no write is under way that an
 //! earlier one allowed.
@@ -183,16 +183,21 @@ pub enum Served {
 /// A LU as a queue thread has it.
 #[derive(Debug)]
 pub struct QueueLu {
-    extents: ExtentMap,
+    extents: RefCell<Rc<ExtentMap>>,
     counters: Counters,
 }
 
 impl QueueLu {
     pub fn new(extents: ExtentMap) -> Self {
         Self {
-            extents,
+            extents: RefCell::new(Rc::new(extents)),
             counters: Counters::default(),
         }
+    }
+
+    /// The LU has grown. What lies behind the end that is known here is the owner's to serve.
+    pub fn grow(&self, extents: ExtentMap) {
+        *self.extents.borrow_mut() = Rc::new(extents);
     }
 
     /// What was served here; what was forwarded the owner counts.
@@ -319,20 +324,21 @@ impl<D: Disk> QueueServer<D> {
             }
             _ => return FORWARD,
         };
+        let extents = Rc::clone(&lu.extents.borrow());
         let end = request.at.checked_add(request.len);
-        let fits = end.is_some_and(|end| end <= lu.extents.capacity());
+        let fits = end.is_some_and(|end| end <= extents.capacity());
         if !request.zero_copy || !fits {
             return FORWARD;
         }
         let turn = self.turn.get().wrapping_add(1);
         self.turn.set(turn);
         // Before the first I/O: what is in flight cannot be forwarded.
-        let mut pieces = lu.extents.pieces(&view.geometry, request.at, request.len);
+        let mut pieces = extents.pieces(&view.geometry, request.at, request.len);
         let is_here = |spot: Spot| loaded.disks[usize::from(spot.slot)].is_some();
         if !pieces.all(|piece| view.source(&piece, turn).is_some_and(is_here)) {
             return FORWARD;
         }
-        let failed = self.transfer(&loaded, lu, &request, verb, turn).await;
+        let failed = self.transfer(&loaded, &extents, &request, verb, turn).await;
         if failed != 0 && redundancy > 0 {
             return Served::Forward { failed };
         }
@@ -360,7 +366,7 @@ impl<D: Disk> QueueServer<D> {
     async fn transfer(
         &self,
         loaded: &Loaded<D>,
-        lu: &QueueLu,
+        extents: &ExtentMap,
         request: &HostRequest,
         verb: DiskVerb,
         turn: u32,
@@ -368,7 +374,7 @@ impl<D: Disk> QueueServer<D> {
         let (mut runs, mut ios) = (Runs::new(), Ios::<D>::new());
         let mut failed = 0;
         let view = &loaded.view;
-        for piece in lu.extents.pieces(&view.geometry, request.at, request.len) {
+        for piece in extents.pieces(&view.geometry, request.at, request.len) {
             let spot = view.source(&piece, turn).expect("looked at before");
             if let Some(run) = runs.add(spot.slot, spot.member_at, request_piece(&piece)) {
                 failed |= loaded.start(&run, request, verb, &mut ios).await;

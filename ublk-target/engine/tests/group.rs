@@ -3,6 +3,8 @@
 
 #[path = "group/erases.rs"]
 mod erases;
+#[path = "group/growing.rs"]
+mod growing;
 #[path = "group/levels.rs"]
 mod levels;
 #[path = "group/replacing.rs"]
