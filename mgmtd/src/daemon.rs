@@ -19,7 +19,7 @@ use lunar_api::target::{
 use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid, LuUuid, SystemUuid};
 
 use crate::config_file::{self, ConfigFile};
-use crate::limits::{CALL_LIMIT, INTENT_LIMIT, STATUS_LIMIT};
+use crate::limits::{APART_MAX, CALL_LIMIT, INTENT_LIMIT, STATUS_LIMIT};
 use crate::link::{Link, unexpected};
 use crate::store::{self, Store};
 use crate::tables::{EventSave, Kind, Tables, Write};
@@ -124,6 +124,8 @@ pub struct Daemon {
     pub intent: tokio::sync::Mutex<()>,
     control: tokio::sync::Mutex<Option<Link>>,
     reading: tokio::sync::Mutex<Option<Link>>,
+    /// Who may ask what takes long.
+    apart: tokio::sync::Semaphore,
     /// Rings whenever an event was added.
     pub rang: tokio::sync::Notify,
     /// `lunar shutdown` has begun: a death of ublk-target is no failure.
@@ -161,6 +163,7 @@ impl Daemon {
             intent: tokio::sync::Mutex::default(),
             control: tokio::sync::Mutex::default(),
             reading: tokio::sync::Mutex::default(),
+            apart: tokio::sync::Semaphore::new(APART_MAX),
             rang: tokio::sync::Notify::new(),
             stopping: AtomicBool::new(false),
             recovering: AtomicBool::new(false),
@@ -331,8 +334,11 @@ impl Daemon {
         request: &TargetRequest,
         limit: Duration,
     ) -> Result<TargetAnswer, ApiError> {
+        let turn = self.apart.acquire().await;
         let mut link = self.hello(STATUS_LIMIT).await?;
-        link.call(request, &[], limit).await?
+        let reply = link.call(request, &[], limit).await;
+        drop(turn);
+        reply?
     }
 
     async fn ask_on(

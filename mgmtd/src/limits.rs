@@ -4,6 +4,8 @@ use std::time::Duration;
 
 /// Longest wait for one answer of ublk-target.
 pub const CALL_LIMIT: Duration = Duration::from_secs(60);
+/// Long requests at once: ublk-target takes 16 connections, and others need some.
+pub const APART_MAX: usize = 4;
 /// Longest wait for a new LU to be zeroed: 60 TB at 100 MB/s.
 pub const ZERO_LIMIT: Duration = Duration::from_secs(7 * 24 * 3600);
 /// Longest wait for the state of ublk-target in a read verb; then the last known state is told.

@@ -84,7 +84,11 @@ pub async fn create(daemon: &Daemon, ask: LuCreate) -> Result<Changed, ApiError>
                     "lunar lu list".into(),
                 );
             }
-            Plan::unchanged(format!("LU {} is there", ask.name))
+            let zero = match ask.zero {
+                true => ", and is not zeroed again",
+                false => "",
+            };
+            Plan::unchanged(format!("LU {} is there{zero}", ask.name))
         }
         None => {
             check_size(size, live.capacity, live.free)?;
