@@ -143,7 +143,7 @@ pub async fn look(daemon: &Daemon, also: &[PathBuf]) -> Result<Sightings, ApiErr
     let probes = probe_paths(daemon, &all).await?;
     let held: BTreeMap<DiskUuid, String> = {
         let (tables, live) = (daemon.tables(), daemon.live());
-        let members = live.groups.values().flat_map(|g| &g.members);
+        let members = live.groups.values().flat_map(|g| g.all_members());
         let at = |disk| tables.disk(disk).map(|d| (disk, d.path.clone()));
         members.filter_map(|m| at(m.disk)).collect()
     };
@@ -250,7 +250,7 @@ fn is_listed(found: &BTreeMap<DiskUuid, Probe>, disk: DiskUuid) -> bool {
         .filter_map(label)
         .filter(|l| l.group == own.group);
     same.max_by_key(|l| l.generation)
-        .is_some_and(|newest| newest.members.contains(&disk))
+        .is_some_and(|newest| newest.lists(disk))
 }
 
 /// Groups that should be up and are not.
@@ -397,8 +397,7 @@ pub async fn recover_groups(daemon: &Daemon, were_up: &mut Vec<GroupStatus>) -> 
         let members: Vec<MemberSpec> = {
             let tables = daemon.tables();
             group
-                .members
-                .iter()
+                .all_members()
                 .filter_map(|m| tables.disk(m.disk))
                 .filter(|disk| disk.was.is_none())
                 .map(|disk| MemberSpec {
@@ -684,6 +683,7 @@ mod tests {
             history: History::NIL,
             generation,
             members: members.iter().map(|n| id(*n)).collect(),
+            replacement: None,
             deleted: false,
             damaged: None,
         };

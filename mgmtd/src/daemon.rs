@@ -41,6 +41,8 @@ pub struct Config {
 /// What was last seen; nothing of it is saved.
 #[derive(Debug, Default, Clone)]
 pub struct Live {
+    /// mgmtd has just started: not every disk was looked at, not every group was started.
+    pub starting: bool,
     pub groups: BTreeMap<GroupUuid, GroupStatus>,
     pub features: Features,
     pub target_pid: Option<u32>,
@@ -150,7 +152,10 @@ impl Daemon {
             started: std::time::Instant::now(),
             store,
             tables: Mutex::new(tables),
-            live: Mutex::default(),
+            live: Mutex::new(Live {
+                starting: true,
+                ..Live::default()
+            }),
             saving: tokio::sync::Mutex::default(),
             archived: Mutex::new(archived),
             intent: tokio::sync::Mutex::default(),
@@ -484,7 +489,7 @@ impl Daemon {
         let live = self.live();
         live.groups
             .values()
-            .flat_map(|g| &g.members)
+            .flat_map(|g| g.all_members())
             .map(|m| m.disk)
             .collect()
     }

@@ -229,7 +229,7 @@ fn own_disk(
     }
     let mut was = None;
     if let Some(newest) = newest.get(&label.group).filter(|_| !label.group.is_nil()) {
-        if !newest.members.contains(&label.disk) {
+        if !newest.lists(label.disk) {
             was = label.slot.map(|slot| (label.group, slot));
             let generations = (label.generation, newest.generation);
             out.left.push(format!(
@@ -324,6 +324,7 @@ mod tests {
             history: History::NIL,
             generation: 5,
             members: vec![disk(1), disk(2), disk(3)],
+            replacement: None,
             deleted: false,
             damaged: None,
         };

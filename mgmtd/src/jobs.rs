@@ -63,6 +63,7 @@ fn sync(group: &GroupStatus) -> Option<Work> {
     let sync = group.sync.as_ref()?;
     let (kind, disk) = match sync.action {
         SyncAction::Resync => (JobKind::Resync, None),
+        SyncAction::Replace => (JobKind::Replace, group.replacement.as_ref().map(|m| m.disk)),
         SyncAction::Recover => {
             let member = group.members.iter().find(|m| Some(m.slot) == sync.slot);
             (JobKind::Recover, member.map(|m| m.disk))
@@ -117,7 +118,7 @@ fn end(job: &mut JobSave, group: &GroupStatus, now: u64) {
     let failed = |reason: String| (JobState::Failed, reason);
     (job.state, job.reason) = match job.kind {
         JobKind::Resync => done(String::new()),
-        JobKind::Recover => match member {
+        JobKind::Recover | JobKind::Replace => match member {
             Some(m) if m.state == MemberState::InSync => done(String::new()),
             Some(m) => failed(m.reason.clone()),
             None => failed("the disk left the group".into()),

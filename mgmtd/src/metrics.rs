@@ -126,7 +126,10 @@ fn groups(page: &mut Page, view: &View) {
         shows.iter().filter_map(sample).collect::<Vec<_>>()
     };
     let missing = |g: &GroupShow| {
-        let out = g.members.iter().filter(|m| m.state != DiskState::InSync);
+        let in_sync = |m: &&MemberRow| m.state == DiskState::InSync;
+        // One that is filled to replace another is in no slot that lacks one.
+        let is_whole = |slot| g.members.iter().any(|m| m.slot == slot && in_sync(&m));
+        let out = g.members.iter().filter(|m| !is_whole(m.slot));
         (g.state != GroupState::Stopped).then(|| out.count() as u64)
     };
     page.gauge(

@@ -164,24 +164,30 @@ fn bar(out: &mut Sightings) {
         let action = "lunar import --take PATH.., all its disks, ends it on this system".into();
         out.barred.insert(label.group, Problem { why, action });
     }
+    let mut copied: BTreeMap<GroupUuid, (String, BTreeSet<String>)> = BTreeMap::new();
     for all in out.copies.values() {
-        let paths: Vec<&str> = all.iter().map(|probe| probe.path.as_str()).collect();
-        let why = format!(
-            "{} are one disk: one is a copy of the other, and neither is used",
-            paths.join(" and ")
-        );
+        let mut paths: Vec<&str> = all.iter().map(|probe| probe.path.as_str()).collect();
+        paths.sort_unstable();
         let labels = all.iter().filter_map(|probe| probe.label.as_ref());
         for label in labels.filter(|label| !label.group.is_nil() && !label.deleted) {
             let name = match label.group_name.as_str() {
                 "" => label.group.to_string(),
                 name => name.to_string(),
             };
-            let action = format!(
-                "take the copy away, then: lunar group start {name}; or, if the copy may die: lunar disk add --as-new COPY"
-            );
-            let why = why.clone();
-            out.barred.insert(label.group, Problem { why, action });
+            let (_, disks) = copied
+                .entry(label.group)
+                .or_insert_with(|| (name, BTreeSet::new()));
+            disks.insert(paths.join(" and "));
         }
+    }
+    for (group, (name, disks)) in copied {
+        let disks = Vec::from_iter(disks).join(", ");
+        let why =
+            format!("{disks} are one disk each: one is a copy of the other, and neither is used");
+        let action = format!(
+            "take the copy away, then: lunar group start {name}; or, if the copy may die: lunar disk add --as-new COPY"
+        );
+        out.barred.insert(group, Problem { why, action });
     }
 }
 
@@ -220,6 +226,7 @@ mod tests {
             history: History::NIL,
             generation: 5,
             members: Vec::new(),
+            replacement: None,
             deleted: false,
             damaged: None,
         };

@@ -238,6 +238,7 @@ mod tests {
             history: History::NIL,
             generation: 1,
             members: Vec::new(),
+            replacement: None,
             deleted: false,
             damaged: None,
         };

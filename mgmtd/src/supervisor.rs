@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use lunar_api::DiskUuid;
 use lunar_api::target::{GroupStatus, TargetAnswer, TargetRequest};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
@@ -18,9 +19,11 @@ use nix::sys::socket::{
 };
 use tokio::sync::oneshot;
 
+use crate::api::last_view;
 use crate::daemon::{About, Daemon};
 use crate::limits::{BACKOFF_MAX, DEATHS_MAX, START_LIMIT, STATUS_LIMIT};
 use crate::quarantine::{self, Crashes};
+use crate::tables::DiskSave;
 use crate::{boot, notify};
 
 /// Own cgroup (best effort, version 2 only: elsewhere that path is a plain directory), listening socket from 0 to 3, then exec: what cannot be done between fork and
@@ -55,6 +58,7 @@ pub async fn supervise(daemon: Arc<Daemon>) {
                 }
             }
             Err(error) => {
+                daemon.live().starting = false;
                 daemon.event("TargetNotStarted", About::default(), error.to_string());
             }
         }
@@ -142,6 +146,7 @@ async fn bring_up(
         );
     }
     drop(turn);
+    daemon.live().starting = false;
     let _ = daemon.save().await;
     ready(daemon);
     tokio::spawn(follow(daemon.clone()));
@@ -290,7 +295,11 @@ async fn follow(daemon: Arc<Daemon>) {
         let Ok(Ok(TargetAnswer::Events { events })) = link.call(&ask, &[], limit).await else {
             return;
         };
+        let mut failed = Vec::new();
         for event in events {
+            if matches!(event.name.as_str(), "Fail" | "FailSpare") {
+                failed.extend(event.disk.map(|disk| (disk, event.text.clone())));
+            }
             after = after.max(event.seq);
             let about = About {
                 group: event.group,
@@ -304,7 +313,24 @@ async fn follow(daemon: Arc<Daemon>) {
                 daemon.event("SpareActive", about, event.text);
             }
         }
-        let _ = daemon.refresh().await;
+        if daemon.refresh().await.is_ok() {
+            note_failed(&daemon, failed);
+        }
         let _ = daemon.save().await;
+    }
+}
+
+/// A disk that failed and is in no group any more (it was being replaced, or was to replace one) must not pass for a free
+/// one.
+fn note_failed(daemon: &Daemon, failed: Vec<(DiskUuid, String)>) {
+    let view = last_view(daemon);
+    for (disk, why) in failed {
+        let row = view.tables.disk(disk).filter(|d| d.was.is_none());
+        if let Some(row) = row.filter(|_| view.member(disk).is_none()) {
+            daemon.tables().put_disk(DiskSave {
+                sick: Some(why),
+                ..row.clone()
+            });
+        }
     }
 }

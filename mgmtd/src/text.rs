@@ -7,7 +7,9 @@ use lunar_api::rows::{
     DiskState, GroupHealth, Health, LuHealth, MemberHealth, ScrubRow, StatusData, StatusReply,
     Stranger, StrangerKind,
 };
-use lunar_api::target::{GroupState, GroupStatus, Level, ScrubState, SyncAction, SyncStatus};
+use lunar_api::target::{
+    GroupState, GroupStatus, Level, MemberStatus, ScrubState, SyncAction, SyncStatus,
+};
 use lunar_api::units::format_size;
 
 use crate::jobs::{left_text, scrub_left};
@@ -33,6 +35,9 @@ pub fn status(
     if !target_up {
         text += "ublk-target does not answer; what follows is what was last seen. See: lunar events\n\n";
     }
+    if view.live.starting {
+        text += "mgmtd has just started and still looks for disks; what follows is not settled. Wait a moment, then: lunar status\n\n";
+    }
     let mut groups = Vec::new();
     for save in view.tables.groups.values() {
         let group = group_health(view, save);
@@ -52,16 +57,21 @@ pub fn status(
         .disk_rows()
         .into_iter()
         .filter(|d| d.group.is_none() && need_look.contains(&d.state))
+        // What is told of them below says more.
+        .filter(|d| !view.live.strangers.iter().any(|s| s.path == d.path))
         .collect();
+    // A disk of a group whose members are not known yet may be one of them.
+    let is_known = !view.live.starting && groups.iter().all(|g| g.level.is_some());
     for disk in &disks {
-        let _ = writeln!(
-            text,
-            "disk {} is {} and in no group: {}. Take it out: lunar disk remove {}",
-            disk.disk,
-            word(disk.state),
-            disk.path,
-            disk.disk
-        );
+        let (n, state, path) = (disk.disk, word(disk.state), &disk.path);
+        let _ = if is_known {
+            writeln!(
+                text,
+                "disk {n} is {state} and in no group: {path}. Take it out: lunar disk remove {n}"
+            )
+        } else {
+            writeln!(text, "disk {n} is {state}: {path}")
+        };
     }
     let bad_disks = view.bad_disks();
     for bad in &bad_disks {
@@ -102,6 +112,7 @@ pub fn status(
             health,
             system,
             target_up,
+            starting: view.live.starting,
             features,
             groups,
             disks,
@@ -223,6 +234,16 @@ pub fn action(view: &View, save: &GroupSave) -> String {
     }
 }
 
+/// What there is to do while a disk is copied to another.
+fn copying_action(view: &View, group: &GroupStatus, new: &MemberStatus) -> String {
+    let number = |disk| view.tables.disk(disk).map_or(0, |d| d.number);
+    let old = group.members.iter().find(|m| m.slot == new.slot);
+    let (old, new) = (old.map_or(0, |m| number(m.disk)), number(new.disk));
+    format!(
+        "none needed, disk {old} is being copied to disk {new}; to give that up: lunar disk fail {new}"
+    )
+}
+
 /// What there is to do while a slot is filled: nothing, but a disk may wait to be taken out.
 fn recovering_action(view: &View, group: &GroupStatus) -> String {
     let slot = group.sync.as_ref().and_then(|sync| sync.slot);
@@ -230,7 +251,7 @@ fn recovering_action(view: &View, group: &GroupStatus) -> String {
     let spare = member.and_then(|m| Some((view.tables.disk(m.disk)?, m.disk)));
     match spare.and_then(|(spare, disk)| Some((spare, replaced(view, group, disk)?))) {
         Some((spare, was)) => format!(
-            "none needed, spare {} took its place; take the failed disk out: lunar disk remove {}",
+            "none needed, spare {} took its place; replace disk {1}: lunar disk replace {1} NEW",
             spare.number, was.number
         ),
         None => "none needed, the rebuild is running".into(),
@@ -263,7 +284,10 @@ fn started_action(view: &View, group: &GroupStatus) -> String {
              scrub {0} --repair",
             group.name
         ),
-        (GroupState::Optimal, _) => String::new(),
+        (GroupState::Optimal, _) => match &group.replacement {
+            Some(new) => copying_action(view, group, new),
+            None => String::new(),
+        },
         (GroupState::Quarantined, _) => again(&group.name),
         (GroupState::Failed, _) => {
             format!(
@@ -315,6 +339,7 @@ fn group_text(
     };
     let doing = match group.sync.as_ref().map(|s| s.action) {
         Some(SyncAction::Recover) => ", rebuilding",
+        Some(SyncAction::Replace) => ", replacing",
         Some(SyncAction::Resync) => ", syncing",
         None => "",
     };
@@ -408,6 +433,7 @@ fn scan(sync: &SyncStatus) -> String {
     let tenths = u128::from(sync.done) * 1000 / u128::from(sync.total.max(1));
     let verb = match sync.action {
         SyncAction::Recover => "rebuild",
+        SyncAction::Replace => "copy",
         SyncAction::Resync => "resync",
     };
     let mut out = format!(

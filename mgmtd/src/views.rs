@@ -28,8 +28,7 @@ impl View {
     pub fn member(&self, disk: DiskUuid) -> Option<(&GroupStatus, &MemberStatus)> {
         self.live.groups.values().find_map(|group| {
             let member = group
-                .members
-                .iter()
+                .all_members()
                 .find(|m| m.disk == disk && !m.disk.is_nil())?;
             Some((group, member))
         })
@@ -158,7 +157,7 @@ impl View {
                 write_errors: m.write_errors,
             }
         };
-        group.members.iter().map(row).collect()
+        group.all_members().map(row).collect()
     }
 
     /// Slots of a group that is not started, from what its disks say.
@@ -372,7 +371,7 @@ impl View {
         let live = live.filter(|_| save.state == JobState::Running);
         let now = live.and_then(|g| match save.kind {
             JobKind::Scrub => g.scrub.as_ref().map(|s| (s.done, s.total, s.rate)),
-            JobKind::Resync | JobKind::Recover => {
+            JobKind::Resync | JobKind::Recover | JobKind::Replace => {
                 g.sync.as_ref().map(|s| (s.done, s.total, s.rate))
             }
         });
@@ -509,6 +508,7 @@ pub(crate) mod tests {
                 problem: String::new(),
                 counters: LuCounters::default(),
             }],
+            replacement: None,
             sync: None,
             scrub: None,
             zero_copy: true,

@@ -53,6 +53,7 @@ const VERBS: &[(&str, &str)] = &[
     ("lu show", "vol"),
     ("lu rename", "vol archive"),
     ("lu set", "vol --queues 2"),
+    ("lu resize", "vol +10GiB"),
     ("lu delete", "vol --yes"),
     ("path list", ""),
     ("import", "/dev/sdb"),

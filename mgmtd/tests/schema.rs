@@ -72,6 +72,7 @@ fn methods() -> Methods {
     m.add::<mgmt::LuCreate, rows::Changed>("LuCreate");
     m.add::<mgmt::Rename, rows::Changed>("LuRename");
     m.add::<mgmt::LuSet, rows::Changed>("LuSet");
+    m.add::<mgmt::LuResize, rows::Changed>("LuResize");
     m.add::<mgmt::LuEnd, rows::Changed>("LuDelete");
     m.add::<mgmt::Nothing, rows::PathList>("PathList");
     m.add::<mgmt::Import, rows::Changed>("Import");

@@ -211,6 +211,7 @@ fn dispatch(
             groups.get(group)?.lu_create(lu, name, size, queues)
         }
         TargetRequest::LuSet { group, lu, queues } => groups.get(group)?.lu_set(lu, queues),
+        TargetRequest::LuResize { group, lu, size } => groups.get(group)?.lu_resize(lu, size),
         TargetRequest::LuDelete { group, lu } => groups.get(group)?.lu_delete(lu),
         TargetRequest::LuDeleted { group } => groups.get(group)?.deleted_lus(),
         TargetRequest::LuUndelete { group, lu } => groups.get(group)?.lu_undelete(lu),

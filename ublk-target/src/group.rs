@@ -43,6 +43,8 @@ struct Path {
     number: Option<u32>,
     /// Queues that it has.
     queues: u16,
+    /// The kernel can change its size while it is in use.
+    can_resize: bool,
     /// The one that it had last: it gets it again if it is free.
     last: Option<u32>,
     /// Why it is not up.
@@ -469,6 +471,73 @@ impl Group {
         self.lu_answer(lu)
     }
 
+    /// Gives a LU more space: on the disks, then in every thread that serves it, then in the kernel. Its device stays,
+    /// and in use, where the kernel can resize it; else it is made anew if nobody holds it.
+    ///
+    /// # Crash  as of `RaidGroup::lu_resize`; a device that is recovered gets the size that the disks say
+    pub(crate) fn lu_resize(self: Arc<Self>, lu: LuUuid, size: LuSize) -> TargetReply {
+        let _held = lock(&self.change);
+        self.check_open()?;
+        let path = lock(&self.paths).get(&lu).cloned().unwrap_or_default();
+        let is_online = path.number.is_none() || path.can_resize;
+        if !is_online {
+            self.down(lu)?;
+        }
+        let resized = self.change(async move |group| group.lu_resize(lu, size).await);
+        if !is_online {
+            // Up again in any case.
+            self.up(lu, None)?;
+        }
+        let handle = resized?;
+        if is_online {
+            self.grow_beside(lu, handle)?;
+            if let Some(number) = path.number {
+                self.fit(lu, number)?;
+            }
+        }
+        self.lu_answer(lu)
+    }
+
+    /// Tells queue threads that a LU has grown.
+    fn grow_beside(&self, lu: LuUuid, handle: u16) -> Result<(), ApiError> {
+        let missing = move || ApiError::new(ErrorKind::NoService, format!("there is no LU {lu}"));
+        let extents =
+            self.change(async move |group: Rc<_>| group.lu_extents(handle).ok_or_else(missing))?;
+        let lanes = lock(&self.queues);
+        let serving = lanes.iter().filter(|lane| lane.lus.contains(&lu));
+        let threads: Vec<_> = serving.map(|lane| Arc::clone(&lane.thread)).collect();
+        drop(lanes);
+        for thread in threads {
+            let extents = extents.clone();
+            thread.call(async move |queue: Rc<queue::Queue>| queue.grow(lu, extents))?;
+        }
+        Ok(())
+    }
+
+    /// Has the kernel's device be as large as the LU.
+    fn fit(&self, lu: LuUuid, number: u32) -> Result<(), ApiError> {
+        let lus = self.lus()?;
+        let found = lus.iter().find(|(_, status)| status.lu == lu);
+        let Some((_, LuStatus { capacity, .. })) = found else {
+            return Ok(());
+        };
+        let resized = self.lifecycle().resize(number, *capacity);
+        let problem = match &resized {
+            Ok(_) => String::new(),
+            Err(error) => format!("its device has its old size: {error}"),
+        };
+        if let Ok(true) = resized {
+            tracing::info!(%lu, number, capacity, "a LU has grown");
+        }
+        if let Some(path) = lock(&self.paths).get_mut(&lu) {
+            path.problem = problem;
+        }
+        resized.map(drop).map_err(|error| {
+            let what = "the LU has grown, but its device has its old size";
+            api_error(ErrorKind::Failed, what, &error).hint("the same command again")
+        })
+    }
+
     fn lus(&self) -> Result<Vec<(u16, LuStatus)>, ApiError> {
         if let Some(seen) = &self.quarantine {
             return Ok((0..).zip(seen.lus.iter().cloned()).collect());
@@ -515,6 +584,7 @@ impl Group {
                 Path {
                     number: known.map(|info| info.number),
                     queues: 0,
+                    can_resize: false,
                     last: None,
                     problem,
                 },
@@ -551,6 +621,12 @@ impl Group {
                     .end_recovery(info.number)
                     .map_err(say("the device cannot be recovered"))?;
                 self.is_up(lu, info);
+                // Who died may have been about to.
+                if !self.is_quarantined()
+                    && let Err(error) = self.fit(lu, info.number)
+                {
+                    tracing::error!(%lu, %error, causes = ?error.causes, "a device has the wrong size");
+                }
                 return Ok(());
             }
             None => lock(&self.paths).get(&lu).and_then(|path| path.last),
@@ -589,6 +665,7 @@ impl Group {
             Path {
                 number: Some(number),
                 queues: info.queues,
+                can_resize: info.can_resize(),
                 last: Some(number),
                 problem: String::new(),
             },
@@ -784,6 +861,7 @@ impl Group {
             Path {
                 number: None,
                 queues: 0,
+                can_resize: false,
                 last: Some(number),
                 problem,
             },

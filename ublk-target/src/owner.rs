@@ -310,7 +310,7 @@ impl Local {
     pub(crate) fn view_confirmed(&self, number: u64, version: u64) {
         let mut readers = self.readers.borrow_mut();
         if let Some(reader) = readers.iter_mut().find(|reader| reader.number == number) {
-            reader.version = version;
+            reader.version = reader.version.max(version);
         }
         drop(readers);
         self.confirm();

@@ -42,6 +42,7 @@ pub(crate) struct Queue {
     lus: RefCell<BTreeMap<LuUuid, Rc<QueueLu>>>,
     /// Message boxes of LUs that are about to be attached.
     boxes: RefCell<BTreeMap<LuUuid, Rc<MailBox>>>,
+    clock: RingClock,
     ending: Cell<bool>,
 }
 
@@ -135,9 +136,10 @@ impl Queue {
             server: Rc::default(),
             lus: RefCell::default(),
             boxes: RefCell::default(),
+            clock: RingClock(timers),
             ending: Cell::new(false),
         });
-        let watch = tell_ages(Rc::clone(&queue.server), RingClock(timers));
+        let watch = tell_ages(Rc::clone(&queue.server), queue.clock.clone());
         queue.executor.spawn(watch);
         Ok(queue)
     }
@@ -175,8 +177,18 @@ impl Queue {
             false
         });
         self.server.load(Arc::clone(view), disks);
-        // An owner that has ended waits for nobody.
-        let _ = owner.send(move |local| local.view_confirmed(number, version));
+        let (server, clock, owner) = (
+            Rc::clone(&self.server),
+            self.clock.clone(),
+            Door::clone(owner),
+        );
+        self.executor.spawn(async move {
+            while !server.is_settled() {
+                clock.sleep(MILLISECOND).await;
+            }
+            // An owner that has ended waits for nobody.
+            let _ = owner.send(move |local| local.view_confirmed(number, version));
+        });
     }
 
     /// Makes the message box of a queue that will be attached.
@@ -214,6 +226,13 @@ impl Queue {
             })?;
         self.lus.borrow_mut().insert(lu, served);
         Ok(())
+    }
+
+    /// A LU that may be served here has grown.
+    pub(crate) fn grow(&self, lu: LuUuid, extents: ExtentMap) {
+        if let Some(served) = self.lus.borrow().get(&lu) {
+            served.grow(extents);
+        }
     }
 
     /// Waits until the kernel has taken back every tag of a LU's queue here. Answers what was done for it.

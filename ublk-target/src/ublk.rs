@@ -43,7 +43,9 @@ const FLAGS_NEEDED: u64 = flag(sys::UBLK_F_CMD_IOCTL_ENCODE)
     | flag(sys::UBLK_F_USER_RECOVERY)
     | flag(sys::UBLK_F_USER_RECOVERY_REISSUE);
 /// What is used where the kernel has it.
-const FLAGS_WANTED: u64 = flag(sys::UBLK_F_QUIESCE) | flag(sys::UBLK_F_UPDATE_SIZE);
+const FLAGS_WANTED: u64 = flag(sys::UBLK_F_QUIESCE) | FLAG_UPDATE_SIZE;
+/// UPDATE_SIZE is there.
+const FLAG_UPDATE_SIZE: u64 = flag(sys::UBLK_F_UPDATE_SIZE);
 /// Registers a request's pages with the ring as it is fetched.
 const FLAG_ZERO_COPY: u64 = flag(sys::UBLK_F_AUTO_BUF_REG);
 /// TRY_STOP_DEV is there.
@@ -201,6 +203,19 @@ impl Geometry {
     }
 }
 
+/// What GET_PARAMS is asked with: its length; everything else comes from the kernel.
+fn ask_params() -> Vec<u8> {
+    let mut ask = vec![0; PARAMS_BYTES];
+    ask[..4].copy_from_slice(&u32::try_from(PARAMS_BYTES).expect("152").to_ne_bytes());
+    ask
+}
+
+/// Bytes of a device with these parameters.
+fn bytes_of(params: &[u8]) -> Option<u64> {
+    let sectors = params.get(24..32)?.try_into().ok()?;
+    u64::from_ne_bytes(sectors).checked_mul(512)
+}
+
 /// One control command as it goes to the kernel.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Command {
@@ -301,6 +316,8 @@ mod tests {
         assert_eq!(params[12..16], [9, 12, 17, 16]);
         assert_eq!((u32_at(16), u32_at(24)), (2048, 1 << 21));
         assert_eq!((u32_at(44), u32_at(108)), (4096, 4095));
+        assert_eq!(bytes_of(&params), Some(1 << 30));
+        assert_eq!(ask_params()[..4], params[..4]);
     }
 
     #[test]

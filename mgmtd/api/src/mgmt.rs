@@ -232,6 +232,16 @@ requests! {
         dry_run: bool,
         yes: bool,
     }
+    /// Gives a LU more space.
+    LuResize {
+        lu: String,
+        /// What it has then; or `more`.
+        size: Option<LuSize>,
+        /// Bytes that it gets on top.
+        more: Option<u64>,
+        dry_run: bool,
+        yes: bool,
+    }
     /// Deletes LUs, all or none.
     LuEnd {
         lus: Vec<String>,
@@ -345,6 +355,9 @@ pub enum Request {
     /// Changes how a LU is served. Answer: `Changed`.
     #[serde(rename = "io.lunar.LuSet")]
     LuSet(LuSet),
+    /// Gives a LU more space, in use too. Answer: `Changed`.
+    #[serde(rename = "io.lunar.LuResize")]
+    LuResize(LuResize),
     /// Deletes LUs. Answer: `Changed`.
     #[serde(rename = "io.lunar.LuDelete")]
     LuDelete(LuEnd),
@@ -399,6 +412,7 @@ pub const VERBS: &[(&str, bool)] = &[
     ("io.lunar.LuCreate", true),
     ("io.lunar.LuRename", true),
     ("io.lunar.LuSet", true),
+    ("io.lunar.LuResize", true),
     ("io.lunar.LuDelete", true),
     ("io.lunar.PathList", false),
     ("io.lunar.Import", true),

@@ -73,6 +73,8 @@ pub enum JobKind {
     Resync,
     /// Fills a replacement.
     Recover,
+    /// Copies a disk that is replaced.
+    Replace,
     /// Compares every stripe.
     Scrub,
 }
@@ -436,6 +438,8 @@ rows! {
         system: SystemUuid,
         /// Whether ublk-target answers.
         target_up: bool,
+        /// mgmtd has just started: disks that are there may still be told as missing, groups as stopped.
+        starting: bool,
         features: Features,
         groups: Vec<GroupHealth>,
         /// Disks in no group that need a look.

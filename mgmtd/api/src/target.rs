@@ -203,6 +203,12 @@ pub enum TargetRequest {
         lu: LuUuid,
         queues: u16,
     },
+    /// Gives a LU more space, while it is in use; its size is then `size`. Answer: `Lu`.
+    LuResize {
+        group: GroupUuid,
+        lu: LuUuid,
+        size: LuSize,
+    },
     /// Stops the device if nobody holds it (else `Busy`), then forgets the LU. Answer: `Done`.
     LuDelete { group: GroupUuid, lu: LuUuid },
     /// Renames a LU. Answer: `Lu`.
@@ -232,7 +238,7 @@ pub struct MemberSpec {
     pub path: String,
 }
 
-/// Size of a new LU.
+/// Size of a LU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
@@ -346,11 +352,21 @@ pub struct Label {
     pub generation: u64,
     /// Disk of each slot.
     pub members: Vec<DiskUuid>,
+    /// Disk that is filled to replace one of them.
+    #[serde(default)]
+    pub replacement: Option<DiskUuid>,
     /// The group was deleted; the disk is free for reuse.
     pub deleted: bool,
     /// What is wrong with the copy of the superblock that does not count.
     #[serde(default)]
     pub damaged: Option<String>,
+}
+
+impl Label {
+    /// It names that disk as a member, or as one that is filled to replace one.
+    pub fn lists(&self, disk: DiskUuid) -> bool {
+        self.members.contains(&disk) || self.replacement == Some(disk)
+    }
 }
 
 /// A group, live.
@@ -379,6 +395,9 @@ pub struct GroupStatus {
     pub logical_block: u32,
     pub members: Vec<MemberStatus>,
     pub lus: Vec<LuStatus>,
+    /// The disk that is filled to replace the one in its slot, which is in sync.
+    #[serde(default)]
+    pub replacement: Option<MemberStatus>,
     /// Running background work.
     pub sync: Option<SyncStatus>,
     /// The scrub that runs, or the last one.
@@ -387,6 +406,13 @@ pub struct GroupStatus {
     pub zero_copy: bool,
     /// Times that serving requests allocated memory since the group started; stays as it is once warm.
     pub allocations: u64,
+}
+
+impl GroupStatus {
+    /// Its members, and the disk that is filled to replace one of them.
+    pub fn all_members(&self) -> impl Iterator<Item = &MemberStatus> {
+        self.members.iter().chain(&self.replacement)
+    }
 }
 
 /// A slot, live.
@@ -435,6 +461,8 @@ pub enum SyncAction {
     Resync,
     /// Fill a replacement.
     Recover,
+    /// Copy a disk that is replaced to the one that takes its slot.
+    Replace,
 }
 
 /// What is to be done about the scrub of a group.

@@ -7,7 +7,7 @@ use lunar_api::mgmt::{DiskAdd, DiskFail, DiskLocate, DiskRemove, DiskReplace, Ro
 use lunar_api::rows::{
     Changed, DiskList, DiskOne, DiskShow, DiskState, Led, LocateReply, LocateRow, Outcome,
 };
-use lunar_api::target::{MemberSpec, TargetAnswer, TargetRequest};
+use lunar_api::target::{MemberSpec, MemberState, TargetAnswer, TargetRequest};
 use lunar_api::units::format_size;
 use lunar_api::{ApiError, DiskUuid, ErrorKind};
 
@@ -438,22 +438,33 @@ pub async fn replace(daemon: &Daemon, ask: DiskReplace) -> Result<Changed, ApiEr
             return Ok(*a);
         }
     }
+    // Where a spare has taken its place, that one makes way: it is a spare again then.
+    let old = spare_for(&view, old).unwrap_or(old);
     let (group, member) = view
         .member(old.uuid)
         .ok_or_else(|| not_member(old.number))?;
-    // Usage and who holds it first: what asks for a confirmation comes last.
-    let new = choose_new(&view, &ask, old, group.member_bytes)?.clone();
-    if matches!(member.state, lunar_api::target::MemberState::InSync) {
-        return Err(ApiError::new(
-            ErrorKind::Refused,
-            format!("disk {} is not replaced", old.number),
-        )
-        .because("it is in sync; without it redundancy would be missing until the rebuild ends")
-        .hint(format!(
-            "lunar disk fail {}, then the same command again",
-            old.number
-        )));
+    if let (Some(coming), Some(name)) = (&group.replacement, &ask.new) {
+        let is_same = find(&view, name)?.uuid == coming.disk && coming.slot == member.slot;
+        if is_same
+            && let Gate::Answer(a) =
+                Plan::unchanged("that is being done").gate(ask.dry_run, true)?
+        {
+            return Ok(*a);
+        }
     }
+    let is_copied = member.state == MemberState::InSync;
+    if is_copied
+        && ask
+            .new
+            .as_ref()
+            .is_some_and(|name| find(&view, name).is_ok_and(|d| d.uuid == old.uuid))
+    {
+        let what = format!("disk {} does not replace itself", old.number);
+        return Err(ApiError::new(ErrorKind::Usage, what)
+            .because("it is in sync: there is nothing to rebuild")
+            .hint("lunar disk list"));
+    }
+    let new = choose_new(&view, &ask, old, group.member_bytes)?.clone();
     look_again(daemon, std::slice::from_ref(&new)).await?;
     let fresh = last_view(daemon);
     let new = choose_new(
@@ -472,10 +483,14 @@ pub async fn replace(daemon: &Daemon, ask: DiskReplace) -> Result<Changed, ApiEr
             .hint(format!("lunar disk replace {} NEW", old.number)));
     }
     let (n, slot) = (new.number, member.slot);
-    let plan = Plan::step(format!(
-        "put disk {n} into slot {slot} of group {} and rebuild it",
-        group.name
-    ));
+    let name = &group.name;
+    let plan = Plan::step(match is_copied {
+        true => format!(
+            "copy disk {} to disk {n}, which then takes slot {slot} of group {name}",
+            old.number
+        ),
+        false => format!("put disk {n} into slot {slot} of group {name} and rebuild it"),
+    });
     if let Gate::Answer(answer) = plan.gate(ask.dry_run, ask.yes)? {
         return Ok(*answer);
     }
@@ -501,7 +516,7 @@ pub async fn replace(daemon: &Daemon, ask: DiskReplace) -> Result<Changed, ApiEr
     };
     {
         let mut tables = daemon.tables();
-        if old.uuid != new.uuid {
+        if old.uuid != new.uuid && !is_copied {
             tables.put_disk(DiskSave {
                 was: Some((group.group, slot)),
                 ..old.clone()
@@ -515,11 +530,23 @@ pub async fn replace(daemon: &Daemon, ask: DiskReplace) -> Result<Changed, ApiEr
         });
     }
     daemon.absorb_group(status).await?;
-    let mut answer = plan.done(format!("disk {n} is in slot {slot}"));
+    let mut answer = plan.done(match is_copied {
+        true => format!("disk {} is being copied to disk {n}", old.number),
+        false => format!("disk {n} is in slot {slot}"),
+    });
     let tables = daemon.tables();
     let running = |j: &&crate::tables::JobSave| j.disk == Some(new.uuid) && j.ended.is_none();
     answer.job = tables.jobs.values().rev().find(running).map(|j| j.number);
     Ok(answer)
+}
+
+/// The spare that sits where a disk was that failed.
+fn spare_for<'a>(view: &'a View, old: &DiskSave) -> Option<&'a DiskSave> {
+    let (group, slot) = old.was?;
+    let group = view.live.groups.get(&group)?;
+    let member = group.members.iter().find(|m| m.slot == slot)?;
+    let sits = view.tables.disk(member.disk)?;
+    (sits.role == Role::Spare).then_some(sits)
 }
 
 fn choose_new<'a>(
@@ -529,14 +556,15 @@ fn choose_new<'a>(
     need: u64,
 ) -> Result<&'a DiskSave, ApiError> {
     let free = |d: &DiskSave| {
-        matches!(view.disk_row(d).state, DiskState::Free | DiskState::Spare) && d.capacity > need
+        let room = view.live.probes.get(&d.uuid).map_or(0, |p| p.data_bytes);
+        matches!(view.disk_row(d).state, DiskState::Free | DiskState::Spare) && room >= need
     };
     let Some(name) = &ask.new else {
         let mut spares = view
             .tables
             .disks
             .values()
-            .filter(|d| d.role == Role::Spare && free(d));
+            .filter(|d| d.role == Role::Spare && free(d) && d.uuid != old.uuid);
         return spares.next().ok_or_else(|| {
             ApiError::new(ErrorKind::Usage, "there is no spare of this size")
                 .hint("lunar disk add --role spare PATH")

@@ -473,7 +473,7 @@ async fn end(
 
 /// Looks again at the disks that a group gave free.
 async fn reprobe(daemon: &Daemon, view: &View, live: Option<&GroupStatus>) -> Result<(), ApiError> {
-    let members = live.iter().flat_map(|g| &g.members);
+    let members = live.iter().flat_map(|g| g.all_members());
     let paths: Vec<_> = members
         .filter_map(|m| view.tables.disk(m.disk))
         .map(|d| d.path.clone().into())

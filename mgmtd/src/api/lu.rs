@@ -1,11 +1,11 @@
 //! `lu`: logical units.
 
-use lunar_api::mgmt::{LuCreate, LuEnd, LuSet, Rename};
+use lunar_api::mgmt::{LuCreate, LuEnd, LuResize, LuSet, Rename};
 use lunar_api::rows::{Changed, LuList, LuOne};
-use lunar_api::target::{LuSize, LuStatus, TargetAnswer, TargetRequest};
+use lunar_api::target::{GroupStatus, LuSize, LuStatus, TargetAnswer, TargetRequest};
 use lunar_api::units::format_size;
 use lunar_api::{ApiError, ErrorKind, LuUuid};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::{last_view, name_openers, view};
 use crate::daemon::{About, Daemon};
@@ -135,7 +135,7 @@ pub async fn create(daemon: &Daemon, ask: LuCreate) -> Result<Changed, ApiError>
 }
 
 /// A size is rounded up to whole stripes of at least 1 MiB: a repeat may be that much smaller.
-fn row_slack(group: &lunar_api::target::GroupStatus) -> u64 {
+fn row_slack(group: &GroupStatus) -> u64 {
     (group.chunk * group.members.len() as u64).max(1 << 20)
 }
 
@@ -263,6 +263,121 @@ pub async fn set(daemon: &Daemon, ask: LuSet) -> Result<Changed, ApiError> {
     let mut answer = plan.done(text);
     answer.lu = view.find_lu(&ask.lu).ok().map(|l| view.lu_row(l));
     Ok(answer)
+}
+
+/// Answers `LuResize`.
+///
+/// # Crash  of ublk-target: the LU has its old size or its new one, and so has its device when it is back
+/// # Errors  `Refused` for less than it has; `Usage` for more than there is
+pub async fn resize(daemon: &Daemon, ask: LuResize) -> Result<Changed, ApiError> {
+    let _turn = daemon.turn().await?;
+    let view = view(daemon).await;
+    let save = view.find_lu(&ask.lu)?;
+    let row = view.lu_row(save);
+    let (Some(live), Some(group)) = (view.lu_live(save), view.live.groups.get(&save.group)) else {
+        let what = format!("the group of LU {} is not started", row.name);
+        return Err(ApiError::new(ErrorKind::NoService, what).hint("lunar status"));
+    };
+    let size = match (ask.size, ask.more) {
+        (Some(size), None) => size,
+        (None, Some(more)) => LuSize::Bytes(live.capacity.saturating_add(more)),
+        _ => {
+            let error = ApiError::new(ErrorKind::Usage, "one size is to be named");
+            return Err(error.hint("50GiB, 50% or max; or +10GiB"));
+        }
+    };
+    let wanted = new_capacity(live, size, group)?;
+    let named = format!("LU {} has {}", row.name, format_size(wanted));
+    // One whose device has the old size yet is resized again.
+    let plan = match wanted <= live.capacity && live.problem.is_empty() {
+        true => Plan::unchanged(named.clone()),
+        false => Plan::step(format!(
+            "grow LU {} from {} to {}",
+            row.name,
+            format_size(live.capacity),
+            format_size(wanted)
+        )),
+    };
+    if let Gate::Answer(mut answer) = plan.gate(ask.dry_run, ask.yes)? {
+        answer.lu = Some(row);
+        return Ok(*answer);
+    }
+    let (group, lu, ublk) = (save.group, save.uuid, live.ublk);
+    let request = TargetRequest::LuResize { group, lu, size };
+    let ublks: Vec<u32> = ublk.into_iter().collect();
+    let answer = daemon.ask(&request, Vec::new()).await;
+    let status = lu_answer(answer.map_err(|e| name_openers(e, &ublks))?)?;
+    let text = format!("LU {} has {}", row.name, format_size(status.capacity));
+    absorb(daemon, status, "LuResized", text.clone()).await?;
+    let view = last_view(daemon);
+    let mut answer = plan.done(text);
+    answer
+        .text
+        .extend(grow_line(row.device.as_deref(), ublk).await);
+    answer.lu = view.find_lu(&ask.lu).ok().map(|l| view.lu_row(l));
+    Ok(answer)
+}
+
+/// What a LU will have at least, if it may have that.
+fn new_capacity(live: &LuStatus, size: LuSize, group: &GroupStatus) -> Result<u64, ApiError> {
+    let wanted = match size {
+        LuSize::Bytes(bytes) => bytes,
+        LuSize::Percent(percent) => group.capacity / 100 * u64::from(percent),
+        LuSize::Max => live.capacity.saturating_add(group.free),
+    };
+    let (has, want) = (format_size(live.capacity), format_size(wanted));
+    // What was rounded up to whole stripes is not taken back.
+    if wanted < live.capacity && live.capacity - wanted > row_slack(group) {
+        let what = format!("LU {} is not made smaller", live.name);
+        let why = format!("it has {has}, {want} is asked for: what lies behind would die");
+        return Err(ApiError::new(ErrorKind::Refused, what)
+            .because(why)
+            .hint("make another LU of that size, and copy"));
+    }
+    let more = wanted.saturating_sub(live.capacity);
+    if more > group.free {
+        let free = format_size(group.free);
+        let why = format!("it has {has}, {want} is asked for, {free} is free in the group");
+        return Err(ApiError::new(ErrorKind::Usage, "the LU does not fit")
+            .because(why)
+            .hint(format!("lunar lu resize {} max", live.name)));
+    }
+    Ok(wanted)
+}
+
+/// How what is on a LU that has grown gets to use it; nothing where nothing is known.
+async fn grow_line(device: Option<&str>, ublk: Option<u32>) -> Option<String> {
+    let (device, ublk) = device.zip(ublk)?;
+    let node = format!("/dev/ublkb{ublk}");
+    let found = signature::find(Path::new(&node)).await.unwrap_or_default();
+    let held = holders::Look::now().of_ublk(ublk);
+    let mount = held
+        .iter()
+        .find_map(|held| held.strip_prefix("mounted at "));
+    let command = found
+        .iter()
+        .find_map(|kind| grow_command(kind, device, mount))?;
+    Some(format!("Its file system grows by: {command}"))
+}
+
+/// The command that has a file system, or what else is on a device, use all of it.
+fn grow_command(kind: &str, device: &str, mount: Option<&str>) -> Option<String> {
+    let at = match mount {
+        Some(mount) => mount.to_owned(),
+        None => "/mnt".into(),
+    };
+    let first = match mount {
+        Some(_) => String::new(),
+        None => format!("mount {device} /mnt && "),
+    };
+    match kind {
+        "ext2" | "ext3" | "ext4" if mount.is_some() => Some(format!("resize2fs {device}")),
+        "ext2" | "ext3" | "ext4" => Some(format!("e2fsck -f {device} && resize2fs {device}")),
+        "xfs" => Some(format!("{first}xfs_growfs {at}")),
+        "btrfs" => Some(format!("{first}btrfs filesystem resize max {at}")),
+        "LVM2_member" => Some(format!("pvresize {device}")),
+        _ => None,
+    }
 }
 
 fn check_queues(queues: u16) -> Result<(), ApiError> {
@@ -396,6 +511,34 @@ async fn delete_one(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn grow_command_table() {
+        for (kind, mount, command) in [
+            ("ext4", Some("/srv"), Some("resize2fs /dev/lunar/vol")),
+            (
+                "ext4",
+                None,
+                Some("e2fsck -f /dev/lunar/vol && resize2fs /dev/lunar/vol"),
+            ),
+            ("xfs", Some("/srv"), Some("xfs_growfs /srv")),
+            (
+                "xfs",
+                None,
+                Some("mount /dev/lunar/vol /mnt && xfs_growfs /mnt"),
+            ),
+            (
+                "btrfs",
+                Some("/srv"),
+                Some("btrfs filesystem resize max /srv"),
+            ),
+            ("LVM2_member", None, Some("pvresize /dev/lunar/vol")),
+            ("swap", None, None),
+        ] {
+            let said = grow_command(kind, "/dev/lunar/vol", mount);
+            assert_eq!(said.as_deref(), command, "{kind}");
+        }
+    }
 
     #[test]
     fn check_size_table() {

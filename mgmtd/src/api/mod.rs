@@ -60,6 +60,7 @@ pub async fn answer(daemon: &Daemon, request: Request) -> Result<Value, ApiError
         Request::LuCreate(ask) => json(lu::create(daemon, ask).await?),
         Request::LuRename(ask) => json(lu::rename(daemon, ask).await?),
         Request::LuSet(ask) => json(lu::set(daemon, ask).await?),
+        Request::LuResize(ask) => json(lu::resize(daemon, ask).await?),
         Request::LuDelete(ask) => json(lu::delete(daemon, ask).await?),
     }
 }

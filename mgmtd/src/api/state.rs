@@ -229,6 +229,12 @@ pub async fn job_cancel(daemon: &Daemon, ask: JobEnd) -> Result<Changed, ApiErro
             return Ok(*answer);
         }
     }
+    if let (JobKind::Replace, Some(disk)) = (row.kind, row.disk) {
+        let what = format!("job {job} is not cancelled here");
+        return Err(ApiError::new(ErrorKind::Refused, what)
+            .because("it is given up with the disk that is filled; the group is then as it was")
+            .hint(format!("lunar disk fail {disk}")));
+    }
     if row.kind == JobKind::Scrub {
         let (group, order) = (row.group.to_string(), ScrubAsk::Cancel);
         let ask = GroupScrub {

@@ -269,7 +269,7 @@ pub(crate) enum Disk {
         #[arg(add = ArgValueCandidates::new(complete::disks))]
         disk: String,
     },
-    /// Put NEW, or a spare, in the place of OLD, and rebuild
+    /// Put NEW, or a spare, in the place of OLD: copied from OLD while that is in sync, else rebuilt
     #[command(
         after_help = "Examples:\n  lunar disk replace 2 5\n  lunar disk replace 2 --wait     (takes a spare)"
     )]
@@ -529,6 +529,18 @@ pub(crate) enum Lu {
         #[arg(long)]
         queues: Option<u16>,
     },
+    /// Give a LU more space, while it is in use too, and say how its file system grows
+    #[command(
+        after_help = "Examples:\n  lunar lu resize vol +10GiB\n  lunar lu resize vol 50GiB\n  lunar lu resize vol max --dry-run"
+    )]
+    Resize {
+        /// Number, name or device
+        #[arg(add = ArgValueCandidates::new(complete::lus))]
+        lu: String,
+        /// What it has then: 50GiB, 50% or max; or what it gets on top: +10GiB
+        #[arg(value_parser = new_size)]
+        size: NewSize,
+    },
     /// Delete LUs, all or none; refused while anybody holds one
     #[command(
         after_help = "Examples:\n  lunar lu delete vol --dry-run\n  lunar lu delete vol\n  lunar lu delete 1-3"
@@ -568,6 +580,20 @@ pub(crate) enum PathVerb {
 
 fn size(text: &str) -> Result<u64, String> {
     parse_size(text).map_err(|e| e.to_string())
+}
+
+/// The size that a LU is to have, or what it gets on top.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum NewSize {
+    Whole(LuSize),
+    More(u64),
+}
+
+fn new_size(text: &str) -> Result<NewSize, String> {
+    match text.strip_prefix('+') {
+        Some(more) => size(more).map(NewSize::More),
+        None => lu_size(text).map(NewSize::Whole),
+    }
 }
 
 fn lu_size(text: &str) -> Result<LuSize, String> {
@@ -623,6 +649,11 @@ mod tests {
         assert_eq!(lu_size("1GiB"), Ok(LuSize::Bytes(1 << 30)));
         for bad in ["", "0%", "101%", "-1", "x"] {
             assert!(lu_size(bad).is_err(), "{bad}");
+        }
+        assert_eq!(new_size("+1MiB"), Ok(NewSize::More(1 << 20)));
+        assert_eq!(new_size("max"), Ok(NewSize::Whole(LuSize::Max)));
+        for bad in ["+", "+50%", "+max", "++1MiB", "-1MiB"] {
+            assert!(new_size(bad).is_err(), "{bad}");
         }
     }
 }

@@ -12,7 +12,7 @@ use lunar_api::rows::{
 use lunar_api::{ApiError, ErrorKind};
 use serde_json::{Value, json};
 
-use crate::args::{Args, Disk, Group, Job, Lu, Noun, PathVerb, Table};
+use crate::args::{Args, Disk, Group, Job, Lu, NewSize, Noun, PathVerb, Table};
 use crate::client::Client;
 use crate::{manual, show, stat};
 
@@ -513,6 +513,23 @@ fn lu(args: &Args, client: &mut Client, verb: &Lu) -> Result<u8, ApiError> {
                 })
             };
             change(args, client, "lu.set", ask, yes)
+        }
+        Lu::Resize { lu, size } => {
+            let (size, more) = match *size {
+                NewSize::Whole(size) => (Some(size), None),
+                NewSize::More(more) => (None, Some(more)),
+            };
+            let ask = |yes| {
+                let lu = absolute(lu);
+                Request::LuResize(mgmt::LuResize {
+                    lu,
+                    size,
+                    more,
+                    dry_run,
+                    yes,
+                })
+            };
+            change(args, client, "lu.resize", ask, yes)
         }
         Lu::Delete { lus } => {
             let ask = |yes| {

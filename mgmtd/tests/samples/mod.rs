@@ -297,6 +297,7 @@ pub(crate) fn status() -> StatusReply {
         health: Health::Degraded,
         system: SystemUuid::from_bytes([9; 16]),
         target_up: true,
+        starting: false,
         features: Features::default(),
         groups: vec![GroupHealth {
             group: 1,

@@ -53,8 +53,8 @@ fn mib(kind: &str) -> u32 {
     if kind == "dm-ext4-file" { 200 } else { 256 }
 }
 
-/// Given a redundant group under verified writes, when a member fails, then nobody sees an error; when it is
-/// replaced, then nobody holds it any more; when the replacement is filled, then everything reads as written with
+/// Given a redundant group under verified writes, when a member fails, then nobody sees an error, and soon
+/// nobody holds it any more; when it is replaced and the replacement is filled, then everything reads as written with
 /// another member gone; when all is shut down, then no disk is held.
 fn member_dies(kind: &'static str, how: &'static str, level: &str) -> Result<(), Failure> {
     let count = if level == "raid1" { 2 } else { 4 };
@@ -97,11 +97,12 @@ fn member_dies(kind: &'static str, how: &'static str, level: &str) -> Result<(),
         Ok(rig.state()?.1.iter().any(|s| s == "faulty"))
     })
     .map_err(|why| format!("{why}\n{}", rig.log_tail()))?;
+    // Before there is a new disk: the kernel may give it the number of one that is gone.
+    let_go(&rig, "the failed disk", failing)?;
     let spare = sh(&format!("member_make {kind} {count} {}", mib(kind)))?;
     rig.lunar(&["disk", "add", &spare])?;
     let old = member_path(&rig, 1)?;
     rig.lunar(&["disk", "replace", &old, &spare])?;
-    let_go(&rig, "the replaced disk", failing)?;
     rig.wait_optimal(240)?;
     // Only read: the same blocks, verified by fio's checksums, with the first member gone.
     sh("dm_error member0")?;

@@ -43,7 +43,8 @@ pub(super) fn tests(to: &mut Vec<Test>) {
         "life_thirty_lus_after_sixty_creates_and_deletes",
         many_lus,
     );
-    add(to, "life_create_delete_cycles_leave_nothing", cycles);
+    add(to, "life_create_delete_cycles_leave_nothing", || cycles(40));
+    add(to, "long_life_create_delete_cycles", || cycles(200));
 }
 
 /// Given a mounted LU under verified load, when ublk-target is killed ten times, then no request fails and
@@ -364,31 +365,42 @@ fn many_lus() -> Result<(), Failure> {
     ensure(owners == "1", || format!("{owners} owner threads"))
 }
 
-/// Given an idle group, when 100 LUs are made and deleted, then devices, descriptors, threads and locked memory
-/// are as before.
-fn cycles() -> Result<(), Failure> {
+/// Given an idle group, when LUs of one queue and of two are made and deleted over and over, then devices (in sysfs and
+/// as nodes), files in the run folder, descriptors and threads are as before, and locked memory does not grow with them.
+fn cycles(count: u32) -> Result<(), Failure> {
     let rig = Rig::new()?;
     rig.array("ram", 3, 256, &["--level", "raid5", "--assume-clean"])?;
     let pid = rig.target_pid()?;
-    let cycle = |rig: &Rig| -> Result<(), Failure> {
-        rig.lunar(&["lu", "delete", "vol", "--yes"])?;
-        rig.lunar(&["lu", "create", "vol", "--group", "data", "--size", "32MiB"])?;
+    let cycles = |count: u32| -> Result<(), Failure> {
+        for i in 0..count {
+            rig.lunar(&["lu", "delete", "vol", "--yes"])?;
+            let queues = if i.is_multiple_of(2) { "2" } else { "1" };
+            let mut create = vec!["lu", "create", "vol", "--group", "data"];
+            create.extend(["--size", "32MiB", "--queues", queues]);
+            rig.lunar(&create)?;
+        }
         Ok(())
     };
-    for _ in 0..3 {
-        cycle(&rig)?;
-    }
-    let count = || {
+    let things = || {
         sh(&format!(
-            "echo $(ls /sys/class/ublk-char | wc -l) $(ls /proc/{pid}/fd | wc -l) $(ls /proc/{pid}/task | grep -c .) $(awk '/VmLck/ {{print int($2 / 1024)}}' /proc/{pid}/status)"
+            "echo $(ls /sys/class/ublk-char | wc -l) $(ls -d /dev/ublk[bc]* | wc -l) $(find /run/lunar | wc -l) \
+             $(ls /proc/{pid}/fd | wc -l) $(ls /proc/{pid}/task | grep -c .)"
         ))
     };
-    let before = count()?;
-    for _ in 0..100 {
-        cycle(&rig)?;
-    }
-    let after = count()?;
+    let locked = || {
+        let kib = sh(&format!("awk '/VmLck/ {{print $2}}' /proc/{pid}/status"))?;
+        kib.parse::<u64>()
+            .map_err(|error| format!("{kib}: {error}"))
+    };
+    cycles(4)?;
+    let (before, locked_before) = (things()?, locked()?);
+    cycles(count)?;
+    let (after, locked_after) = (things()?, locked()?);
     ensure(before == after, || {
-        format!("devices, descriptors, threads, locked MiB: {before} -> {after}")
+        format!("devices, nodes, files, descriptors, threads: {before} -> {after}")
+    })?;
+    // The heap's pieces settle in the first dozens: some 150 KiB, and no more after 200.
+    ensure(locked_after < locked_before + 512, || {
+        format!("locked KiB: {locked_before} -> {locked_after}")
     })
 }

@@ -16,6 +16,8 @@ mod levels;
 mod life;
 mod manage;
 mod queues;
+mod replace;
+mod resize;
 mod scrub;
 mod spares;
 
@@ -37,6 +39,8 @@ pub fn tests() -> Vec<Test> {
     manage::tests(&mut all);
     queues::tests(&mut all);
     scrub::tests(&mut all);
+    replace::tests(&mut all);
+    resize::tests(&mut all);
     spares::tests(&mut all);
     import::tests(&mut all);
     config::tests(&mut all);

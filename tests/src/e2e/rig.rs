@@ -65,8 +65,12 @@ impl Rig {
             .spawn()
             .map_err(|error| format!("mgmtd: {error}"))?;
         self.mgmtd = Some(child);
-        until("mgmtd answers", 60, || Ok(self.run(&["status"])?.code != 5))
-            .map_err(|why| format!("{why}\n{}", self.log_tail()))
+        until("mgmtd has started", 100, || {
+            let output = self.run(&["status", "--json"])?;
+            let said: Option<serde_json::Value> = serde_json::from_str(&output.stdout).ok();
+            Ok(said.is_some_and(|said| said["data"]["starting"] == false))
+        })
+        .map_err(|why| format!("{why}\n{}", self.log_tail()))
     }
 
     /// The state directory.

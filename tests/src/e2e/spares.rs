@@ -33,12 +33,12 @@ pub(super) fn number(rig: &Rig, path: &str) -> Result<String, Failure> {
 }
 
 /// State of a disk by number or path.
-fn disk_state(rig: &Rig, disk: &str) -> Result<String, Failure> {
+pub(super) fn disk_state(rig: &Rig, disk: &str) -> Result<String, Failure> {
     Ok(text(&rig.json(&["disk", "show", disk])?["state"]))
 }
 
 /// Numbers of the disks of a group, by slot.
-fn disks_of(rig: &Rig, group: &str) -> Result<Vec<String>, Failure> {
+pub(super) fn disks_of(rig: &Rig, group: &str) -> Result<Vec<String>, Failure> {
     let group = rig.json(&["group", "show", group])?;
     let disks = group["disks"].as_array().cloned().unwrap_or_default();
     Ok(disks.iter().map(ToString::to_string).collect())

@@ -26,7 +26,7 @@ use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid, History};
 
 use crate::geometry::{Geometry, GeometryError};
 use crate::limits::PARENTS_MAX;
-use crate::superblock::{GroupRecord, MemberEntry, Superblock};
+use crate::superblock::{GroupRecord, MemberEntry, Replacement, Superblock};
 
 #[cfg(test)]
 mod tests;
@@ -82,6 +82,8 @@ pub struct Plan {
     pub given_up: Vec<History>,
     /// One a slot.
     pub slots: Vec<SlotPlan>,
+    /// The disk that the replacement in `superblock` is.
+    pub replacement: Option<usize>,
     /// Slots that are not in sync.
     pub degraded: u16,
     /// A member that was in sync is not there, or the witness was overruled: the history has to be renewed, durably, before the
@@ -235,25 +237,36 @@ pub fn assemble(
         None => (find_leader(&members)?, Vec::new()),
         Some(disk) => find_kept(&members, disk)?,
     };
-    let record = leader.group;
-    if record.flags.deleted && !conditions.undelete {
+    let said = leader.group;
+    if said.flags.deleted && !conditions.undelete {
         return Err(AssemblyError::Deleted);
     }
     let mut reasons = Vec::new();
     let overruled = check_witness(&members, leader, conditions, &mut reasons)?;
-    let geometry = record.geometry().map_err(AssemblyError::Geometry)?;
-    let mut seats = place(record, &members, &given_up, Older::Stale);
+    let geometry = said.geometry().map_err(AssemblyError::Geometry)?;
+    let seat = |older| {
+        let record = take_over(said, &members, &given_up, older);
+        let seats = place(&record, &members, &given_up, older);
+        (record, seats)
+    };
+    let (mut record, mut seats) = seat(Older::Stale);
     let mut older_taken = false;
     if conditions.force && !geometry.survives(missing(&seats)) {
-        let all = place(record, &members, &given_up, Older::Taken);
-        if geometry.survives(missing(&all)) {
+        let all = seat(Older::Taken);
+        if geometry.survives(missing(&all.1)) {
             older_taken = true;
-            seats = all;
+            (record, seats) = all;
         }
     }
+    let record = &record;
+    let replacement = record
+        .replacement
+        .and_then(|new| members.iter().find(|m| is_replacement(m, new)))
+        .map(|new| new.index);
     reasons.extend(seats.iter().filter_map(|seat| seat.reason.clone()));
     for member in &members {
-        if record.slot_of(member.superblock.disk).is_none() {
+        let is_seated = record.slot_of(member.superblock.disk).is_some();
+        if !is_seated && replacement != Some(member.index) {
             reasons.push(format!("{} is no member any more", member.path));
         }
     }
@@ -282,13 +295,21 @@ pub fn assemble(
         }
         (true, Parity::Right | Parity::Torn) => record.synced_to,
     };
-    let is_used = |member: &Found<'_>| slots.iter().any(|slot| slot.disk() == Some(member.index));
-    let lost_in_sync = record.members.iter().zip(&slots).any(|(entry, slot)| {
+    let is_used = |member: &Found<'_>| {
+        replacement == Some(member.index)
+            || slots.iter().any(|slot| slot.disk() == Some(member.index))
+    };
+    let lost_in_sync = said.members.iter().zip(&slots).any(|(entry, slot)| {
         entry.state == MemberState::InSync && !matches!(slot, SlotPlan::InSync(_))
     });
+    let mut superblock = leader.superblock.clone();
+    if let Some(member) = &mut superblock.member {
+        member.group = record.clone();
+    }
     Ok(Plan {
         leader: leader.index,
-        superblock: leader.superblock.clone(),
+        superblock,
+        replacement,
         degraded: u16::try_from(lost.len()).expect("at most 64 slots"),
         renew_history: overruled || lost_in_sync || older_taken || !given_up.is_empty(),
         generation: given_up
@@ -352,6 +373,10 @@ impl Plan {
                 entry.state = MemberState::Missing;
                 entry.rebuilt_to = 0;
             }
+        }
+        if let Some(new) = &mut record.replacement {
+            // Right after a clean stop only, and from here on this is none.
+            new.copied_to = 0;
         }
         record.synced_to = self.synced_to;
         record.flags.torn = self.torn;
@@ -613,6 +638,46 @@ fn check_witness(
         witness.generation, witness.history
     ));
     Ok(true)
+}
+
+/// Rule 4, where a disk was to be replaced: whoever of the two is there. The one that is filled is in no slot while the
+/// other is there; without the other it is what a rebuild goes on with.
+fn take_over(
+    said: &GroupRecord,
+    members: &[Found<'_>],
+    given_up: &[Found<'_>],
+    older: Older,
+) -> GroupRecord {
+    let mut record = said.clone();
+    let Some(new) = record.replacement.take() else {
+        return record;
+    };
+    let entry = &mut record.members[usize::from(new.slot)];
+    let is_kept = |m: &&Found<'_>| !given_up.iter().any(|g| g.index == m.index);
+    let is_fresh = |m: &Found<'_>| m.generation() >= said.floor;
+    let is_old = |m: &&Found<'_>| m.superblock.disk == entry.disk && m.slot == new.slot;
+    let has_new = members
+        .iter()
+        .filter(is_kept)
+        .any(|m| is_replacement(m, new) && is_fresh(m));
+    match members.iter().filter(is_kept).find(is_old) {
+        Some(old) if is_fresh(old) => record.replacement = has_new.then_some(new),
+        // What was copied is not what this older copy of it has.
+        Some(_) if older == Older::Taken => {}
+        _ => {
+            let is_rebuilt = |entry: &MemberEntry| entry.state == MemberState::Rebuilding;
+            if has_new && !said.members.iter().any(is_rebuilt) {
+                entry.disk = new.disk;
+                entry.state = MemberState::Rebuilding;
+                entry.rebuilt_to = new.copied_to;
+            }
+        }
+    }
+    record
+}
+
+fn is_replacement(member: &Found<'_>, new: Replacement) -> bool {
+    member.superblock.disk == new.disk && member.slot == new.slot
 }
 
 /// What is done with members that are older than the leader knew them.

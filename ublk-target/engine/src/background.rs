@@ -13,7 +13,7 @@ use crate::sync::join;
 use crate::traits::{Clock, Disk, Env, MILLISECOND, SECOND, Tick};
 
 /// A member that has not answered for so long is failed (`--disk-limit`).
-const DISK_LIMIT: u64 = 30 * SECOND;
+pub(crate) const DISK_LIMIT: u64 = 30 * SECOND;
 /// Between two looks at the members.
 const LOOK: u64 = 250 * MILLISECOND;
 /// Without a write for so long a group is marked clean.
@@ -113,6 +113,11 @@ impl<E: Env> RaidGroup<E> {
             if stalled != 0 && self.can_lose(stalled) {
                 self.fail_now(stalled, "no answer for 30 s");
             }
+            let hangs = |disk: &Rc<E::Disk>| disk.oldest() > DISK_LIMIT;
+            let new = self.copying();
+            if new.is_some_and(|new| new.to.disk.borrow().as_ref().is_some_and(hangs)) {
+                self.drop_copy("no answer for 30 s");
+            }
         }
     }
 
@@ -162,7 +167,12 @@ impl<E: Env> RaidGroup<E> {
     /// Resync, rebuild and scrub; the rim spawns one. Ends when the group has stopped.
     pub async fn background(self: Rc<Self>) {
         while !self.stopping.get() {
-            if self.is_sync_due() {
+            if self.is_copy_due() {
+                if self.copy().await.is_err() {
+                    let again = Tick(self.clock.now().0 + RETRY_AFTER);
+                    self.copy_retry.set((again, self.sync_wanted.get()));
+                }
+            } else if self.is_sync_due() {
                 if self.sync().await.is_err() {
                     self.sync_status.borrow_mut().take();
                     let again = Tick(self.clock.now().0 + RETRY_AFTER);
@@ -196,6 +206,13 @@ impl<E: Env> RaidGroup<E> {
         !waits && !self.failed.get() && self.has_sync_work()
     }
 
+    /// Says whether a disk is to be copied now: slots without any come first.
+    fn is_copy_due(&self) -> bool {
+        let (again, wanted) = self.copy_retry.get();
+        let waits = self.clock.now() < again && self.sync_wanted.get() == wanted;
+        self.copying().is_some() && !waits && !self.failed.get() && self.rebuilding().is_none()
+    }
+
     fn has_sync_work(&self) -> bool {
         if self.rebuilding().is_some() {
             return true;
@@ -208,6 +225,9 @@ impl<E: Env> RaidGroup<E> {
 
     /// A resync or rebuild that has not begun yet, or waits to be tried again.
     pub(crate) fn waiting_sync(&self) -> Option<SyncStatus> {
+        if self.rebuilding().is_none() && !self.failed.get() && self.copying().is_some() {
+            return self.copy_status(0);
+        }
         if self.failed.get() || self.stopping.get() || !self.has_sync_work() {
             return None;
         }

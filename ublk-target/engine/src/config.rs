@@ -145,6 +145,8 @@ pub enum ConfigError {
     Percent { percent: u8 },
     #[error("a LU of 0 bytes")]
     Empty,
+    #[error("it has {capacity} bytes, {asked} are asked for: a LU only grows")]
+    Shrink { capacity: u64, asked: u64 },
     /// `needed` is rounded up to whole units.
     #[error("{needed} bytes are asked for (in units of {unit}), {free} are free")]
     NoSpace { needed: u64, unit: u64, free: u64 },
@@ -391,17 +393,7 @@ impl GroupConfig {
             return Err(ConfigError::TooManyLus);
         }
         let capacity = self.bytes_of(geometry, size)?;
-        let (extents, forgotten) = self.find_extents(geometry, capacity)?;
-        let kept: usize = self
-            .lus
-            .iter()
-            .chain(&self.deleted[forgotten..])
-            .map(extents_of)
-            .sum();
-        if kept + extents.len() > EXTENTS_MAX {
-            return Err(ConfigError::TooManyExtents);
-        }
-        self.deleted.drain(..forgotten);
+        let extents = self.take_extents(geometry, capacity)?;
         self.lus.push(LuConfig {
             uuid,
             name: name.to_owned(),
@@ -413,7 +405,59 @@ impl GroupConfig {
         self.lu(uuid)
     }
 
-    /// Returns the extents of a new LU, and how many deleted ones have to be forgotten for it.
+    /// Gives a LU more space, behind what it has, from where [`Self::create_lu`] takes it. Nothing has changed after an
+    /// error, nor if it has that size.
+    ///
+    /// # Units   as [`Self::create_lu`]; the size is that of the whole LU, `Max` what it has and all that is free
+    /// # Errors  less than it has; not so much free
+    pub fn resize_lu(
+        &mut self,
+        geometry: &Geometry,
+        uuid: LuUuid,
+        size: LuSize,
+    ) -> Result<&LuConfig, ConfigError> {
+        let at = self.position(uuid)?;
+        let capacity = self.lus[at].capacity;
+        let asked = match size {
+            LuSize::Max => capacity + self.free_bytes(geometry),
+            LuSize::Bytes(_) | LuSize::Percent(_) => self.bytes_of(geometry, size)?,
+        };
+        let more = asked
+            .checked_sub(capacity)
+            .ok_or(ConfigError::Shrink { capacity, asked })?;
+        let extents = self.take_extents(geometry, more)?;
+        let lu = &mut self.lus[at];
+        for extent in extents {
+            match lu.extents.last_mut() {
+                Some(last) if last.end() == extent.at => last.len += extent.len,
+                _ => lu.extents.push(extent),
+            }
+        }
+        lu.capacity = asked;
+        self.lu(uuid)
+    }
+
+    /// Takes space that no LU has, and forgets the deleted ones that had it.
+    fn take_extents(
+        &mut self,
+        geometry: &Geometry,
+        bytes: u64,
+    ) -> Result<Vec<Extent>, ConfigError> {
+        let (extents, forgotten) = self.find_extents(geometry, bytes)?;
+        let kept: usize = self
+            .lus
+            .iter()
+            .chain(&self.deleted[forgotten..])
+            .map(extents_of)
+            .sum();
+        if kept + extents.len() > EXTENTS_MAX {
+            return Err(ConfigError::TooManyExtents);
+        }
+        self.deleted.drain(..forgotten);
+        Ok(extents)
+    }
+
+    /// Returns extents of so many bytes, and how many deleted LUs have to be forgotten for them.
     fn find_extents(
         &self,
         geometry: &Geometry,

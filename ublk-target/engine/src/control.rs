@@ -11,7 +11,7 @@ use crate::limits::CONFIG_PIECE;
 use crate::member::Member;
 use crate::parity;
 use crate::pool::{Lease, Quota};
-use crate::raid_group::{Counters, Given, Lu, MemberPlace, RaidGroup, Rebuild};
+use crate::raid_group::{Given, Lu, MemberPlace, RaidGroup, Rebuild};
 use crate::reserve::lay_out;
 use crate::serve::bits;
 use crate::superblock::BYTES;
@@ -59,7 +59,7 @@ impl<E: Env> RaidGroup<E> {
             depth: lu.depth,
             queues: Cell::new(lu.queues),
             extents: lu.map(),
-            counters: Counters::default(),
+            counters: Rc::default(),
         });
         if at == lus.len() {
             lus.push(Some(lu));
@@ -96,6 +96,52 @@ impl<E: Env> RaidGroup<E> {
         drop(lus);
         self.make_room();
         Ok(())
+    }
+
+    /// Gives a LU more space; the rim then tells queue threads and the kernel. Answers its handle.
+    ///
+    /// # Crash  it has the old size or the new one, which is durable before anybody can reach the new space: the device
+    /// is the smaller one until the rim has made it larger, at the latest when it is recovered
+    /// # Errors  less than it has; not so much free
+    pub async fn lu_resize(&self, uuid: LuUuid, size: LuSize) -> Result<u16, ApiError> {
+        let _turn = self.configure().await;
+        let mut config = self.config.borrow().clone();
+        let grown = config
+            .resize_lu(&self.geometry, uuid, size)
+            .cloned()
+            .map_err(|error| {
+                let kind = match error {
+                    ConfigError::Shrink { .. } => ErrorKind::Refused,
+                    _ => ErrorKind::Failed,
+                };
+                ApiError::new(kind, "the LU was not resized").because(error.to_string())
+            })?;
+        let running = || {
+            self.lus
+                .borrow()
+                .iter()
+                .flatten()
+                .find(|lu| lu.uuid == uuid)
+                .cloned()
+        };
+        let missing = || failed("the LU was not resized", "it does not run");
+        let handle = running().ok_or_else(missing)?.handle;
+        if config != *self.config.borrow() {
+            self.write_config(config).await?;
+            let old = running().ok_or_else(missing)?;
+            let name = old.name.borrow().clone();
+            self.lus.borrow_mut()[usize::from(handle)] = Some(Rc::new(Lu {
+                handle,
+                uuid,
+                name: RefCell::new(name),
+                capacity: grown.capacity,
+                depth: old.depth,
+                queues: Cell::new(old.queues.get()),
+                extents: grown.map(),
+                counters: Rc::clone(&old.counters),
+            }));
+        }
+        Ok(handle)
     }
 
     /// Forgets a LU whose device is gone.
@@ -206,6 +252,12 @@ impl<E: Env> RaidGroup<E> {
                 .await
                 .map_err(|_| failed(what, "too few members took it"))?;
         }
+        if let Some(copying) = self.copying() {
+            let to = [Rc::clone(&copying.to)];
+            if self.put_config(&json, version.current, &to).await != Ok(0) {
+                self.drop_copy("configuration could not be written");
+            }
+        }
         self.record.borrow_mut().config = version;
         *self.config.borrow_mut() = config;
         self.advance();
@@ -278,6 +330,16 @@ impl<E: Env> RaidGroup<E> {
     ///
     /// # Errors  `NoRedundancy` where data would be lost
     pub async fn member_fail(&self, disk: DiskUuid, why: &str) -> Result<(), ApiError> {
+        if self
+            .copying()
+            .is_some_and(|copying| copying.to.uuid == disk)
+        {
+            self.drop_copy(why);
+            return self
+                .publish()
+                .await
+                .map_err(|_| failed("that is not durable", "too few members took it"));
+        }
         let slot = self.slot_of(disk)?;
         let state = self.member(slot).state.get();
         if matches!(state, MemberState::Faulty | MemberState::Missing) {
@@ -321,13 +383,17 @@ impl<E: Env> RaidGroup<E> {
         if usize::from(slot) >= self.members.borrow().len() {
             return Err(refuse(format!("there is no slot {slot}")));
         }
-        if self.geometry.redundancy() == 0 {
+        let is_out = || {
+            let state = self.member(slot).state.get();
+            matches!(state, MemberState::Faulty | MemberState::Missing)
+        };
+        let is_copied = !is_out();
+        if self.geometry.redundancy() == 0 && !is_copied {
             return Err(refuse("the group has no redundancy to fill it from".into()));
         }
-        let state = self.member(slot).state.get();
-        if !matches!(state, MemberState::Faulty | MemberState::Missing) {
-            let hint = format!("lunar disk fail {}", self.member(slot).path);
-            return Err(refuse(format!("slot {slot} is in use")).hint(hint));
+        if let Some(copying) = self.copying() {
+            let why = format!("slot {} is being copied; one after the other", copying.slot);
+            return Err(refuse(why).hint("lunar job list"));
         }
         if let Some(other) = self.rebuilding() {
             return Err(refuse(format!(
@@ -339,7 +405,7 @@ impl<E: Env> RaidGroup<E> {
             .members
             .borrow()
             .iter()
-            .find(|m| m.slot != slot && m.uuid == with.uuid)
+            .find(|m| (m.slot != slot || is_copied) && m.uuid == with.uuid)
         {
             return Err(refuse(format!("it is in slot {} already", twin.slot)));
         }
@@ -350,11 +416,11 @@ impl<E: Env> RaidGroup<E> {
         serves()?;
         let size = with.disk.capacity();
         let reserve = lay_out(size).map_err(|error| refuse(error.to_string()))?;
-        if reserve.data_bytes < self.geometry.member_bytes() {
+        let needed = self.geometry.data_bytes(slot);
+        if reserve.data_bytes < needed {
             return Err(refuse(format!(
                 "it has room for {} bytes of data, the group needs {}",
-                reserve.data_bytes,
-                self.geometry.member_bytes()
+                reserve.data_bytes, needed
             )));
         }
         let block = self.record.borrow().logical_block;
@@ -396,6 +462,15 @@ impl<E: Env> RaidGroup<E> {
             Err(why) => return Err(failed(what, why)),
         }
         serves()?;
+        if is_copied {
+            if is_out() {
+                return Err(failed(
+                    what,
+                    "the disk that it was to be copied from has failed",
+                ));
+            }
+            return self.replace_by_copy(slot, member).await;
+        }
         self.members.borrow_mut()[usize::from(slot)] = member;
         self.durable_rebuild.set(0);
         // What a resync left out stays to be done.
@@ -421,6 +496,28 @@ impl<E: Env> RaidGroup<E> {
         }
     }
 
+    /// Has a disk filled by copying the one in a slot, which stays until it is whole.
+    async fn replace_by_copy(
+        &self,
+        slot: u16,
+        member: Rc<Member<E::Disk>>,
+    ) -> Result<(), ApiError> {
+        let what = "the disk was not put into the group";
+        let (uuid, path) = (member.uuid, member.path.clone());
+        self.begin_copy(slot, member, 0);
+        self.advance();
+        self.publish()
+            .await
+            .map_err(|_| failed(what, "too few members took the superblock"))?;
+        let is_there = |m: &Member<E::Disk>| m.uuid == uuid;
+        let copied = self.copying().is_some_and(|copying| is_there(&copying.to));
+        // Or it has the slot already: the copy was short, or the other disk has failed.
+        match copied || is_there(&self.member(slot)) {
+            true => Ok(()),
+            false => Err(failed(what, format!("{path} does not take writes"))),
+        }
+    }
+
     /// Ends background work, flushes and marks the group clean. Fronts are stopped before. With `delete`, marks
     /// it deleted.
     ///
@@ -441,6 +538,12 @@ impl<E: Env> RaidGroup<E> {
         if result.is_ok() && !self.failed.get() {
             self.dirty.set(false);
             self.record.borrow_mut().flags.deleted |= delete;
+            if let Some(copying) = self.copying() {
+                match copying.to.to_blame.get() {
+                    true => self.drop_copy("write failed"),
+                    false => self.copied_to.set(self.copied_until(&copying)),
+                }
+            }
             self.advance();
             result = self
                 .publish()

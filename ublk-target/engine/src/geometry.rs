@@ -301,6 +301,17 @@ impl Geometry {
         }
     }
 
+    /// Returns the stripes that have a part on a slot: all, but for linear.
+    ///
+    /// # Panics  if there is no such slot
+    pub fn stripes_of(&self, slot: u16) -> std::ops::Range<u64> {
+        assert!(slot < self.members, "slot {slot} of {}", self.members);
+        match self.ends.get(usize::from(slot)) {
+            Some(end) => self.start_of(slot) >> self.chunk_shift..end >> self.chunk_shift,
+            None => 0..self.stripes(),
+        }
+    }
+
     /// Returns the bytes of data in the group.
     pub fn capacity(&self) -> u64 {
         self.stripes() * self.stripe_bytes()

@@ -197,6 +197,9 @@ fn short(superblock: &Superblock) -> Label {
         members: group.map_or(Vec::new(), |group| {
             group.members.iter().map(|m| m.disk).collect()
         }),
+        replacement: group
+            .and_then(|group| group.replacement)
+            .map(|new| new.disk),
         deleted: group.is_some_and(|group| group.flags.deleted),
         damaged: None,
     }

@@ -14,7 +14,7 @@ use crate::member::Member;
 use crate::pool::{Pool, Quota};
 use crate::raid_group::{Given, MemberPlace, Parts, RaidGroup, Rebuild};
 use crate::stripe_table::StripeTable;
-use crate::superblock::{BYTES, GroupRecord};
+use crate::superblock::{BYTES, GroupRecord, Replacement};
 use crate::sync::Waiters;
 use crate::traits::Env;
 use crate::view::Views;
@@ -43,6 +43,14 @@ pub(crate) fn split<E: Env>(parts: Parts<E>) -> (Vec<Given<E::Disk>>, Rest<E>) {
 /// A member that is there, and where its metadata lies.
 pub(crate) type Slot<D> = Option<(Given<D>, MemberPlace)>;
 
+/// Who is there.
+pub(crate) struct Seated<D> {
+    /// One a slot.
+    pub slots: Vec<Slot<D>>,
+    /// The disk that is filled to replace one of them.
+    pub new: Option<(Slot<D>, Replacement)>,
+}
+
 impl<E: Env> RaidGroup<E> {
     /// Puts a group together in memory. States are those of the record, but who is not there is not believed.
     /// `died`: a process of the group died here, and its log goes on.
@@ -52,14 +60,14 @@ impl<E: Env> RaidGroup<E> {
         record: GroupRecord,
         config: GroupConfig,
         generation: u64,
-        slots: Vec<Slot<E::Disk>>,
+        seated: Seated<E::Disk>,
         died: bool,
     ) -> Rc<Self> {
         rest.pool.set_aside();
         let unit = geometry.stripe_on_member();
         let (mut in_sync, mut rebuild) = (0, None);
         let mut members = Vec::new();
-        for (i, (slot, entry)) in (0u16..).zip(slots.into_iter().zip(&record.members)) {
+        for (i, (slot, entry)) in (0u16..).zip(seated.slots.into_iter().zip(&record.members)) {
             let mut state = entry.state;
             match slot {
                 Some((given, place)) => {
@@ -87,6 +95,12 @@ impl<E: Env> RaidGroup<E> {
                     members.push(Rc::new(Member::new(i, entry.disk, path, state)));
                 }
             }
+        }
+        let mut copied = None;
+        if let Some((Some(seat), new)) = seated.new {
+            let meta = rest.pool.lease(Quota::Work, BYTES).await;
+            let member = Member::present(new.slot, MemberState::Rebuilding, seat, meta);
+            copied = Some((Rc::new(member), new));
         }
         let synced = record.synced_to / unit;
         let log = InflightLog::start(&rest.pool, record.uuid, generation, died);
@@ -130,6 +144,10 @@ impl<E: Env> RaidGroup<E> {
             kept: RefCell::default(),
             requests: Cell::new(0),
             active_writes: Cell::new(0),
+            plain_writes: Cell::new(0),
+            copy_retry: Cell::default(),
+            copying: RefCell::default(),
+            copied_to: Cell::new(0),
             turn: Cell::new(0),
             stopping: Cell::new(false),
             background_ended: Cell::new(false),
@@ -141,6 +159,10 @@ impl<E: Env> RaidGroup<E> {
         });
         for lu in &lus {
             group.add_lu(lu);
+        }
+        if let Some((member, new)) = copied {
+            let first = group.geometry.stripes_of(new.slot).start;
+            group.begin_copy(new.slot, member, first + new.copied_to / unit);
         }
         group
     }

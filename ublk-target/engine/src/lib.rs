@@ -9,6 +9,7 @@ pub mod assembly;
 mod background;
 pub mod config;
 mod control;
+mod copying;
 pub mod extents;
 pub mod geometry;
 pub mod gf;

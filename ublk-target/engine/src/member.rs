@@ -30,6 +30,10 @@ pub(crate) struct Member<D> {
     /// another disk is in the slot, which is not to blame.
     pub to_blame: Cell<bool>,
     pub state: Cell<MemberState>,
+    /// What fails on it fails the slot: not so while it is filled to replace another, or leaves.
+    pub counts: Cell<bool>,
+    /// The disk that gets what is written here too.
+    pub twin: RefCell<Option<Twin<D>>>,
     pub reason: RefCell<String>,
     pub reads: Cell<u64>,
     pub writes: Cell<u64>,
@@ -37,6 +41,13 @@ pub(crate) struct Member<D> {
     pub write_bytes: Cell<u64>,
     pub read_errors: Cell<u64>,
     pub write_errors: Cell<u64>,
+}
+
+/// Another disk for the same slot: what is written to a member goes to it too.
+pub(crate) struct Twin<D> {
+    pub member: Rc<Member<D>>,
+    /// Bytes of the members' data below which that is so.
+    pub window: Rc<Cell<u64>>,
 }
 
 /// Adds to a counter.
@@ -56,6 +67,8 @@ impl<D: Disk> Member<D> {
             data_offset: 0,
             to_blame: Cell::new(false),
             state: Cell::new(state),
+            counts: Cell::new(true),
+            twin: RefCell::default(),
             reason: RefCell::default(),
             reads: Cell::new(0),
             writes: Cell::new(0),
@@ -91,6 +104,41 @@ impl<D: Disk> Member<D> {
         buf: Buf<'_>,
         pieces: &[Piece],
     ) -> MemberIo<D> {
+        self.count(verb, len);
+        let twin = self.twin.borrow();
+        let both = twin.as_ref().filter(|twin| {
+            verb != DiskVerb::Read && (verb == DiskVerb::Flush || at < twin.window.get())
+        });
+        let other = both.map(|twin| {
+            let (member, at) = (&twin.member, twin.member.data_offset + at);
+            // Where the one forgets, the other must not keep what it had.
+            let verb = match verb {
+                DiskVerb::Discard => DiskVerb::WriteZeroes,
+                verb => verb,
+            };
+            member.count(verb, len);
+            Other {
+                verb,
+                io: member.start(verb, at, len, again(&buf), pieces),
+                member: Rc::clone(member),
+                failed: None,
+            }
+        });
+        drop(twin);
+        let buf = match other {
+            Some(_) => again(&buf),
+            None => buf,
+        };
+        MemberIo {
+            member: Rc::clone(self),
+            verb,
+            io: self.start(verb, self.data_offset + at, len, buf, pieces),
+            failed: None,
+            other,
+        }
+    }
+
+    fn count(&self, verb: DiskVerb, len: u64) {
         match verb {
             DiskVerb::Read => {
                 add(&self.reads, 1);
@@ -102,7 +150,19 @@ impl<D: Disk> Member<D> {
             }
             DiskVerb::Flush | DiskVerb::Discard | DiskVerb::WriteZeroes => {}
         }
-        self.submit_meta(verb, self.data_offset + at, len, buf, pieces)
+    }
+
+    fn start(
+        &self,
+        verb: DiskVerb,
+        at: u64,
+        len: u64,
+        buf: Buf<'_>,
+        pieces: &[Piece],
+    ) -> Option<D::Io> {
+        let disk = self.disk.borrow();
+        disk.as_ref()
+            .map(|disk| disk.submit(verb, at, len, buf, pieces))
     }
 
     /// Starts an I/O at byte `at` of the disk.
@@ -114,15 +174,12 @@ impl<D: Disk> Member<D> {
         buf: Buf<'_>,
         pieces: &[Piece],
     ) -> MemberIo<D> {
-        let io = self
-            .disk
-            .borrow()
-            .as_ref()
-            .map(|disk| disk.submit(verb, at, len, buf, pieces));
         MemberIo {
             member: Rc::clone(self),
             verb,
-            io,
+            io: self.start(verb, at, len, buf, pieces),
+            failed: None,
+            other: None,
         }
     }
 
@@ -153,24 +210,86 @@ impl<D: Disk> Member<D> {
     }
 }
 
-/// An I/O of a member that may not be there. An error is noted at the member that it was given to.
+/// The same place, for one I/O of two: the host is answered when both are over, by neither of them.
+fn again<'a>(buf: &Buf<'a>) -> Buf<'a> {
+    match buf {
+        Buf::None => Buf::None,
+        Buf::Request(id) | Buf::Answer(id) => Buf::Request(*id),
+        Buf::Pool(lease) => Buf::Pool(lease),
+    }
+}
+
+/// An I/O of a member that may not be there, and that of its twin. An error is noted at the member that it was given to.
 pub(crate) struct MemberIo<D: Disk> {
     member: Rc<Member<D>>,
     verb: DiskVerb,
     io: Option<D::Io>,
+    /// How it ended, once it has.
+    failed: Option<Result<(), DiskError>>,
+    other: Option<Other<D>>,
+}
+
+struct Other<D: Disk> {
+    member: Rc<Member<D>>,
+    verb: DiskVerb,
+    io: Option<D::Io>,
+    failed: Option<Result<(), DiskError>>,
+}
+
+/// Looks at one of the two; true when it has ended.
+fn look<D: Disk>(
+    member: &Member<D>,
+    verb: DiskVerb,
+    io: &mut Option<D::Io>,
+    ended: &mut Option<Result<(), DiskError>>,
+    cx: &mut Context<'_>,
+) -> bool {
+    if ended.is_some() {
+        return true;
+    }
+    let result = match io {
+        Some(io) => match Pin::new(io).poll(cx) {
+            Poll::Ready(result) => result,
+            Poll::Pending => return false,
+        },
+        None => Err(DiskError::Abandoned),
+    };
+    if result.is_err() {
+        member.note_error(verb);
+    }
+    *ended = Some(result);
+    true
 }
 
 impl<D: Disk> Future for MemberIo<D> {
     type Output = Result<(), DiskError>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let result = match &mut self.io {
-            Some(io) => Pin::new(io).poll(cx),
-            None => Poll::Ready(Err(DiskError::Abandoned)),
-        };
-        if let Poll::Ready(Err(_)) = result {
-            self.member.note_error(self.verb);
+        let this = &mut *self;
+        let mut over = look(&this.member, this.verb, &mut this.io, &mut this.failed, cx);
+        if let Some(other) = &mut this.other {
+            over &= look(
+                &other.member,
+                other.verb,
+                &mut other.io,
+                &mut other.failed,
+                cx,
+            );
         }
-        result
+        if !over {
+            return Poll::Pending;
+        }
+        let own = this.failed.unwrap_or(Ok(()));
+        // Who is the slot's now says whether it failed: the twin may have taken it meanwhile, or the first have left.
+        let counted = |member: &Member<D>, result: Result<(), DiskError>| match member.counts.get()
+        {
+            true => result,
+            false => Ok(()),
+        };
+        let Some(other) = &this.other else {
+            return Poll::Ready(own);
+        };
+        let second = counted(&other.member, other.failed.unwrap_or(Ok(())));
+        Poll::Ready(counted(&this.member, own).and(second))
     }
 }

@@ -15,7 +15,7 @@ use crate::parity;
 use crate::raid_group::{EIO, Errno, MemberPlace, RaidGroup};
 use crate::serve::bits;
 use crate::superblock::{
-    BYTES, Copy, Flags, GroupRecord, Member as MemberBlock, MemberEntry, Superblock,
+    BYTES, Copy, Flags, GroupRecord, Member as MemberBlock, MemberEntry, Replacement, Superblock,
 };
 use crate::traits::{Buf, Disk, DiskVerb, Env, Piece};
 
@@ -49,13 +49,7 @@ impl<E: Env> RaidGroup<E> {
             let member = self.member(slot);
             member.state.set(MemberState::Faulty);
             *member.reason.borrow_mut() = why.to_owned();
-            if let Some(disk) = &*member.disk.borrow() {
-                disk.abandon();
-                if disk.oldest() > 0 {
-                    self.hung.borrow_mut().push(Rc::clone(disk));
-                    self.pool.lend();
-                }
-            }
+            self.give_up(&member);
             // md's words: a disk that was being filled was a spare until then.
             let name = match rebuilding & 1 << slot {
                 0 => "Fail",
@@ -67,11 +61,28 @@ impl<E: Env> RaidGroup<E> {
                 &format!("disk {} (slot {slot}): {why}", member.path),
             );
         }
+        if self
+            .copying()
+            .is_some_and(|copying| slots & 1 << copying.slot != 0)
+        {
+            self.turn_into_rebuild(why);
+        }
         if slots & !rebuilding != 0 {
             self.renew_history();
             self.event("DegradedArray", None, &self.reason());
         }
         self.advance();
+    }
+
+    /// Has nobody wait for a disk any more.
+    pub(crate) fn give_up(&self, member: &Member<E::Disk>) {
+        if let Some(disk) = &*member.disk.borrow() {
+            disk.abandon();
+            if disk.oldest() > 0 {
+                self.hung.borrow_mut().push(Rc::clone(disk));
+                self.pool.lend();
+            }
+        }
     }
 
     pub(crate) fn renew_history(&self) {
@@ -216,7 +227,9 @@ impl<E: Env> RaidGroup<E> {
         let record = self.record_now();
         let slots = self.in_sync.get() | self.rebuilding().map_or(0, |slot| 1 << slot);
         // Whoever comes into a slot meanwhile is of the next generation.
-        let members: Vec<_> = bits(slots).map(|slot| self.member(slot)).collect();
+        let mut members: Vec<_> = bits(slots).map(|slot| self.member(slot)).collect();
+        let copying = self.copying();
+        members.extend(copying.iter().map(|copying| Rc::clone(&copying.to)));
         let mut failed = 0u64;
         for copy in Copy::BOTH {
             let mut ios = Vec::new();
@@ -224,7 +237,12 @@ impl<E: Env> RaidGroup<E> {
                 let (Some(place), Some(meta)) = (&member.place, &member.meta) else {
                     continue;
                 };
-                if failed & 1 << member.slot != 0 {
+                // Who is to replace another is in no slot: its own failure costs the slot nothing.
+                let is_bad = match member.counts.get() {
+                    true => failed & 1 << member.slot != 0,
+                    false => member.to_blame.get(),
+                };
+                if is_bad {
                     continue;
                 }
                 let block = self.superblock(member, place, generation, &record);
@@ -236,7 +254,7 @@ impl<E: Env> RaidGroup<E> {
                         "refused to write a superblock that no reader would take",
                     );
                     member.to_blame.set(true);
-                    failed |= 1 << member.slot;
+                    failed |= u64::from(member.counts.get()) << member.slot;
                     continue;
                 }
                 parity::copy_in(meta.cells(0..BYTES), &bytes);
@@ -247,11 +265,11 @@ impl<E: Env> RaidGroup<E> {
                 let verb = DiskVerb::Write { fua: true };
                 let at = block.copy_at(copy);
                 let io = member.submit_meta(verb, at, 4096, Buf::Pool(meta), &[piece]);
-                ios.push((member.slot, io));
+                ios.push((member, io));
             }
-            for (slot, io) in ios {
+            for (member, io) in ios {
                 if io.await.is_err() {
-                    failed |= 1 << slot;
+                    failed |= u64::from(member.counts.get()) << member.slot;
                 }
             }
         }
@@ -268,6 +286,13 @@ impl<E: Env> RaidGroup<E> {
             // The next generation, without them, is written by the loop of `publish`.
             self.fail_now(failed, "superblock could not be written");
             return Ok(());
+        }
+        if let Some(copying) = &copying
+            && copying.to.to_blame.get()
+            && self.copying().is_some_and(|now| Rc::ptr_eq(&now, copying))
+        {
+            // It does not take superblocks: the next generation is without it.
+            self.drop_copy("superblock could not be written");
         }
         self.durable.set(generation);
         self.floor.set(generation);
@@ -300,6 +325,11 @@ impl<E: Env> RaidGroup<E> {
                     },
                 })
                 .collect(),
+            replacement: self.copying().map(|copying| Replacement {
+                disk: copying.to.uuid,
+                slot: copying.slot,
+                copied_to: self.copied_to.get(),
+            }),
             ..record.clone()
         }
     }

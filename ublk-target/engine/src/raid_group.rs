@@ -15,6 +15,7 @@ use lunar_api::target::{
 use lunar_api::{DiskUuid, GroupUuid, LuUuid, SystemUuid};
 
 use crate::config::{GroupConfig, ScrubRecord};
+use crate::copying::Copying;
 use crate::extents::ExtentMap;
 use crate::geometry::{Geometry, Piece};
 use crate::inflight::InflightLog;
@@ -149,7 +150,7 @@ impl Counters {
     }
 }
 
-/// A LU of a running group.
+/// A LU of a running group; one that has grown is another, and requests from before end as they began.
 #[derive(Debug)]
 pub(crate) struct Lu {
     pub handle: u16,
@@ -159,7 +160,7 @@ pub(crate) struct Lu {
     pub depth: u16,
     pub queues: Cell<u16>,
     pub extents: ExtentMap,
-    pub counters: Counters,
+    pub counters: Rc<Counters>,
 }
 
 impl Lu {
@@ -225,6 +226,14 @@ pub struct RaidGroup<E: Env> {
     pub(crate) kept: RefCell<Vec<Lease>>,
     pub(crate) requests: Cell<u64>,
     pub(crate) active_writes: Cell<u64>,
+    /// Writes without redundancy under way that take no stripe.
+    pub(crate) plain_writes: Cell<u64>,
+    /// When a copy that could not go on is tried again, unless there is new work before.
+    pub(crate) copy_retry: Cell<(Tick, u64)>,
+    /// A disk that is filled to replace another.
+    pub(crate) copying: RefCell<Option<Rc<Copying<E::Disk>>>>,
+    /// What the superblocks say of it, in bytes of the slot: 0 but after a clean stop.
+    pub(crate) copied_to: Cell<u64>,
     pub(crate) turn: Cell<u32>,
     pub(crate) stopping: Cell<bool>,
     pub(crate) background_ended: Cell<bool>,
@@ -365,6 +374,7 @@ impl<E: Env> RaidGroup<E> {
                 .map(|member| member.status())
                 .collect(),
             lus: self.lus().into_iter().map(|(_, status)| status).collect(),
+            replacement: self.copying().map(|copying| copying.to.status()),
             sync: self
                 .sync_status
                 .borrow()

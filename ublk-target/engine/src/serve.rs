@@ -104,7 +104,7 @@ impl<E: Env> RaidGroup<E> {
                 add(&counters.writes, 1);
                 add(&counters.write_bytes, request.len);
                 if self.geometry.redundancy() == 0 {
-                    self.write_plain(&lu, request, fua).await
+                    self.write_unprotected(&lu, request, fua).await
                 } else {
                     self.active_writes.set(self.active_writes.get() + 1);
                     let result = self.write_redundant(&lu, request, fua).await;
@@ -296,6 +296,22 @@ impl<E: Env> RaidGroup<E> {
             .map_err(|_| EIO)
     }
 
+    /// Writes where there is no redundancy: to the members at once, or, while one is copied, stripe by stripe.
+    async fn write_unprotected(
+        &self,
+        lu: &Lu,
+        request: HostRequest,
+        fua: bool,
+    ) -> Result<(), Errno> {
+        if self.copying().is_some() {
+            return self.write_stripes(lu, request, fua).await;
+        }
+        self.plain_writes.set(self.plain_writes.get() + 1);
+        let result = self.write_plain(lu, request, fua).await;
+        self.plain_writes.set(self.plain_writes.get() - 1);
+        result
+    }
+
     async fn write_plain(&self, lu: &Lu, request: HostRequest, fua: bool) -> Result<(), Errno> {
         let mut lease = None;
         if request.zero_copy {
@@ -318,6 +334,10 @@ impl<E: Env> RaidGroup<E> {
     /// Takes a private copy and writes it, stripe by stripe.
     async fn write_redundant(&self, lu: &Lu, request: HostRequest, fua: bool) -> Result<(), Errno> {
         self.ensure_dirty().await?;
+        self.write_stripes(lu, request, fua).await
+    }
+
+    async fn write_stripes(&self, lu: &Lu, request: HostRequest, fua: bool) -> Result<(), Errno> {
         add(&lu.counters.user_copy, 1);
         let mut done = 0;
         while done < request.len {

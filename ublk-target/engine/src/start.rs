@@ -5,12 +5,12 @@ use std::rc::Rc;
 use lunar_api::target::{Level, MemberState};
 use lunar_api::{ApiError, DiskUuid, ErrorKind, History};
 
-use crate::assembly::{self, Conditions, Present, SlotPlan};
+use crate::assembly::{self, Conditions, Plan, Present, SlotPlan};
 use crate::config::GroupConfig;
 use crate::geometry::{Geometry, GeometryError};
 use crate::inflight::{self, Left};
 use crate::label::{read_superblock, read_superblock_to};
-use crate::launch::{Slot, split};
+use crate::launch::{Seated, Slot, split};
 use crate::limits::{CONFIG_PIECE, MEMBERS_MAX};
 use crate::parity;
 use crate::pool::{Pool, Quota};
@@ -89,6 +89,7 @@ impl<E: Env> RaidGroup<E> {
                     },
                 })
                 .collect(),
+            replacement: None,
         };
         let mut slots = Vec::new();
         for (given, reserve) in members.into_iter().zip(reserves) {
@@ -104,7 +105,7 @@ impl<E: Env> RaidGroup<E> {
             record,
             config.clone(),
             generation,
-            slots,
+            Seated { slots, new: None },
             false,
         )
         .await;
@@ -147,6 +148,10 @@ impl<E: Env> RaidGroup<E> {
                 // Its first superblock written here would take it away from the other, unasked.
                 Ok(superblock) if superblock.system != rest.system => {
                     return Err(foreign(&given.path, &superblock));
+                }
+                // It has left since whoever hands it in saw it last.
+                Ok(superblock) if superblock.is_free() => {
+                    unreadable.push(format!("{}: it is a free disk now", given.path));
                 }
                 Ok(superblock) => {
                     superblocks.push(superblock);
@@ -210,8 +215,10 @@ impl<E: Env> RaidGroup<E> {
             .slots
             .iter()
             .filter_map(|slot| slot.used())
+            .chain(plan.replacement)
             .any(differs);
         let used = plan.slots.iter().filter_map(|slot| slot.used());
+        let used = used.chain(plan.replacement);
         let floor = used.map(|disk| superblocks[disk].generation).min();
         let geometry = record.geometry().map_err(|error| failed(what, error))?;
         let without: Vec<_> = spec
@@ -220,14 +227,15 @@ impl<E: Env> RaidGroup<E> {
             .filter(|disk| record.slot_of(**disk).is_some())
             .map(left_out)
             .collect();
-        let slots = seat(&plan.slots, readable, &superblocks, &record);
+        let seated = seat(&plan, readable, &superblocks, &record);
         // Replay comes first: what is read from here on may take the memory that it writes from.
         let mut unreplayed = 0;
         if let Some(left) = &left {
-            unreplayed = left.unreplayed | replay(&rest.pool, left, &record, &slots).await;
+            unreplayed = left.unreplayed | replay(&rest.pool, left, &record, &seated.slots).await;
             inflight::replayed(&rest.pool, unreplayed);
         }
-        let config = read_config(&rest.pool, &geometry, &record, &slots, &plan.slots).await?;
+        let config =
+            read_config(&rest.pool, &geometry, &record, &seated.slots, &plan.slots).await?;
         let generation = plan.generation;
         let group = Self::launch(
             rest,
@@ -235,7 +243,7 @@ impl<E: Env> RaidGroup<E> {
             record,
             config,
             generation,
-            slots,
+            seated,
             left.is_some(),
         )
         .await;
@@ -285,13 +293,14 @@ fn foreign(path: &str, superblock: &Superblock) -> ApiError {
         .hint("lunar import --take PATH.., all its disks, if that system is to lose the group")
 }
 
-/// Brings every member that is used to its slot; the others are let go of.
+/// Brings every member that is used to its slot, and the one that is to replace another beside it; the others are let
+/// go of.
 fn seat<D>(
-    plans: &[SlotPlan],
+    plan: &Plan,
     given: Vec<Given<D>>,
     superblocks: &[Superblock],
     record: &GroupRecord,
-) -> Vec<Slot<D>> {
+) -> Seated<D> {
     let mut given: Vec<Option<Given<D>>> = given.into_iter().map(Some).collect();
     let mut seat = |i: usize, slot: usize| {
         let superblock = &superblocks[i];
@@ -306,11 +315,19 @@ fn seat<D>(
         };
         given[i].take().map(|given| (given, place))
     };
-    plans
+    let slots = plan
+        .slots
         .iter()
         .enumerate()
         .map(|(slot, plan)| plan.used().and_then(|i| seat(i, slot)))
-        .collect()
+        .collect();
+    // The cursor of the superblock that decided: the next one says 0.
+    let said = plan.superblock.member.as_ref();
+    let new = plan
+        .replacement
+        .zip(said.and_then(|member| member.group.replacement))
+        .map(|(i, new)| (seat(i, usize::from(new.slot)), new));
+    Seated { slots, new }
 }
 
 /// The shape of a new group: all members alike as large as the smallest allows, or, linear, each as it is.

@@ -21,6 +21,7 @@ use crate::sync::join_all;
 use crate::traits::{Env, Piece};
 
 mod band_buffers;
+mod copy;
 mod repair;
 pub(crate) mod scrub;
 mod sync;
@@ -39,6 +40,9 @@ impl<E: Env> RaidGroup<E> {
         let mut batch = Batch::new();
         while let Some((stripe, head)) = self.stripes.take(&mut batch).await {
             let result = match batch.first().map(|item| &item.task) {
+                Some(Task::Write { .. }) if self.geometry.redundancy() == 0 => {
+                    self.write_alone(stripe, &batch).await
+                }
                 Some(Task::Write { .. }) => match self.geometry.is_mirrored() {
                     true => self.write_mirrors(stripe, &batch).await,
                     false => self.write_parity(stripe, &batch).await,
@@ -50,6 +54,7 @@ impl<E: Env> RaidGroup<E> {
                     avoid,
                 }) => self.read_around(stripe, *span, lease, *to, *avoid).await,
                 Some(Task::Sync) => self.sync_stripe(stripe).await,
+                Some(Task::Copy) => self.copy_stripe(stripe).await,
                 Some(Task::Scrub { repair }) => self.scrub_stripe(stripe, *repair).await,
                 None => Ok(()),
             };

@@ -114,6 +114,18 @@ pub struct GroupRecord {
     pub floor: u64,
     /// One a slot.
     pub members: Vec<MemberEntry>,
+    /// The disk that is filled to replace one that is in sync.
+    pub replacement: Option<Replacement>,
+}
+
+/// A disk that takes a slot when it is filled; it is in none before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Replacement {
+    pub disk: DiskUuid,
+    /// Of the disk that it is copied from.
+    pub slot: u16,
+    /// Bytes of its data area that are right after a clean stop. Else 0.
+    pub copied_to: u64,
 }
 
 /// Conditions of a group.
@@ -350,7 +362,8 @@ impl Member {
                 members,
             });
         };
-        if own.disk != disk {
+        let is_new = |new: Replacement| (new.disk, new.slot) == (disk, self.slot);
+        if own.disk != disk && !group.replacement.is_some_and(is_new) {
             return Err(SuperblockError::NotItsSlot { slot: self.slot });
         }
         let data = Area {
@@ -499,6 +512,25 @@ impl GroupRecord {
         }
     }
 
+    fn check_replacement(&self) -> Result<(), SuperblockError> {
+        let Some(new) = self.replacement else {
+            return Ok(());
+        };
+        let old = self.members.get(usize::from(new.slot));
+        let is_copied = old.is_some_and(|old| old.state == MemberState::InSync);
+        let is_ok = is_copied
+            && !new.disk.is_nil()
+            && self.slot_of(new.disk).is_none()
+            && self.is_cursor(new.copied_to);
+        match is_ok {
+            true => Ok(()),
+            false => Err(SuperblockError::Field {
+                field: "replacement of slot",
+                value: new.slot.into(),
+            }),
+        }
+    }
+
     fn is_cursor(&self, at: u64) -> bool {
         at <= self.member_bytes && at.is_multiple_of(GRAIN)
     }
@@ -543,7 +575,7 @@ impl GroupRecord {
                 });
             }
         }
-        Ok(())
+        self.check_replacement()
     }
 }
 

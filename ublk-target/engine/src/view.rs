@@ -2,7 +2,10 @@
 //!
 //! A queue thread looks at a [`GroupView`], a picture of the group that never changes, and forwards to the owner
 //! whatever the picture does not settle. The owner makes a new picture when the group changes, and relies on a change
-//! only when every queue thread has confirmed it ([`Views`]).
+//! only when every queue thread has confirmed it (`Views`).
+//!
+//! Where there is no redundancy queue threads write too; there a picture is confirmed when no write is under way that an
+//! earlier one allowed.
 //!
 //! Invariant: no write is acknowledged that a member has missed while a queue thread may still begin a read there. A
 //! read that was begun before is as old as its request: the host cannot tell it from one that was served at once.
@@ -36,6 +39,8 @@ pub struct GroupView {
     readable: u64,
     /// Mirrors are equal on the stripes below.
     synced: u64,
+    /// Writes are the owner's business: a member is being replaced, and what is written to it goes to two disks.
+    is_copied: bool,
     /// By slot: the disk, and the bytes from its start to the group's data.
     members: Vec<(DiskUuid, u64)>,
 }
@@ -112,6 +117,7 @@ impl<E: Env> RaidGroup<E> {
             geometry: self.geometry.clone(),
             readable: self.in_sync.get(),
             synced: first_hole.map_or(self.synced.get(), |hole| hole.min(self.synced.get())),
+            is_copied: members.iter().any(|member| member.twin.borrow().is_some()),
             members: members
                 .iter()
                 .map(|member| (member.uuid, member.data_offset))
@@ -177,16 +183,21 @@ pub enum Served {
 /// A LU as a queue thread has it.
 #[derive(Debug)]
 pub struct QueueLu {
-    extents: ExtentMap,
+    extents: RefCell<Rc<ExtentMap>>,
     counters: Counters,
 }
 
 impl QueueLu {
     pub fn new(extents: ExtentMap) -> Self {
         Self {
-            extents,
+            extents: RefCell::new(Rc::new(extents)),
             counters: Counters::default(),
         }
+    }
+
+    /// The LU has grown. What lies behind the end that is known here is the owner's to serve.
+    pub fn grow(&self, extents: ExtentMap) {
+        *self.extents.borrow_mut() = Rc::new(extents);
     }
 
     /// What was served here; what was forwarded the owner counts.
@@ -217,6 +228,8 @@ struct Loaded<D> {
 /// Serves requests on a queue thread; plain data of that thread.
 pub struct QueueServer<D> {
     loaded: RefCell<Option<Rc<Loaded<D>>>>,
+    /// Pictures from before by which requests are still being served.
+    left: RefCell<Vec<Rc<Loaded<D>>>>,
     turn: Cell<u32>,
     /// Written by this thread alone, for the owner to see.
     requests: Arc<AtomicU64>,
@@ -232,6 +245,7 @@ impl<D> Default for QueueServer<D> {
     fn default() -> Self {
         Self {
             loaded: RefCell::default(),
+            left: RefCell::default(),
             turn: Cell::default(),
             requests: Arc::default(),
         }
@@ -259,7 +273,16 @@ impl<D: Disk> QueueServer<D> {
             disks,
             counts,
         });
-        *self.loaded.borrow_mut() = Some(loaded);
+        let left = self.loaded.borrow_mut().replace(loaded);
+        self.left.borrow_mut().extend(left);
+    }
+
+    /// No write is under way that was begun by an earlier picture: this one can be confirmed. Reads are as old as
+    /// their request and keep nobody waiting, and writes are begun here only where there is no redundancy.
+    pub fn is_settled(&self) -> bool {
+        let mut left = self.left.borrow_mut();
+        left.retain(|one| one.view.geometry.redundancy() == 0 && Rc::strong_count(one) > 1);
+        left.is_empty()
     }
 
     /// What was done on the members, by slot.
@@ -296,23 +319,26 @@ impl<D: Disk> QueueServer<D> {
         let (view, redundancy) = (&loaded.view, loaded.view.geometry.redundancy());
         let verb = match request.verb {
             HostVerb::Read => DiskVerb::Read,
-            HostVerb::Write { fua } if redundancy == 0 => DiskVerb::Write { fua },
+            HostVerb::Write { fua } if redundancy == 0 && !view.is_copied => {
+                DiskVerb::Write { fua }
+            }
             _ => return FORWARD,
         };
+        let extents = Rc::clone(&lu.extents.borrow());
         let end = request.at.checked_add(request.len);
-        let fits = end.is_some_and(|end| end <= lu.extents.capacity());
+        let fits = end.is_some_and(|end| end <= extents.capacity());
         if !request.zero_copy || !fits {
             return FORWARD;
         }
         let turn = self.turn.get().wrapping_add(1);
         self.turn.set(turn);
         // Before the first I/O: what is in flight cannot be forwarded.
-        let mut pieces = lu.extents.pieces(&view.geometry, request.at, request.len);
+        let mut pieces = extents.pieces(&view.geometry, request.at, request.len);
         let is_here = |spot: Spot| loaded.disks[usize::from(spot.slot)].is_some();
         if !pieces.all(|piece| view.source(&piece, turn).is_some_and(is_here)) {
             return FORWARD;
         }
-        let failed = self.transfer(&loaded, lu, &request, verb, turn).await;
+        let failed = self.transfer(&loaded, &extents, &request, verb, turn).await;
         if failed != 0 && redundancy > 0 {
             return Served::Forward { failed };
         }
@@ -340,7 +366,7 @@ impl<D: Disk> QueueServer<D> {
     async fn transfer(
         &self,
         loaded: &Loaded<D>,
-        lu: &QueueLu,
+        extents: &ExtentMap,
         request: &HostRequest,
         verb: DiskVerb,
         turn: u32,
@@ -348,7 +374,7 @@ impl<D: Disk> QueueServer<D> {
         let (mut runs, mut ios) = (Runs::new(), Ios::<D>::new());
         let mut failed = 0;
         let view = &loaded.view;
-        for piece in lu.extents.pieces(&view.geometry, request.at, request.len) {
+        for piece in extents.pieces(&view.geometry, request.at, request.len) {
             let spot = view.source(&piece, turn).expect("looked at before");
             if let Some(run) = runs.add(spot.slot, spot.member_at, request_piece(&piece)) {
                 failed |= loaded.start(&run, request, verb, &mut ios).await;
@@ -424,6 +450,7 @@ mod tests {
             geometry: Geometry::new(level, 4, 65536, 1 << 20).unwrap(),
             readable,
             synced,
+            is_copied: false,
             members: vec![(DiskUuid::NIL, 0); 4],
         }
     }

@@ -1,8 +1,12 @@
 //! The real engine on disks in memory: content against a plain byte model, healthy, degraded, rebuilt.
 #![allow(clippy::cast_possible_truncation, missing_debug_implementations)]
 
+#[path = "group/growing.rs"]
+mod growing;
 #[path = "group/levels.rs"]
 mod levels;
+#[path = "group/replacing.rs"]
+mod replacing;
 #[path = "group/scrubs.rs"]
 mod scrubs;
 #[path = "group/troubles.rs"]

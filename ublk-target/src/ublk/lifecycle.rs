@@ -16,7 +16,7 @@ use lunar_api::target::Features;
 use lunar_engine::config::Queues;
 
 use super::device::Shape;
-use super::{Command, FLAG_SAFE_STOP, FLAG_ZERO_COPY, Geometry, IO_BYTES_MAX};
+use super::{Command, FLAG_SAFE_STOP, FLAG_UPDATE_SIZE, FLAG_ZERO_COPY, Geometry, IO_BYTES_MAX};
 use crate::control_helper::{ControlError, ControlHelper};
 
 /// How long udev may hold a new device, or a dead predecessor take to be noticed.
@@ -95,6 +95,11 @@ impl Info {
             registers,
             zero_copy: registers && features.zero_copy,
         }
+    }
+
+    /// Its size can be changed while it is in use.
+    pub(crate) fn can_resize(&self) -> bool {
+        self.flags & FLAG_UPDATE_SIZE != 0
     }
 
     /// Nobody serves it and nobody can take it over.
@@ -219,17 +224,7 @@ impl Lifecycle<'_> {
             0,
             params.clone(),
         ))?;
-        // The length must be there for GET_PARAMS; everything else comes from the kernel.
-        let mut ask = vec![0; params.len()];
-        ask[..4].copy_from_slice(&params[..4]);
-        let get = command(
-            sys::UBLK_U_CMD_GET_PARAMS,
-            "GET_PARAMS",
-            info.number,
-            0,
-            ask,
-        );
-        let (_, got) = self.helper.run(get)?;
+        let got = self.params(info.number)?;
         // Basic, discard and DMA alignment; what lies between is the kernel's.
         for range in [8..40, 40..60, 108..112] {
             let discard = range.start == 40 && !geometry.discard;
@@ -244,6 +239,25 @@ impl Lifecycle<'_> {
             )));
         }
         Ok(())
+    }
+
+    /// Reads the parameters of a device, as `struct ublk_params`.
+    fn params(&self, number: u32) -> Result<Vec<u8>, ControlError> {
+        let op = sys::UBLK_U_CMD_GET_PARAMS;
+        let get = command(op, "GET_PARAMS", number, 0, super::ask_params());
+        Ok(self.helper.run(get)?.1)
+    }
+
+    /// Has a device be so large, while it is in use. Answers whether it was not.
+    ///
+    /// # Crash  whoever recovers the device does it
+    pub(crate) fn resize(&self, number: u32, bytes: u64) -> Result<bool, LifecycleError> {
+        if super::bytes_of(&self.params(number)?) == Some(bytes) {
+            return Ok(false);
+        }
+        let op = sys::UBLK_U_CMD_UPDATE_SIZE;
+        self.run(op, "UPDATE_SIZE", number, bytes >> 9)?;
+        Ok(true)
     }
 
     /// Opens the character device of a device; not blocking, so that io_uring copies in place.

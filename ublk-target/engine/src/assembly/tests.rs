@@ -8,6 +8,7 @@ use super::*;
 use crate::reserve::{lay_out, region_bytes};
 use crate::superblock::{BYTES, ConfigVersion, Copy, Flags, Member, MemberEntry};
 mod histories;
+mod replacing;
 mod unclean;
 
 const GROUP: GroupUuid = GroupUuid::from_bytes([9; 16]);
@@ -59,6 +60,7 @@ impl World {
             config: ConfigVersion::default(),
             floor: 0,
             members: (0..members).map(entry).collect(),
+            replacement: None,
         };
         let superblock = |slot: usize| Superblock {
             system: SystemUuid::from_bytes([7; 16]),
@@ -144,6 +146,7 @@ fn assert_order_is_nothing(
     let again = assemble(GROUP, &turned, conditions).map(|plan| Plan {
         leader: turn(plan.leader),
         surplus: plan.surplus.into_iter().map(turn).collect(),
+        replacement: plan.replacement.map(turn),
         slots: plan
             .slots
             .into_iter()

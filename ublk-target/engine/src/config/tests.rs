@@ -375,6 +375,66 @@ fn deleted_lus_come_back_until_their_space_is_needed() {
 }
 
 #[test]
+fn lu_grows_behind_what_it_has() {
+    let g = raid0(16);
+    let extent = |at, len| Extent {
+        at: at * MIB,
+        len: len * MIB,
+    };
+    let mut config = GroupConfig::new("g").unwrap();
+    for (n, name) in [(1, "a"), (2, "b"), (3, "c")] {
+        config
+            .create_lu(&g, id(n), name, LuSize::Bytes(2 * MIB), 1)
+            .unwrap();
+    }
+    let mut grow = |n, size, capacity, extents: &[Extent]| {
+        let lu = config.resize_lu(&g, id(n), size).unwrap();
+        assert_eq!((lu.capacity, &lu.extents[..]), (capacity * MIB, extents));
+    };
+    grow(1, LuSize::Bytes(4 * MIB), 4, &[extent(0, 2), extent(6, 2)]);
+    // Right behind: the same extent.
+    grow(
+        1,
+        LuSize::Bytes(5 * MIB - 1),
+        5,
+        &[extent(0, 2), extent(6, 3)],
+    );
+    grow(1, LuSize::Bytes(5 * MIB), 5, &[extent(0, 2), extent(6, 3)]);
+    grow(2, LuSize::Percent(25), 4, &[extent(2, 2), extent(9, 2)]);
+    config.check(&g).unwrap();
+    let before = config.clone();
+    assert!(matches!(
+        config.resize_lu(&g, id(1), LuSize::Bytes(4 * MIB)),
+        Err(ConfigError::Shrink { .. })
+    ));
+    assert!(matches!(
+        config.resize_lu(&g, id(1), LuSize::Bytes(u64::MAX)),
+        Err(ConfigError::NoSpace { .. })
+    ));
+    assert!(matches!(
+        config.resize_lu(&g, id(1), LuSize::Bytes(11 * MIB)),
+        Err(ConfigError::NoSpace {
+            free: 5_242_880,
+            ..
+        })
+    ));
+    assert!(matches!(
+        config.resize_lu(&g, id(9), LuSize::Max),
+        Err(ConfigError::NoSuchLu { .. })
+    ));
+    assert_eq!(config, before);
+    // Space of deleted ones comes last, and is theirs no more.
+    config.delete_lu(id(2)).unwrap();
+    let lu = config.resize_lu(&g, id(1), LuSize::Max).unwrap();
+    assert_eq!(lu.capacity, 14 * MIB);
+    assert!(config.deleted.is_empty());
+    assert_eq!(config.free_bytes(&g), 0);
+    let full = config.resize_lu(&g, id(1), LuSize::Max).unwrap().capacity;
+    assert_eq!(full, 14 * MIB);
+    config.check(&g).unwrap();
+}
+
+#[test]
 fn undelete_wants_its_name_back() {
     let g = raid0(8);
     let mut config = GroupConfig::new("g").unwrap();

@@ -220,7 +220,7 @@ impl<E: Env> RaidGroup<E> {
                 (WORK, None) => unreachable!("a write from work memory without any"),
                 (item, _) => match &batch[usize::from(item)].task {
                     Task::Write { lease, .. } => lease,
-                    Task::Read { .. } | Task::Sync | Task::Scrub { .. } => {
+                    Task::Read { .. } | Task::Sync | Task::Copy | Task::Scrub { .. } => {
                         unreachable!("batches of writes hold writes")
                     }
                 },
@@ -244,7 +244,7 @@ impl<E: Env> RaidGroup<E> {
             kept.extend(work.cloned());
             kept.extend(batch.iter().filter_map(|item| match &item.task {
                 Task::Write { lease, .. } => Some(lease.clone()),
-                Task::Read { .. } | Task::Sync | Task::Scrub { .. } => None,
+                Task::Read { .. } | Task::Sync | Task::Copy | Task::Scrub { .. } => None,
             }));
             return Err(errno);
         }

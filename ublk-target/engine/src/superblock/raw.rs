@@ -10,7 +10,7 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligne
 
 use super::{
     At, BYTES, ConfigVersion, Copy, FORMAT, Flags, GroupRecord, MAGIC, Member, MemberEntry,
-    Superblock, SuperblockError, crc32c,
+    Replacement, Superblock, SuperblockError, crc32c,
 };
 use crate::limits::{MEMBERS_MAX, PARENTS_MAX};
 use crate::reserve::{Area, COPY_0_AT, Layout};
@@ -20,7 +20,9 @@ const FLOOR: u64 = 1 << 0;
 /// Features that this code knows, by word.
 const COMPAT: u64 = FLOOR;
 const RO_COMPAT: u64 = 0;
-const INCOMPAT: u64 = 0;
+/// The replacement is there, and may be.
+const INCOMPAT_REPLACEMENT: u64 = 1 << 0;
+const INCOMPAT: u64 = INCOMPAT_REPLACEMENT;
 
 const DIRTY: u32 = 1 << 0;
 const ASSUME_CLEAN: u32 = 1 << 1;
@@ -46,6 +48,16 @@ struct RawArea {
     offset: U64,
     len: U64,
 }
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct RawReplacement {
+    disk: [u8; 16],
+    slot: U16,
+    reserved: [u8; 6],
+    copied_to: U64,
+}
+const _: () = assert!(size_of::<RawReplacement>() == 32);
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -88,7 +100,8 @@ struct Raw {
     config_crc: U32,
     reserved_b: [u8; 4],
     floor: U64,
-    reserved_c: [u8; RESERVED],
+    reserved_c: [u8; RESERVED - 32],
+    replacement: RawReplacement,
     table: [RawMember; MEMBERS_MAX],
 }
 const _: () = assert!(size_of::<Raw>() == BYTES);
@@ -103,6 +116,7 @@ const _: () = assert!(offset_of!(Raw, areas) == 328);
 const _: () = assert!(offset_of!(Raw, config_len) == 456);
 const _: () = assert!(offset_of!(Raw, floor) == 480);
 const _: () = assert!(offset_of!(Raw, reserved_c) == 488);
+const _: () = assert!(offset_of!(Raw, replacement) == 2016);
 const _: () = assert!(offset_of!(Raw, table) == BYTES / 2);
 
 pub(super) fn encode(superblock: &Superblock, copy: Copy, to: &mut [u8; BYTES]) {
@@ -110,7 +124,6 @@ pub(super) fn encode(superblock: &Superblock, copy: Copy, to: &mut [u8; BYTES]) 
     raw.magic = MAGIC;
     raw.format = FORMAT.into();
     raw.ro_compat = RO_COMPAT.into();
-    raw.incompat = INCOMPAT.into();
     raw.system = superblock.system.to_bytes();
     raw.disk = superblock.disk.to_bytes();
     raw.generation = superblock.generation.into();
@@ -162,6 +175,15 @@ fn encode_group(group: &GroupRecord, raw: &mut Raw) {
     raw.config_crc = group.config.crc.into();
     raw.floor = group.floor.into();
     raw.compat = if group.floor == 0 { 0 } else { FLOOR }.into();
+    if let Some(new) = group.replacement {
+        raw.incompat = INCOMPAT_REPLACEMENT.into();
+        raw.replacement = RawReplacement {
+            disk: new.disk.to_bytes(),
+            slot: new.slot.into(),
+            reserved: [0; 6],
+            copied_to: new.copied_to.into(),
+        };
+    }
     let members = u16::try_from(group.members.len()).expect("checked: at most 64");
     raw.members = members.into();
     for (to, entry) in raw.table.iter_mut().zip(&group.members) {
@@ -335,6 +357,12 @@ fn decode_group(raw: &Raw) -> Result<GroupRecord, SuperblockError> {
             _ => raw.floor.get(),
         },
         members: table.iter().map(decode_entry).collect::<Result<_, _>>()?,
+        // Without the feature bit the bytes are none that this version writes.
+        replacement: (raw.incompat.get() & INCOMPAT_REPLACEMENT != 0).then(|| Replacement {
+            disk: DiskUuid::from_bytes(raw.replacement.disk),
+            slot: raw.replacement.slot.get(),
+            copied_to: raw.replacement.copied_to.get(),
+        }),
     })
 }
 

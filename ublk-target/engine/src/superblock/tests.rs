@@ -53,6 +53,7 @@ fn sample() -> Superblock {
             entry(8, MemberState::Rebuilding, 2 * MIB),
             entry(9, MemberState::InSync, 0),
         ],
+        replacement: None,
     };
     Superblock {
         system: SystemUuid::from_bytes(uuid(1)),
@@ -66,6 +67,17 @@ fn sample() -> Superblock {
             group,
         }),
     }
+}
+
+/// The same while the disk of slot 3 is replaced.
+fn replacing() -> Superblock {
+    let mut superblock = sample();
+    superblock.member.as_mut().unwrap().group.replacement = Some(Replacement {
+        disk: DiskUuid::from_bytes(uuid(10)),
+        slot: 3,
+        copied_to: 5 * MIB,
+    });
+    superblock
 }
 
 fn free() -> Superblock {
@@ -90,7 +102,7 @@ fn at_start() -> At {
 
 #[test]
 fn encode_decodes_back() {
-    for superblock in [sample(), free()] {
+    for superblock in [sample(), replacing(), free()] {
         for copy in Copy::BOTH {
             let bytes = encoded(&superblock, copy);
             for device_size in [64 * MIB, 65 * MIB] {
@@ -118,7 +130,7 @@ fn golden_version_1_is_read_and_written() {
 
 #[test]
 fn every_flipped_byte_is_refused() {
-    for superblock in [sample(), free()] {
+    for superblock in [sample(), replacing(), free()] {
         let bytes = encoded(&superblock, Copy::Start);
         for i in 0..BYTES {
             for flip in [0x01, 0x80, 0xFF] {
@@ -139,8 +151,13 @@ fn every_flipped_byte_is_refused() {
 /// to the very bytes; no byte may be without meaning.
 #[test]
 fn every_flipped_byte_with_a_right_checksum_is_refused_or_means_something() {
-    let original = sample();
-    let bytes = encoded(&original, Copy::Start);
+    for original in [sample(), replacing()] {
+        flip_every_byte(&original);
+    }
+}
+
+fn flip_every_byte(original: &Superblock) {
+    let bytes = encoded(original, Copy::Start);
     let mut accepted = 0;
     for i in (0..BYTES).filter(|i| !(8..12).contains(i)) {
         for flip in [0x01, 0x80] {
@@ -152,7 +169,7 @@ fn every_flipped_byte_with_a_right_checksum_is_refused_or_means_something() {
                 Ok(_) if compat.contains(&i) => {}
                 Ok(other) => {
                     accepted += 1;
-                    assert_ne!(other, original, "byte {i} has no meaning");
+                    assert_ne!(other, *original, "byte {i} has no meaning");
                     assert_eq!(encoded(&other, Copy::Start), bytes);
                 }
                 Err(refused) => assert!(!refused.to_string().is_empty()),
@@ -312,6 +329,51 @@ fn raw_fields_out_of_range_are_refused() {
         refusal(56, &[0; 16]),
         SuperblockError::Reserved { .. }
     ));
+}
+
+/// A disk that is filled to replace another has that slot in its own superblock, and is in none.
+#[test]
+fn replacement_says_its_own_slot_and_wrong_ones_are_refused() {
+    let mut own = replacing();
+    own.disk = DiskUuid::from_bytes(uuid(10));
+    own.member.as_mut().unwrap().slot = 3;
+    let bytes = encoded(&own, Copy::Start);
+    assert_eq!(decode(&bytes, at_start()), Ok(own.clone()));
+    let mut elsewhere = own;
+    elsewhere.member.as_mut().unwrap().slot = 2;
+    let refused = elsewhere.encode(Copy::Start, &mut [0; BYTES]);
+    assert_eq!(refused, Err(SuperblockError::NotItsSlot { slot: 2 }));
+    let breaks: [fn(&mut Replacement); 6] = [
+        |new| new.slot = 4,
+        // It is rebuilt: there is nothing to copy.
+        |new| new.slot = 2,
+        |new| new.disk = DiskUuid::NIL,
+        |new| new.disk = DiskUuid::from_bytes(uuid(6)),
+        |new| new.copied_to += 1,
+        |new| new.copied_to = 64 * MIB,
+    ];
+    for (i, change) in breaks.iter().enumerate() {
+        let mut broken = replacing();
+        let group = &mut broken.member.as_mut().unwrap().group;
+        change(group.replacement.as_mut().unwrap());
+        let mut bytes = [0; BYTES];
+        let refused = broken.encode(Copy::Start, &mut bytes).unwrap_err();
+        assert!(
+            refused.to_string().contains("replacement"),
+            "break {i}: {refused}"
+        );
+        raw::encode(&broken, Copy::Start, &mut bytes);
+        assert!(decode(&bytes, at_start()).is_err(), "break {i}");
+    }
+    // Without the feature bit its bytes are none that mean something.
+    let mut bytes = encoded(&replacing(), Copy::Start);
+    bytes[32] = 0;
+    raw::seal(&mut bytes);
+    let refused = decode(&bytes, at_start()).unwrap_err();
+    assert!(
+        matches!(refused, SuperblockError::Reserved { .. }),
+        "{refused}"
+    );
 }
 
 /// Breaks exactly one thing of a legal superblock; it is neither written nor, written nevertheless, read.

@@ -285,6 +285,8 @@ fn linear_goes_on_on_the_next_member_and_uses_all_of_each() {
         force: false,
         witness: None,
         without: Vec::new(),
+        keep: None,
+        undelete: false,
     };
     let again = world
         .block_on(RaidGroup::start(parts(&world, members(), &memory), start))
