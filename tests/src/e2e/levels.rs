@@ -6,6 +6,9 @@ use super::rig::{Rig, text};
 use super::shell::{Failure, sh, sh_in, until};
 use super::{LONG, Test, add, ensure};
 
+/// MiB of a member of a group that is read whole again and again: the least that a disk can have.
+const MIB: u64 = 64;
+
 pub(super) fn tests(to: &mut Vec<Test>) {
     for members in [4, 5, 6, 8] {
         let long = if members == 4 { "" } else { LONG };
@@ -13,6 +16,13 @@ pub(super) fn tests(to: &mut Vec<Test>) {
             to,
             format!("{long}levels_raid6_of_{members}_every_pair_lost_read_and_rebuilt"),
             move || every_loss("raid6", members, |_, _| true),
+        );
+    }
+    for (members, two, long) in [(5, (1, 3), ""), (4, (0, 2), LONG), (6, (4, 5), LONG)] {
+        add(
+            to,
+            format!("{long}levels_raid6_of_{members}_reads_by_two_rebuilt_without_each_other"),
+            move || rebuilt_is_relied_on(members, two),
         );
     }
     for members in [3, 4, 5, 6] {
@@ -37,17 +47,29 @@ pub(super) fn tests(to: &mut Vec<Test>) {
         neighbours,
     );
     add(to, "levels_linear_has_all_of_members_of_any_size", linear);
-    add(to, "levels_mkfs_takes_what_lu_show_says", mkfs);
+    for (long, level, members, chunk, data) in [
+        ("", "raid6", 5, 64, 3),
+        ("", "raid10", 7, 64, 7),
+        ("", "linear", 3, 0, 0),
+        (LONG, "raid6", 6, 4, 4),
+        (LONG, "raid10", 6, 1024, 3),
+        (LONG, "raid5", 4, 512, 3),
+        (LONG, "raid0", 3, 64, 3),
+    ] {
+        add(
+            to,
+            format!("{long}levels_mkfs_takes_what_lu_show_says_of_{level}_of_{members}"),
+            move || mkfs(level, members, chunk, data),
+        );
+    }
 }
 
 /// Disks of these sizes in MiB.
 fn sized(sizes: &[u64]) -> Result<Vec<String>, Failure> {
-    let make = |(i, mib): (usize, &u64)| {
-        sh(&format!(
-            "dmsetup create member{i} --table \"0 $(({mib} * 2048)) linear /dev/ram{i} 0\"; echo /dev/mapper/member{i}"
-        ))
-    };
-    sizes.iter().enumerate().map(make).collect()
+    let sizes = sizes.iter().enumerate();
+    sizes
+        .map(|(i, mib)| sh(&format!("member_make dm {i} {mib}")))
+        .collect()
 }
 
 /// Writes random bytes to all of the LU; they are in /tmp/content too.
@@ -65,7 +87,8 @@ fn fill(device: &str) -> Result<(), Failure> {
 /// Reads all of the LU past the page cache and compares.
 fn reads_as_written(device: &str) -> Result<(), Failure> {
     sh_in(
-        &format!("dd if={device} iflag=direct bs=1M 2>/dev/null | cmp - /tmp/content >&2"),
+        // Not by a pipe, which is slow.
+        &format!("dd if={device} of=/tmp/read iflag=direct bs=1M 2>/dev/null; cmp /tmp/read /tmp/content >&2"),
         100,
     )
     .map(drop)
@@ -80,14 +103,13 @@ fn every_loss(
     may_be_lost: impl Fn(usize, usize) -> bool,
 ) -> Result<(), Failure> {
     let rig = Rig::new()?;
-    let paths = sized(&vec![64; members])?;
+    let paths = sized(&vec![MIB; members])?;
     rig.array_of(
         &paths,
         &["--level", level, "--chunk", "64KiB", "--assume-clean"],
     )?;
     let device = rig.device()?;
     fill(&device)?;
-    let group = rig.json(&["group", "show", "data"])?;
     let mut pairs = Vec::new();
     for (a, b) in (0..members).flat_map(|a| (a + 1..members).map(move |b| (a, b))) {
         if may_be_lost(a, b) {
@@ -104,7 +126,6 @@ fn every_loss(
         for slot in &lost {
             rig.lunar(&["disk", "fail", &paths[*slot], "--yes"])?;
         }
-        reads_as_written(&device).map_err(|why| format!("{what}: {why}"))?;
         sh_in(
             &format!(
                 "head -c 3000000 /dev/urandom > /tmp/part; for to in {device} /tmp/content; do
@@ -113,28 +134,68 @@ fn every_loss(
             ),
             60,
         )?;
-        reads_as_written(&device).map_err(|why| format!("{what}, written: {why}"))?;
+        reads_as_written(&device).map_err(|why| format!("{what}: {why}"))?;
         let (state, _) = rig.state()?;
         ensure(state == "degraded", || format!("{what}: {state}"))?;
         for slot in lost {
-            let path = &paths[slot];
-            let_go(&rig, path, identity(path)?)?;
-            let offset = group["members"][slot]["data_offset"].as_u64();
-            let offset = offset.ok_or("no data_offset")? >> 20;
-            sh_in(
-                &format!(
-                    "dd if=/dev/urandom of={path} bs=1M seek={offset} count=$((63 - {offset})) oflag=direct 2>/dev/null"
-                ),
-                30,
-            )?;
-            rig.lunar(&["disk", "replace", path, path])?;
-            until("the slot is in sync", 100, || {
-                Ok(rig.state()?.1[slot] == "in_sync")
-            })
-            .map_err(|why| format!("{what}: {why}\n{}", rig.log_tail()))?;
+            put_back(&rig, &paths[slot], slot).map_err(|why| format!("{what}: {why}"))?;
         }
         rig.wait_optimal(100)?;
         reads_as_written(&device).map_err(|why| format!("{what}, rebuilt: {why}"))?;
+    }
+    Ok(())
+}
+
+/// Overwrites a failed member's data with something else, puts the disk back, and waits until it is rebuilt.
+fn put_back(rig: &Rig, path: &str, slot: usize) -> Result<(), Failure> {
+    let_go(rig, path, identity(path)?)?;
+    let group = rig.json(&["group", "show", "data"])?;
+    let offset = group["members"][slot]["data_offset"].as_u64();
+    let offset = offset.ok_or("no data_offset")? >> 20;
+    sh_in(
+        &format!(
+            "dd if=/dev/urandom of={path} bs=1M seek={offset} count=$(({MIB} - 1 - {offset})) oflag=direct 2>/dev/null"
+        ),
+        30,
+    )?;
+    rig.lunar(&["disk", "replace", path, path])?;
+    until("the slot is in sync", 100, || {
+        Ok(rig.state()?.1[slot] == "in_sync")
+    })
+    .map_err(|why| format!("{why}\n{}", rig.log_tail()))
+}
+
+/// Given a raid6 whose members two were lost, overwritten and rebuilt, when each other member is taken away, then all
+/// reads as written; the same with each two others.
+fn rebuilt_is_relied_on(members: usize, two: (usize, usize)) -> Result<(), Failure> {
+    let rig = Rig::new()?;
+    let paths = sized(&vec![MIB; members])?;
+    rig.array_of(
+        &paths,
+        &["--level", "raid6", "--chunk", "64KiB", "--assume-clean"],
+    )?;
+    let device = rig.device()?;
+    fill(&device)?;
+    for slot in [two.0, two.1] {
+        rig.lunar(&["disk", "fail", &paths[slot], "--yes"])?;
+    }
+    for slot in [two.0, two.1] {
+        put_back(&rig, &paths[slot], slot)?;
+    }
+    rig.wait_optimal(100)?;
+    let others: Vec<usize> = (0..members)
+        .filter(|slot| ![two.0, two.1].contains(slot))
+        .collect();
+    for (i, &a) in others.iter().enumerate() {
+        rig.lunar(&["disk", "fail", &paths[a], "--yes"])?;
+        reads_as_written(&device).map_err(|why| format!("rebuilt, without {a}: {why}"))?;
+        for &b in &others[i + 1..] {
+            rig.lunar(&["disk", "fail", &paths[b], "--yes"])?;
+            reads_as_written(&device)
+                .map_err(|why| format!("rebuilt, without {a} and {b}: {why}"))?;
+            put_back(&rig, &paths[b], b)?;
+        }
+        put_back(&rig, &paths[a], a)?;
     }
     Ok(())
 }
@@ -166,7 +227,7 @@ fn third_loss() -> Result<(), Failure> {
     sh("dm_error member1")?;
     let wrong = sh_in(
         &format!(
-            "errors=0; for at in $(seq 0 64); do
+            "errors=0; for at in $(seq 0 29); do
                  if dd if={device} of=/tmp/part iflag=direct bs=64k skip=$at count=1 2>/dev/null
                  then cmp -s -n 65536 -i 0:$((at * 65536)) /tmp/part /tmp/content || echo wrong at $at
                  else errors=$((errors + 1)); fi; done; [ $errors -gt 0 ] || echo no errors"
@@ -203,7 +264,7 @@ fn neighbours() -> Result<(), Failure> {
 /// where the sizes say, and a new start finds them.
 fn linear() -> Result<(), Failure> {
     let mut rig = Rig::new()?;
-    let sizes = [64, 160, 96];
+    let sizes = [64, 112, 80];
     let paths = sized(&sizes)?;
     rig.array_of(&paths, &["--level", "linear"])?;
     let device = rig.device()?;
@@ -227,68 +288,61 @@ fn linear() -> Result<(), Failure> {
     ensure(size == at, || format!("{size} of {at} bytes are in the LU"))?;
     rig.shutdown()?;
     rig.start()?;
-    until("the LU is up", 60, || {
-        Ok(rig.run(&["lu", "show", "vol"])?.code == 0)
-    })?;
+    rig.wait_lu()?;
     reads_as_written(&rig.device()?)
 }
 
-/// Given groups whose full stripe is and is not a power of two, when the lines of `lu show` are typed, then mkfs takes
-/// them, and the file systems have that geometry.
-fn mkfs() -> Result<(), Failure> {
-    for (level, members, chunk, data) in [
-        ("raid6", 5, 64, 3),
-        ("raid6", 4, 4, 2),
-        ("raid10", 5, 64, 5),
-        ("raid10", 4, 1024, 2),
-        ("raid0", 3, 64, 3),
-        ("linear", 2, 0, 0),
-    ] {
-        let rig = Rig::new()?;
-        let paths = sized(&vec![256; members])?;
-        let kib = format!("{chunk}KiB");
-        let mut create = vec!["--level", level, "--assume-clean"];
-        if chunk > 0 {
-            create.extend(["--chunk", &kib]);
-        }
-        rig.array_of(&paths, &create)?;
-        let lu = rig.json(&["lu", "show", "vol"])?;
-        let lines: Vec<String> = lu["mkfs"]
-            .as_array()
-            .ok_or("no mkfs lines")?
-            .iter()
-            .map(text)
-            .collect();
-        for line in &lines {
-            let out = sh_in(
-                &format!("wipefs -qa /dev/lunar/vol; {line} 2>&1 && {}", facts(line)),
-                60,
-            )
-            .map_err(|why| format!("{level} of {members}: {line}: {why}"))?;
-            let (stride, width) = (chunk / 4, chunk / 4 * data);
-            let expected = match (chunk, line.contains("ext4")) {
-                (0, _) => continue,
-                (_, true) => vec![
-                    format!("RAID stride: {stride}"),
-                    format!("RAID stripe width: {width}"),
-                ],
-                (_, false) => vec![format!("sunit={stride} swidth={width} blks")],
-            };
-            let squeezed = out.split_whitespace().collect::<Vec<_>>().join(" ");
-            for fact in expected {
-                ensure(squeezed.contains(&fact), || {
-                    format!("{level} of {members}: {line}: no `{fact}` in {out}")
-                })?;
-            }
+/// Given a group whose full stripe is or is not a power of two, when the lines of `lu show` are typed, then mkfs takes
+/// them, and the file systems have that geometry and can be mounted.
+fn mkfs(level: &str, members: usize, chunk: usize, data: usize) -> Result<(), Failure> {
+    let rig = Rig::new()?;
+    // What mkfs.xfs wants by itself: no less than 300 MiB, with a stripe no less than about 600.
+    let paths = sized(&vec![256; members])?;
+    let kib = format!("{chunk}KiB");
+    let mut create = vec!["--level", level, "--assume-clean"];
+    if chunk > 0 {
+        create.extend(["--chunk", &kib]);
+    }
+    rig.array_of(&paths, &create)?;
+    let lu = rig.json(&["lu", "show", "vol"])?;
+    let lines = lu["mkfs"].as_array().ok_or("no mkfs lines")?;
+    let kinds = lines.iter().map(text).filter_map(|line| {
+        let kind = line.split_whitespace().next()?.strip_prefix("mkfs.")?;
+        Some((kind.to_owned(), line.clone()))
+    });
+    let kinds: Vec<(String, String)> = kinds.collect();
+    for wanted in ["ext4", "xfs"] {
+        let (_, line) = (kinds.iter().find(|(kind, _)| kind == wanted))
+            .ok_or_else(|| format!("no line for {wanted} in {lines:?}"))?;
+        let facts = match wanted {
+            "ext4" => "dumpe2fs -h /dev/lunar/vol 2>/dev/null",
+            _ => "xfs_db -r -c info /dev/lunar/vol",
+        };
+        let out = sh_in(
+            &format!(
+                "wipefs -qa /dev/lunar/vol; {line} >/tmp/mkfs.out 2>&1 || {{ cat /tmp/mkfs.out; exit 1; }}
+                 {facts}
+                 mkdir -p /mnt/l; mount -t {wanted} /dev/lunar/vol /mnt/l; touch /mnt/l/x; umount /mnt/l"
+            ),
+            60,
+        )
+        .map_err(|why| format!("{line}: {why}"))?;
+        let (stride, width) = (chunk / 4, chunk / 4 * data);
+        let expected = match (chunk, wanted) {
+            (0, "ext4") => vec![],
+            (0, _) => vec!["sunit=0 swidth=0 blks".to_owned()],
+            (_, "ext4") => vec![
+                format!("RAID stride: {stride}"),
+                format!("RAID stripe width: {width}"),
+            ],
+            _ => vec![format!("sunit={stride} swidth={width} blks")],
+        };
+        let squeezed = out.split_whitespace().collect::<Vec<_>>().join(" ");
+        for fact in expected {
+            ensure(squeezed.contains(&fact), || {
+                format!("{line}: no `{fact}` in {out}")
+            })?;
         }
     }
     Ok(())
-}
-
-/// A shell line that prints the geometry of the file system that a mkfs line made.
-fn facts(line: &str) -> &'static str {
-    match line.contains("ext4") {
-        true => "dumpe2fs -h /dev/lunar/vol 2>/dev/null",
-        false => "xfs_db -r -c info /dev/lunar/vol 2>/dev/null || true",
-    }
 }
