@@ -12,6 +12,7 @@ mod control;
 mod copying;
 pub mod extents;
 pub mod geometry;
+mod growing;
 mod inflight;
 pub mod label;
 mod launch;
