@@ -13,6 +13,7 @@ mod grow;
 mod hostile;
 mod import;
 mod layout;
+mod levels;
 mod life;
 mod manage;
 mod queues;
@@ -33,6 +34,7 @@ pub fn tests() -> Vec<Test> {
     failing::tests(&mut all);
     concurrent::tests(&mut all);
     layout::tests(&mut all);
+    levels::tests(&mut all);
     life::tests(&mut all);
     hostile::tests(&mut all);
     manage::tests(&mut all);

@@ -43,6 +43,7 @@ fn lu_that_grows_under_writes_keeps_what_it_has_and_serves_what_it_gets() {
         (Level::Raid0, 3),
         (Level::Raid1, 2),
         (Level::Raid5, 4),
+        (Level::Raid6, 4),
         (Level::Raid10, 3),
     ]) {
         let mut rig = rig(1100 + i + round(), level, n, 65536, true);
@@ -260,6 +261,7 @@ fn group_of_larger_members_grows_under_writes_and_the_new_part_gets_its_redundan
         (Level::Raid0, 2),
         (Level::Raid1, 2),
         (Level::Raid5, 3),
+        (Level::Raid6, 4),
         (Level::Raid10, 3),
     ]) {
         let mut rig = rig(1400 + i + round(), level, n, 65536, true);

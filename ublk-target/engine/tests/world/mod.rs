@@ -216,6 +216,14 @@ impl World {
         self.try_block_on(future).expect("no crash was planned")
     }
 
+    /// Ends the run: all tasks, and what they hold, are dropped.
+    pub(crate) fn end(&self) {
+        let (tasks, fresh) = (self.tasks.take(), self.fresh.take());
+        drop((tasks, fresh));
+        let (pending, timers) = (self.pending.take(), self.timers.take());
+        drop((pending, timers));
+    }
+
     /// Everything of the process is gone: tasks, I/O that did not complete, timers.
     pub(crate) fn kill(&self) {
         for task in self.tasks.borrow_mut().drain(..).flatten() {
@@ -292,6 +300,11 @@ impl Store {
             let _ = action();
             landed.set(true);
         }
+    }
+
+    /// Gives its memory back: who holds the store may live as long as the process.
+    pub(crate) fn forget(&self) {
+        self.pages.borrow_mut().clear();
     }
 
     pub(crate) fn held(&self) -> usize {
