@@ -10,6 +10,7 @@ mod data;
 mod discard;
 mod disks;
 mod failing;
+mod grow;
 mod hostile;
 mod import;
 mod layout;
@@ -43,6 +44,7 @@ pub fn tests() -> Vec<Test> {
     scrub::tests(&mut all);
     replace::tests(&mut all);
     resize::tests(&mut all);
+    grow::tests(&mut all);
     spares::tests(&mut all);
     import::tests(&mut all);
     config::tests(&mut all);
