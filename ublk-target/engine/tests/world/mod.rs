@@ -61,6 +61,8 @@ pub(crate) struct World {
     timers: RefCell<Vec<(u64, Rc<RefCell<IoState>>)>>,
     tasks: RefCell<Vec<Option<(Task, Arc<Flag>)>>>,
     fresh: RefCell<Vec<Task>>,
+    /// Of processes that were killed: their destructors run when nothing of the world counts any more.
+    killed: RefCell<Vec<Task>>,
     /// Bytes of each request, by tag.
     pub pages: RefCell<Vec<Vec<u8>>>,
     pub io_count: Cell<u64>,
@@ -77,6 +79,7 @@ impl World {
             timers: RefCell::default(),
             tasks: RefCell::default(),
             fresh: RefCell::default(),
+            killed: RefCell::default(),
             pages: RefCell::new(vec![Vec::new(); 128]),
             io_count: Cell::new(0),
             crash_in: Cell::new(None),
@@ -218,13 +221,16 @@ impl World {
 
     /// Everything of the process is gone: tasks, I/O that did not complete, timers.
     pub(crate) fn kill(&self) {
-        for task in self.tasks.borrow_mut().drain(..).flatten() {
-            // Destructors of a killed process do not run.
-            std::mem::forget(task);
-        }
-        for task in self.fresh.borrow_mut().drain(..) {
-            std::mem::forget(task);
-        }
+        let tasks = self
+            .tasks
+            .borrow_mut()
+            .drain(..)
+            .flatten()
+            .collect::<Vec<_>>();
+        let mut killed = self.killed.borrow_mut();
+        killed.extend(tasks.into_iter().map(|(task, _)| task));
+        killed.append(&mut self.fresh.borrow_mut());
+        drop(killed);
         for pending in self.pending.borrow_mut().drain(..) {
             // Each I/O in flight has happened or has not.
             if self.random(2) == 0
@@ -235,6 +241,19 @@ impl World {
         }
         self.timers.borrow_mut().clear();
         self.crash_in.set(None);
+    }
+}
+
+impl World {
+    /// The end of the world: tasks hold the group, it holds the world, and that the tasks.
+    pub(crate) fn end(&self, stores: &[Rc<Store>]) {
+        self.kill();
+        for store in stores {
+            drop((store.hung.take(), store.held.take()));
+        }
+        drop(self.killed.take());
+        // What their ends began.
+        drop((self.fresh.take(), self.pending.take(), self.timers.take()));
     }
 }
 
