@@ -447,6 +447,8 @@ pub(crate) enum LevelArg {
     Raid1,
     /// One disk's room for parity; from 3 disks
     Raid5,
+    /// Two disks' room for parity: any two may fail; from 4 disks
+    Raid6,
     /// Half the room: every chunk on two disks, from 2, also an odd count
     Raid10,
 }
@@ -457,6 +459,7 @@ impl From<LevelArg> for Level {
             LevelArg::Raid0 => Self::Raid0,
             LevelArg::Raid1 => Self::Raid1,
             LevelArg::Raid5 => Self::Raid5,
+            LevelArg::Raid6 => Self::Raid6,
             LevelArg::Raid10 => Self::Raid10,
             LevelArg::Linear => Self::Linear,
         }

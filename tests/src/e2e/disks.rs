@@ -1,6 +1,6 @@
 //! What the kernel knows of member disks: who holds them, what is in flight, which bytes they have.
 
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use super::blocks;
 use super::rig::Rig;
@@ -10,10 +10,11 @@ use super::shell::{Failure, sh, until};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Identity(u64, u64);
 
+// A character device (a LU's) may have the number of a block device.
 fn of(meta: &std::fs::Metadata) -> Identity {
-    match meta.rdev() {
-        0 => Identity(meta.dev(), meta.ino()),
-        device => Identity(device, 0),
+    match meta.file_type().is_block_device() {
+        true => Identity(meta.rdev(), 0),
+        false => Identity(meta.dev(), meta.ino()),
     }
 }
 

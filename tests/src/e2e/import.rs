@@ -67,15 +67,8 @@ fn status_says(rig: &Rig, what: &[&str]) -> Result<(), Failure> {
     .map_err(|why| format!("{why} has {what:?}: {said}\n{}", rig.log_tail()))
 }
 
-/// After a start mgmtd answers before its LUs are there: a write then would make a plain file.
-fn lu_is_there() -> Result<(), Failure> {
-    until("the LU is there", 60, || {
-        Ok(sh("test -b /dev/lunar/vol && echo yes || true")? == "yes")
-    })
-}
-
 fn seed(rig: &Rig) -> Result<(), Failure> {
-    lu_is_there()?;
+    rig.wait_lu()?;
     let device = rig.device()?;
     sh(&format!(
         "head -c 8M /dev/urandom > /tmp/seed; dd if=/tmp/seed of={device} bs=1M oflag=direct conv=fsync 2>/dev/null"
@@ -83,8 +76,8 @@ fn seed(rig: &Rig) -> Result<(), Failure> {
     .map(drop)
 }
 
-fn seed_is_there() -> Result<(), Failure> {
-    lu_is_there()?;
+fn seed_is_there(rig: &Rig) -> Result<(), Failure> {
+    rig.wait_lu()?;
     sh("cmp -n $((8 << 20)) /tmp/seed /dev/lunar/vol").map(drop)
 }
 
@@ -145,7 +138,7 @@ fn lost() -> Result<(), Failure> {
         "another system".into()
     })?;
     ensure(rig.state()?.0 == "optimal", || format!("{:?}", rig.state()))?;
-    seed_is_there()?;
+    seed_is_there(&rig)?;
     let first = text(&rig.json(&["disk", "show", "1"])?["path"]);
     ensure(first == shuffled[0], || {
         format!("disk 1 is {first}, not {}", shuffled[0])
@@ -155,7 +148,7 @@ fn lost() -> Result<(), Failure> {
     // The state directory knows it from now on.
     rig.shutdown()?;
     rig.start()?;
-    seed_is_there()
+    seed_is_there(&rig)
 }
 
 /// Puts the state directory of another system in place of the one there is; `name` is where it lies till then.
@@ -225,7 +218,7 @@ fn another_system() -> Result<(), Failure> {
         || said.clone(),
     )?;
     ensure(rig.state()?.0 == "optimal", || format!("{:?}", rig.state()))?;
-    seed_is_there()?;
+    seed_is_there(&rig)?;
     let again = rig.lunar(&import(&["--take"], &theirs))?;
     ensure(again.contains("unchanged"), || again.clone())?;
     // Its old system, with its old state directory.
@@ -243,7 +236,7 @@ fn another_system() -> Result<(), Failure> {
     })?;
     sh(&format!("mv {0} {0}.a; mv {0}.b {0}", rig.state_dir()))?;
     rig.start()?;
-    seed_is_there()?;
+    seed_is_there(&rig)?;
     ensure(rig.state()?.0 == "optimal", || format!("{:?}", rig.state()))
 }
 
@@ -307,7 +300,7 @@ fn half_taken() -> Result<(), Failure> {
     })?;
     rig.lunar(&import(&["--take"], &theirs))?;
     ensure(rig.state()?.0 == "optimal", || format!("{:?}", rig.state()))?;
-    seed_is_there()
+    seed_is_there(&rig)
 }
 
 /// Given a copy of one member, or of all, then none of the twins is used and both are named; a copy that becomes a new disk
@@ -367,7 +360,7 @@ fn copies() -> Result<(), Failure> {
     ])?;
     rig.lunar(&["group", "start", "data"])?;
     ensure(rig.state()?.0 == "optimal", || format!("{:?}", rig.state()))?;
-    seed_is_there()?;
+    seed_is_there(&rig)?;
     sh("dd if=/dev/ram2 of=/dev/ram12 bs=1M conv=sparse 2>/dev/null")?;
     rig.end_mgmtd("TERM")?;
     rig.start()?;
@@ -377,7 +370,7 @@ fn copies() -> Result<(), Failure> {
     )?;
     ensure(rig.state()?.0 == "optimal", || format!("{:?}", rig.state()))?;
     ensure(paths.len() == 3, || "three members".into())?;
-    seed_is_there()
+    seed_is_there(&rig)
 }
 
 /// Changes the superblock at byte `at` of a disk, with a right checksum.
@@ -438,7 +431,7 @@ fn damaged() -> Result<(), Failure> {
     sh(&format!("truncate -s +32M {victim}"))?;
     rig.start()?;
     rig.wait_optimal(60)?;
-    seed_is_there()?;
+    seed_is_there(&rig)?;
     // From here on without it, each time from the same bytes.
     rig.shutdown()?;
     let put = paths
@@ -472,7 +465,7 @@ fn damaged() -> Result<(), Failure> {
             }
             status_says(&rig, &["state: DEGRADED", &victim, says])?;
             refused(&rig, &["import", &victim], 6, &[says])?;
-            seed_is_there()?;
+            seed_is_there(&rig)?;
             rig.shutdown()
         })?;
     }
@@ -599,7 +592,7 @@ fn sides(rig: &mut Rig) -> Result<(), Failure> {
             .map(drop)
     })?;
     rig.lunar(&["group", "resolve", "data", "--keep", "1", "--yes"])?;
-    seed_is_there()?;
+    seed_is_there(rig)?;
     ensure(rig.state()?.0 == "degraded", || {
         format!("{:?}", rig.state())
     })?;
@@ -609,7 +602,7 @@ fn sides(rig: &mut Rig) -> Result<(), Failure> {
     until("degraded", 30, || Ok(rig.state()?.0 == "degraded"))?;
     rig.lunar(&["disk", "replace", "2", "2", "--yes"])?;
     rig.wait_optimal(60)?;
-    seed_is_there()
+    seed_is_there(rig)
 }
 
 /// Given LUs and a group that were deleted, then an import brings them back with their data, until their space is used.

@@ -13,7 +13,7 @@ const COMPARED: usize = 48 << 20;
 const MD_OFFSET: u64 = 16 << 20;
 
 /// Those that always run; every other one in a long run.
-const SHORT_EQUAL: [Shape; 8] = [
+const SHORT_EQUAL: [Shape; 17] = [
     ("raid0", 3, 4),
     ("raid0", 4, 64),
     ("raid0", 8, 1024),
@@ -22,12 +22,32 @@ const SHORT_EQUAL: [Shape; 8] = [
     ("raid5", 5, 1024),
     ("raid5", 6, 64),
     ("raid5", 8, 64),
+    ("raid6", 4, 64),
+    ("raid6", 5, 4),
+    ("raid6", 6, 1024),
+    ("raid6", 8, 64),
+    ("raid10", 2, 64),
+    ("raid10", 3, 4),
+    ("raid10", 3, 1024),
+    ("raid10", 4, 64),
+    ("raid10", 5, 64),
 ];
-const SHORT_READ: [Shape; 3] = [("raid0", 5, 64), ("raid5", 3, 1024), ("raid5", 5, 64)];
+const SHORT_READ: [Shape; 5] = [
+    ("raid0", 5, 64),
+    ("raid5", 3, 1024),
+    ("raid5", 5, 64),
+    ("raid6", 4, 64),
+    ("raid10", 3, 64),
+];
 
 pub(super) fn tests(to: &mut Vec<Test>) {
-    for level in ["raid0", "raid5"] {
-        for members in 3..=8 {
+    for (level, counts) in [
+        ("raid0", 3..=8),
+        ("raid5", 3..=8),
+        ("raid6", 4..=8),
+        ("raid10", 2..=6),
+    ] {
+        for members in counts {
             for chunk in [4, 64, 1024] {
                 let shape = (level, members, chunk);
                 let long = |short: &[Shape]| if short.contains(&shape) { "" } else { LONG };
@@ -53,7 +73,8 @@ impl Md {
     fn new((level, members, chunk): Shape) -> Result<Self, Failure> {
         let disks: Vec<String> = (0..members).map(|i| format!("/dev/ram{}", 8 + i)).collect();
         let layout = match level {
-            "raid5" => "--layout=left-symmetric --bitmap=none",
+            "raid5" | "raid6" => "--layout=left-symmetric --bitmap=none",
+            "raid10" => "--layout=n2 --bitmap=none",
             _ => "",
         };
         sh_in(
@@ -129,9 +150,15 @@ fn equals_md(shape: Shape) -> Result<(), Failure> {
         .map_err(|why| format!("slot {slot}: {why}"))?;
     }
     same(&device)?;
-    if shape.0 == "raid5" {
-        rig.lunar(&["disk", "fail", &paths[1], "--yes"])?;
-        same(&device)?;
+    let lost = match shape {
+        ("raid6", ..) | ("raid10", 4.., _) => &paths[1..4],
+        ("raid5" | "raid10", ..) => &paths[1..2],
+        _ => &[],
+    };
+    // Not neighbours: those may hold the same.
+    for path in lost.iter().step_by(2) {
+        rig.lunar(&["disk", "fail", path, "--yes"])?;
+        same(&device).map_err(|why| format!("without {path}: {why}"))?;
     }
     Ok(())
 }
@@ -147,17 +174,20 @@ fn same(device: &str) -> Result<(), Failure> {
 }
 
 /// Given md's members after unaligned partial writes, when their data areas are put under a group of Lunar that
-/// has read nothing yet, then Lunar reads what md reads: with all members, and with each one failed in turn.
+/// has read nothing yet, then Lunar reads what md reads: with all members, and with each one (raid6: each two) failed
+/// in turn.
 fn reads_md(shape: Shape) -> Result<(), Failure> {
     let (level, members, _) = shape;
     let md = Md::new(shape)?;
     write(Md::DEVICE)?;
     sh("sync")?;
-    let failed = match level {
-        "raid5" => members,
-        _ => 0,
-    };
-    for failed in std::iter::once(None).chain((0..failed).map(Some)) {
+    let mut losses = vec![Vec::new()];
+    match level {
+        "raid5" | "raid10" => losses.extend((0..members).map(|slot| vec![slot])),
+        "raid6" => losses.extend((0..members).flat_map(|b| (0..b).map(move |a| vec![a, b]))),
+        _ => {}
+    }
+    for failed in losses {
         let rig = Rig::new()?;
         let paths = create(&rig, shape)?;
         let device = rig.device()?;
@@ -170,12 +200,12 @@ fn reads_md(shape: Shape) -> Result<(), Failure> {
                 60,
             )?;
         }
-        if let Some(slot) = failed {
-            rig.lunar(&["disk", "fail", &paths[slot], "--yes"])?;
+        for slot in &failed {
+            rig.lunar(&["disk", "fail", &paths[*slot], "--yes"])?;
         }
         same(&device).map_err(|why| format!("without {failed:?}: {why}"))?;
         let (state, _) = rig.state()?;
-        ensure((state == "degraded") == failed.is_some(), || {
+        ensure((state == "degraded") != failed.is_empty(), || {
             format!("without {failed:?} the state is {state}")
         })?;
     }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::blocks::{self, Area, judge, start_writers};
 use super::disks::{self, identity, redundancy_is_right};
 use super::rig::Rig;
-use super::shell::{Failure, pause, run, sh, sh_in, until};
+use super::shell::{Failure, pause, sh, sh_in, until};
 use super::{Test, add, ensure};
 
 pub(super) fn tests(to: &mut Vec<Test>) {
@@ -144,12 +144,6 @@ fn write_content(rig: &Rig) -> Result<(), Failure> {
 }
 
 /// Waits for the LU's device.
-fn is_up() -> Result<(), Failure> {
-    until("the LU is up", 60, || {
-        Ok(run("test", &["-b", "/dev/lunar/vol"], 5)?.code == 0)
-    })
-}
-
 /// Given a group with data that was shut down, when one of its disks hangs at the start, then the group and its LU come
 /// up without it, and every byte is there.
 fn boot_with_hung_disk() -> Result<(), Failure> {
@@ -158,7 +152,7 @@ fn boot_with_hung_disk() -> Result<(), Failure> {
     write_content(&rig)?;
     rig.shutdown()?;
     sh("dm_hang member1")?;
-    let result = rig.start().and_then(|()| is_up());
+    let result = rig.start().and_then(|()| rig.wait_lu());
     let result = result.and_then(|()| {
         sh("cmp -n $((32 << 20)) /tmp/content /dev/lunar/vol")?;
         let (state, _) = rig.state()?;
@@ -277,7 +271,7 @@ fn new_boot() -> Result<(), Failure> {
     sh("for i in 0 1 2 3; do dmsetup remove member$i; done
         for i in 0 1 2 3; do dmsetup create member$i --table \"0 $(blockdev --getsz /dev/ram$(( (i + 1) % 4 ))) linear /dev/ram$(( (i + 1) % 4 )) 0\"; done")?;
     rig.start()?;
-    is_up().map_err(|why| format!("{why}\n{}", rig.log_tail()))?;
+    rig.wait_lu()?;
     sh("cmp -n $((32 << 20)) /tmp/content /dev/lunar/vol")?;
     let (state, _) = rig.state()?;
     ensure(state == "optimal", || format!("state is {state}"))

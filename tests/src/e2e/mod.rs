@@ -12,6 +12,7 @@ mod failing;
 mod hostile;
 mod import;
 mod layout;
+mod levels;
 mod life;
 mod manage;
 mod queues;
@@ -32,6 +33,7 @@ pub fn tests() -> Vec<Test> {
     failing::tests(&mut all);
     concurrent::tests(&mut all);
     layout::tests(&mut all);
+    levels::tests(&mut all);
     life::tests(&mut all);
     hostile::tests(&mut all);
     manage::tests(&mut all);

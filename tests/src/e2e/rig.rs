@@ -169,6 +169,14 @@ impl Rig {
         Ok(())
     }
 
+    /// Waits until the LU `vol` has its device: after a start mgmtd answers before, and a write would make a file.
+    pub fn wait_lu(&self) -> Result<(), Failure> {
+        until("the LU is up", 60, || {
+            Ok(run("test", &["-b", "/dev/lunar/vol"], 5)?.code == 0)
+        })
+        .map_err(|why| format!("{why}\n{}", self.log_tail()))
+    }
+
     /// The block device of the LU `vol`.
     pub fn device(&self) -> Result<String, Failure> {
         sh("readlink -f /dev/lunar/vol")
@@ -218,11 +226,11 @@ impl Drop for Rig {
             let _ = sh(&format!("kill -KILL {target}"));
         }
         // To its end, whatever is not there any more (a disk that vanished). Who held a disk lets go a moment after
-        // its end. Plain discard gives the RAM back, and reads as zero; what somebody else holds (md) stays.
+        // its end, and not before requests that hang have ended. Plain discard gives the RAM back, and reads as zero; what somebody else holds (md) stays.
         let cleaned = sh("set +e; members_remove
              for i in $(seq 50); do
                  left=$(dmsetup ls | awk '/^member/ {print $1}'); [ -n \"$left\" ] || break
-                 for d in $left; do dmsetup remove --force $d; done; sleep 0.2
+                 for d in $left; do dmsetup resume $d; dmsetup remove --force $d; done 2>/dev/null; sleep 0.2
              done
              for d in /dev/ram[0-9]*; do blkdiscard $d 2>/dev/null; done; rm -rf /run/lunar
              ! dmsetup info -c --noheadings -o name,open 2>/dev/null | grep ^member");

@@ -285,6 +285,8 @@ pub fn assemble(
     )?;
     let synced_to = match (geometry.redundancy() > 0, parity) {
         (false, _) => geometry.member_bytes(),
+        // P and Q may say different things of what is missing: nothing may be written that relies on both.
+        (true, Parity::Accepted) if geometry.parities() > 1 => 0,
         (true, _) if older_taken => 0,
         (true, Parity::Accepted) => record.synced_to,
         (true, Parity::Right | Parity::Torn) if is_unclean => {

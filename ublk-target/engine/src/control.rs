@@ -489,10 +489,10 @@ impl<E: Env> RaidGroup<E> {
         self.publish()
             .await
             .map_err(|_| failed(what, "too few members took the superblock"))?;
-        if self.rebuilding() == Some(slot) {
-            Ok(())
-        } else {
-            Err(failed(what, "it does not take writes"))
+        // A small one may be filled already.
+        match self.member(slot).state.get() {
+            MemberState::Rebuilding | MemberState::InSync => Ok(()),
+            _ => Err(failed(what, "it does not take writes")),
         }
     }
 

@@ -42,9 +42,6 @@ pub enum GeometryError {
         min: usize,
         max: usize,
     },
-    /// The engine cannot run it yet.
-    #[error("raid6 is not built yet")]
-    NotBuilt,
     /// The chunk is not a power of two in range.
     #[error("a chunk of {chunk} bytes is not a power of two from {CHUNK_MIN} to {CHUNK_MAX}")]
     Chunk { chunk: u64 },
@@ -402,6 +399,13 @@ impl Geometry {
     fn first_parity(&self, stripe: u64) -> u16 {
         let turn = stripe % u64::from(self.members);
         self.members - 1 - u16::try_from(turn).expect("below the count of members")
+    }
+
+    /// Returns the parts that these slots (as bits) hold in a stripe, of a level with parity, as bits.
+    pub fn parts_of(&self, stripe: u64, slots: u64) -> u64 {
+        (0..self.members)
+            .filter(|slot| slots & 1 << slot != 0)
+            .fold(0, |parts, slot| parts | 1 << self.part_of(stripe, slot))
     }
 
     /// Returns where copy `c` of data chunk `d` of a stripe is.

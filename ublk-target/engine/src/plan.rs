@@ -54,15 +54,15 @@ pub enum Mode {
     DataOnly,
 }
 
-/// What a stripe offers.
+/// What a stripe offers. Its parts are its data chunks from 0, then its parities.
 #[derive(Debug, Clone, Copy)]
 pub struct StripeState {
     /// Data chunks of the stripe.
     pub data: u16,
-    /// Data chunks that cannot be read, as bits.
-    pub missing: u64,
-    pub parity_readable: bool,
-    pub parity_writable: bool,
+    /// Parts that can be read, as bits.
+    pub readable: u64,
+    /// Parts that are written where they change, as bits.
+    pub writable: u64,
     /// Parity is right where nobody is writing.
     pub synced: bool,
 }
@@ -76,9 +76,12 @@ pub struct Band {
     /// Of those, the ones of which a grain is not covered whole.
     pub partial: u64,
     pub mode: Mode,
-    /// Data chunks whose old content is read.
+    /// Parts whose old content is read.
     pub reads: u64,
-    pub read_parity: bool,
+    /// Data chunks that are computed from those.
+    pub computed: u64,
+    /// Parities that are written, as bits of their parts.
+    pub parity: u64,
 }
 
 impl Band {
@@ -87,11 +90,14 @@ impl Band {
         ((self.rows.end - self.rows.start) * GRAIN) as usize
     }
 
+    /// Parts that have a buffer of `bytes()` beside the writes themselves, as bits.
+    pub fn held(&self) -> u64 {
+        self.reads | self.computed | self.parity
+    }
+
     /// Buffers of `bytes()` that it needs beside the writes themselves.
     pub fn buffers(&self) -> usize {
-        let parity = usize::from(self.mode != Mode::DataOnly);
-        let rebuilt = usize::from(self.mode == Mode::Rebuild);
-        self.reads.count_ones() as usize + parity + rebuilt
+        self.held().count_ones() as usize
     }
 }
 
@@ -132,7 +138,7 @@ pub fn cut(spans: &[Span], rows_max: u32, mut each: impl FnMut(Range<u32>, u64, 
 
 /// Chooses how a band is written: by the fewest reads, on a tie by reconstruction.
 ///
-/// # Errors  `Exhausted` where two chunks of the band would have to be computed from one parity
+/// # Errors  `Exhausted` where more chunks of the band are missing than there is parity for
 pub fn plan_band(
     stripe: &StripeState,
     rows: Range<u32>,
@@ -141,156 +147,202 @@ pub fn plan_band(
 ) -> Result<Band, Exhausted> {
     let all = u64::MAX >> (64 - u32::from(stripe.data));
     let rest = all & !modified;
-    let band = |mode, reads, read_parity| {
+    let lost = all & !stripe.readable;
+    // Parities that are written, and those that can be read.
+    let parity = stripe.writable & !all;
+    let known = stripe.readable & !all;
+    let band = |mode, reads, computed| {
         Ok(Band {
             rows: rows.clone(),
             modified,
             partial,
             mode,
             reads,
-            read_parity,
+            computed,
+            parity,
         })
     };
-    let lost = stripe.missing & all;
-    if !stripe.parity_writable {
-        // Parity's slot is the one that is missing; no data chunk may be, too.
-        return if lost != 0 {
-            Err(Exhausted)
-        } else {
-            band(Mode::DataOnly, partial, false)
-        };
-    }
-    if lost == 0 {
-        let reconstruct = rest | partial;
-        let modify = stripe.synced && stripe.parity_readable;
-        if modify && modified.count_ones() + 1 < reconstruct.count_ones() {
-            return band(Mode::ReadModify, modified, true);
-        }
-        let mode = if reconstruct == 0 {
-            Mode::Full
-        } else {
-            Mode::Reconstruct
-        };
-        return band(mode, reconstruct, false);
-    }
-    if lost.count_ones() > 1 {
+    let is_known = parity & !known == 0;
+    if lost.count_ones() > parity.count_ones() {
+        // What is missing would be nowhere.
         return Err(Exhausted);
     }
-    if lost & modified == 0 {
-        // What the missing chunk holds is what parity says: keep that, whatever it is.
-        return if stripe.parity_readable {
-            band(Mode::ReadModify, modified, true)
-        } else {
-            Err(Exhausted)
-        };
+    if parity == 0 {
+        return band(Mode::DataOnly, partial, 0);
     }
-    if lost & partial == 0 {
-        let reads = rest | partial;
-        let mode = if reads == 0 {
-            Mode::Full
-        } else {
-            Mode::Reconstruct
-        };
-        return band(mode, reads, false);
+    let reconstruct = rest | partial;
+    let mode = match reconstruct {
+        0 => Mode::Full,
+        _ => Mode::Reconstruct,
+    };
+    if lost == 0 {
+        let is_cheaper = modified.count_ones() + parity.count_ones() < reconstruct.count_ones();
+        if stripe.synced && is_known && is_cheaper {
+            return band(Mode::ReadModify, modified | parity, 0);
+        }
+        return band(mode, reconstruct, 0);
     }
-    if stripe.parity_readable {
-        band(Mode::Rebuild, all & !lost, true)
-    } else {
-        Err(Exhausted)
+    if lost & reconstruct == 0 {
+        return band(mode, reconstruct, 0);
     }
+    if known.count_ones() < lost.count_ones() {
+        return Err(Exhausted);
+    }
+    let is_one_answer = stripe.synced || parity.count_ones() == lost.count_ones();
+    if lost & modified == 0 && is_known && is_one_answer {
+        // What a missing chunk holds is what parity says: keep that, whatever it is. (Two parities that were never
+        // synced say two things of one chunk: then what is written now would be lost with the next.)
+        return band(Mode::ReadModify, modified | parity, 0);
+    }
+    let mut enough = known;
+    while enough.count_ones() > lost.count_ones() {
+        enough &= !(1 << enough.ilog2());
+    }
+    band(Mode::Rebuild, all & !lost | enough, lost)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const WHOLE: StripeState = StripeState {
-        data: 4,
-        missing: 0,
-        parity_readable: true,
-        parity_writable: true,
-        synced: true,
-    };
+    /// A stripe of four data chunks; `gone` are parts that are neither read nor written.
+    fn stripe(parities: u32, gone: u64) -> StripeState {
+        let parts = ((1 << (4 + parities)) - 1) & !gone;
+        StripeState {
+            data: 4,
+            readable: parts,
+            writable: parts,
+            synced: true,
+        }
+    }
 
-    fn mode(
-        stripe: StripeState,
-        modified: u64,
-        partial: u64,
-    ) -> Result<(Mode, u64, bool), Exhausted> {
-        plan_band(&stripe, 0..1, modified, partial).map(|b| (b.mode, b.reads, b.read_parity))
+    const P: u64 = 1 << 4;
+    const Q: u64 = 1 << 5;
+
+    /// Mode, reads, what is computed, parities written.
+    type Found = Result<(Mode, u64, u64, u64), Exhausted>;
+
+    fn plan(stripe: StripeState, modified: u64, partial: u64) -> Found {
+        plan_band(&stripe, 0..1, modified, partial).map(|b| (b.mode, b.reads, b.computed, b.parity))
     }
 
     #[test]
     fn plan_band_takes_the_fewest_reads() {
-        for (modified, partial, expect) in [
-            (0b0001, 0, (Mode::ReadModify, 0b0001, true)),
-            (0b0011, 0, (Mode::Reconstruct, 0b1100, false)),
-            (0b0111, 0, (Mode::Reconstruct, 0b1000, false)),
-            (0b1111, 0, (Mode::Full, 0, false)),
-            (0b1111, 0b0001, (Mode::Reconstruct, 0b0001, false)),
-            (0b0001, 0b0001, (Mode::ReadModify, 0b0001, true)),
+        for (modified, partial, mode, reads) in [
+            (0b0001, 0, Mode::ReadModify, 0b0001 | P),
+            (0b0011, 0, Mode::Reconstruct, 0b1100),
+            (0b0111, 0, Mode::Reconstruct, 0b1000),
+            (0b1111, 0, Mode::Full, 0),
+            (0b1111, 0b0001, Mode::Reconstruct, 0b0001),
+            (0b0001, 0b0001, Mode::ReadModify, 0b0001 | P),
         ] {
+            let found = plan(stripe(1, 0), modified, partial);
+            assert_eq!(found, Ok((mode, reads, 0, P)), "{modified:b} {partial:b}");
+        }
+        // With Q, reading what is changed and both parities is no less than reading the three others.
+        for (modified, partial, mode, reads) in [
+            (0b0001, 0, Mode::Reconstruct, 0b1110),
+            (0b0001, 0b0001, Mode::ReadModify, 0b0001 | P | Q),
+            (0b0011, 0, Mode::Reconstruct, 0b1100),
+            (0b1111, 0, Mode::Full, 0),
+        ] {
+            let found = plan(stripe(2, 0), modified, partial);
             assert_eq!(
-                mode(WHOLE, modified, partial),
-                Ok(expect),
+                found,
+                Ok((mode, reads, 0, P | Q)),
                 "{modified:b} {partial:b}"
             );
         }
     }
 
     #[test]
-    fn plan_band_does_not_trust_parity_that_was_not_synced() {
+    fn plan_band_does_not_trust_parity_that_was_not_synced_or_is_being_filled() {
         let fresh = StripeState {
             synced: false,
-            ..WHOLE
+            ..stripe(1, 0)
         };
-        assert_eq!(
-            mode(fresh, 0b0001, 0),
-            Ok((Mode::Reconstruct, 0b1110, false))
-        );
+        let expected = Ok((Mode::Reconstruct, 0b1110, 0, P));
+        assert_eq!(plan(fresh, 0b0001, 0), expected);
+        let filling = StripeState {
+            readable: 0b1111,
+            ..stripe(1, 0)
+        };
+        assert_eq!(plan(filling, 0b0001, 0), expected);
+        // P and Q may say different things of what is missing: it is computed from P, and Q made to fit.
+        let fresh = StripeState {
+            synced: false,
+            ..stripe(2, 1)
+        };
+        let expected = Ok((Mode::Rebuild, 0b1110 | P, 0b0001, P | Q));
+        assert_eq!(plan(fresh, 0b0010, 0), expected);
+        // P is being filled, and a chunk is missing: it is computed from Q.
+        let both = StripeState {
+            readable: 0b1110 | Q,
+            writable: 0b1110 | P | Q,
+            ..stripe(2, 0)
+        };
+        let expected = Ok((Mode::Rebuild, 0b1110 | Q, 0b0001, P | Q));
+        assert_eq!(plan(both, 0b0010, 0), expected);
     }
 
     #[test]
     fn plan_band_degraded() {
-        let lost = StripeState {
-            missing: 0b0001,
-            ..WHOLE
-        };
-        assert_eq!(mode(lost, 0b0010, 0), Ok((Mode::ReadModify, 0b0010, true)));
-        assert_eq!(
-            mode(lost, 0b0001, 0),
-            Ok((Mode::Reconstruct, 0b1110, false))
-        );
-        assert_eq!(
-            mode(lost, 0b0001, 0b0001),
-            Ok((Mode::Rebuild, 0b1110, true))
-        );
-        assert_eq!(mode(lost, 0b1111, 0), Ok((Mode::Full, 0, false)));
-        let no_parity = StripeState {
-            parity_readable: false,
-            parity_writable: false,
-            ..WHOLE
-        };
-        assert_eq!(
-            mode(no_parity, 0b0011, 0b0001),
-            Ok((Mode::DataOnly, 0b0001, false))
-        );
-        let both = StripeState {
-            missing: 0b0001,
-            ..no_parity
-        };
-        assert_eq!(mode(both, 0b0010, 0), Err(Exhausted));
-        assert_eq!(
-            mode(
-                StripeState {
-                    missing: 0b11,
-                    ..WHOLE
-                },
-                0b0100,
-                0
+        for (parities, gone, modified, partial, expected) in [
+            (1, 1, 0b0010, 0, Ok((Mode::ReadModify, 0b0010 | P, 0, P))),
+            (1, 1, 0b0001, 0, Ok((Mode::Reconstruct, 0b1110, 0, P))),
+            (1, 1, 0b0001, 1, Ok((Mode::Rebuild, 0b1110 | P, 1, P))),
+            (1, 1, 0b1111, 0, Ok((Mode::Full, 0, 0, P))),
+            (1, P, 0b0011, 1, Ok((Mode::DataOnly, 0b0001, 0, 0))),
+            (1, P | 1, 0b0010, 0, Err(Exhausted)),
+            (1, 0b11, 0b0100, 0, Err(Exhausted)),
+            (
+                2,
+                1,
+                0b0010,
+                0,
+                Ok((Mode::ReadModify, 0b0010 | P | Q, 0, P | Q)),
             ),
-            Err(Exhausted)
-        );
+            (2, 1, 0b0001, 1, Ok((Mode::Rebuild, 0b1110 | P, 1, P | Q))),
+            (
+                2,
+                P | 1,
+                0b0010,
+                0,
+                Ok((Mode::ReadModify, 0b0010 | Q, 0, Q)),
+            ),
+            (2, P | 1, 0b0001, 1, Ok((Mode::Rebuild, 0b1110 | Q, 1, Q))),
+            (2, P | Q, 0b0001, 1, Ok((Mode::DataOnly, 0b0001, 0, 0))),
+            (2, Q, 0b0001, 0, Ok((Mode::ReadModify, 0b0001 | P, 0, P))),
+            (
+                2,
+                0b11,
+                0b0100,
+                0,
+                Ok((Mode::ReadModify, 0b0100 | P | Q, 0, P | Q)),
+            ),
+            (
+                2,
+                0b11,
+                0b0011,
+                0,
+                Ok((Mode::Reconstruct, 0b1100, 0, P | Q)),
+            ),
+            (
+                2,
+                0b11,
+                0b0001,
+                0,
+                Ok((Mode::Rebuild, 0b1100 | P | Q, 0b11, P | Q)),
+            ),
+            (2, 0b11 | Q, 0b1111, 0, Err(Exhausted)),
+            (2, 0b111, 0b1000, 0, Err(Exhausted)),
+        ] {
+            let found = plan(stripe(parities, gone), modified, partial);
+            assert_eq!(
+                found, expected,
+                "{parities} {gone:b} {modified:b} {partial:b}"
+            );
+        }
     }
 
     #[test]

@@ -336,9 +336,6 @@ fn shape(spec: &CreateSpec, reserves: &[Reserve]) -> Result<Geometry, GeometryEr
         let sizes: Vec<u64> = reserves.iter().map(|reserve| reserve.data_bytes).collect();
         return Geometry::linear(&sizes);
     }
-    if spec.level == Level::Raid6 {
-        return Err(GeometryError::NotBuilt);
-    }
     let bytes = crate::reserve::member_bytes(reserves);
     let unit = Geometry::member_unit(spec.level, reserves.len(), spec.chunk).max(1);
     Geometry::new(spec.level, reserves.len(), spec.chunk, bytes / unit * unit)

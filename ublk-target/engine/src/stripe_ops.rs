@@ -3,11 +3,16 @@
 //! The holder of a stripe is alone on it: nobody else writes its rows, and reads that compute from several
 //! members see one state of it. Healthy reads do not come here.
 
+use std::cell::Cell;
 use std::rc::Rc;
 
 use arrayvec::ArrayVec;
 
+use crate::geometry::Geometry;
+use crate::gf::{self, Term, power};
+use crate::limits::MEMBERS_MAX;
 use crate::member::{MemberIo, add};
+use crate::parity;
 use crate::plan::{GRAIN, StripeState};
 use crate::pool::Lease;
 use crate::raid_group::RaidGroup;
@@ -91,26 +96,34 @@ impl<E: Env> RaidGroup<E> {
     }
 
     fn stripe_state(&self, stripe: u64) -> StripeState {
-        let (readable, writable) = (self.readable(stripe), self.writable(stripe));
-        let data = self.geometry.data_slots();
-        let mut missing = 0;
-        for d in 0..data {
-            if readable & 1 << self.geometry.slot_of(stripe, d) == 0 {
-                missing |= 1 << d;
-            }
-        }
-        let parity = self
-            .geometry
-            .parity_slots(stripe)
-            .next()
-            .map_or(0, |slot| 1u64 << slot);
         StripeState {
-            data,
-            missing,
-            parity_readable: readable & parity != 0,
-            parity_writable: writable & parity != 0,
+            data: self.geometry.data_slots(),
+            readable: self.geometry.parts_of(stripe, self.readable(stripe)),
+            writable: self.geometry.parts_of(stripe, self.writable(stripe)),
             synced: self.is_synced(stripe),
         }
+    }
+}
+
+/// Sums the data of a stripe up in its parities, or adds it to them: added, it leaves zeroes where they were right.
+/// `rows` are the rows of a slot.
+fn sum_data<'a>(
+    geometry: &Geometry,
+    stripe: u64,
+    rows: impl Fn(u16) -> &'a [Cell<u8>],
+    adds: bool,
+) {
+    let parity: ArrayVec<&[Cell<u8>], 2> = geometry.parity_slots(stripe).map(&rows).collect();
+    let terms: ArrayVec<Term<'_>, MEMBERS_MAX> = (0..geometry.data_slots())
+        .map(|d| (power(d.into()), rows(geometry.slot_of(stripe, d))))
+        .collect();
+    let sources: ArrayVec<&[Cell<u8>], MEMBERS_MAX> = terms.iter().map(|term| term.1).collect();
+    match (parity.as_slice(), adds) {
+        ([p, q], true) => gf::syndromes_into(p, q, &terms),
+        ([p, q], false) => gf::syndromes_to(p, q, &terms),
+        ([p], true) => parity::xor_into(p, &sources),
+        ([p], false) => parity::xor_to(p, &sources),
+        _ => {}
     }
 }
 

@@ -4,18 +4,22 @@ use std::cell::Cell;
 
 use arrayvec::ArrayVec;
 
+use crate::gf::{self, Term, power};
 use crate::limits::MEMBERS_MAX;
 use crate::parity;
 use crate::plan::{Band, GRAIN, Mode, Span};
 use crate::pool::Lease;
+use crate::recipe::recipe;
 use crate::serve::bits;
 use crate::stripe_table::{Item, Task};
 
 /// Source of a segment that lies in work memory.
 pub(super) const WORK: u16 = u16::MAX;
 
-/// Where the buffers of a band are in the pass's work memory: its reads by data chunk, parity, and the chunk
-/// that is computed.
+/// Buffers of data chunks with their factors in Q, or of a recipe.
+type Terms<'a> = ArrayVec<Term<'a>, MEMBERS_MAX>;
+
+/// The buffers of a band in the pass's work memory: one for each part that it holds, in their order.
 pub(super) struct BandBuffers<'a> {
     pub band: &'a Band,
     pub work: Option<&'a Lease>,
@@ -23,24 +27,15 @@ pub(super) struct BandBuffers<'a> {
 }
 
 impl<'a> BandBuffers<'a> {
-    /// Offset of the buffer that holds a data chunk's old (or composed) content.
-    fn data(&self, d: u16) -> Option<usize> {
-        let bytes = self.band.bytes();
-        if self.band.reads & 1 << d != 0 {
-            let before = (self.band.reads & ((1 << d) - 1)).count_ones() as usize;
-            return Some(self.base + before * bytes);
-        }
-        let rebuilt = self.band.mode == Mode::Rebuild;
-        rebuilt.then(|| self.base + (self.band.reads.count_ones() as usize + 1) * bytes)
+    /// Offset of the buffer of a part that the band holds.
+    pub(super) fn offset(&self, part: u16) -> usize {
+        let before = self.band.held() & ((1 << part) - 1);
+        self.base + before.count_ones() as usize * self.band.bytes()
     }
 
-    /// Offset of the buffer of parity.
-    pub(super) fn parity(&self) -> Option<usize> {
-        let at = self.base + self.band.reads.count_ones() as usize * self.band.bytes();
-        (self.band.mode != Mode::DataOnly).then_some(at)
-    }
-
-    fn cells(&self, offset: usize) -> &'a [Cell<u8>] {
+    /// The buffer of a part that the band holds.
+    fn buffer(&self, part: u16) -> &'a [Cell<u8>] {
+        let offset = self.offset(part);
         match self.work {
             Some(work) => work.cells(offset..offset + self.band.bytes()),
             None => &[],
@@ -69,9 +64,9 @@ impl<'a> BandBuffers<'a> {
     /// Where the new content of a modified chunk is, for these whole rows: lease, offset, and whose it is.
     pub(super) fn source(&self, batch: &'a [Item], d: u16) -> (&'a Lease, usize, u16) {
         if self.band.partial & 1 << d != 0
-            && let (Some(work), Some(offset)) = (self.work, self.data(d))
+            && let Some(work) = self.work
         {
-            return (work, offset, WORK);
+            return (work, self.offset(d), WORK);
         }
         let (i, lease, from, span) = self.item(batch, d);
         (
@@ -81,59 +76,67 @@ impl<'a> BandBuffers<'a> {
         )
     }
 
-    /// Fills in what is computed: the missing chunk, composed grains, parity.
-    pub(super) fn compute(&self, batch: &'a [Item], data: u16) {
+    /// Fills in what is computed: missing chunks, composed grains, parity. `data`, `parities`: of the stripe.
+    pub(super) fn compute(&self, batch: &'a [Item], data: u16, parities: u16) {
         let band = self.band;
-        let mut sources: ArrayVec<&[Cell<u8>], { 2 * MEMBERS_MAX }> = ArrayVec::new();
-        let parity = self.parity();
-        let read = |d: u16| self.data(d).map(|offset| self.cells(offset));
-        if band.mode == Mode::Rebuild
-            && let Some(p) = parity
-        {
-            let lost = self.base + (band.reads.count_ones() as usize + 1) * band.bytes();
-            sources.extend(bits(band.reads).filter_map(read));
-            sources.push(self.cells(p));
-            parity::xor_to(self.cells(lost), &sources);
-            sources.clear();
+        for lost in bits(band.computed) {
+            let recipe = recipe(data, parities, lost, band.reads);
+            let recipe = recipe.expect("planned: as much is read as is missing");
+            let terms: Terms<'_> = recipe
+                .iter()
+                .map(|(part, by)| (*by, self.buffer(*part)))
+                .collect();
+            gf::combine_to(self.buffer(lost), &terms);
         }
-        if band.mode == Mode::ReadModify
-            && let Some(p) = parity
-        {
-            sources.extend(bits(band.modified).filter_map(read));
-            parity::xor_into(self.cells(p), &sources);
-            sources.clear();
+        let adds = band.mode == Mode::ReadModify;
+        if adds {
+            let old = bits(band.modified).map(|d| (power(d.into()), self.buffer(d)));
+            self.sum(data, &old.collect::<Terms<'_>>(), true);
         }
         for d in bits(band.partial) {
             self.compose(batch, d);
         }
-        let Some(p) = parity else { return };
         let new = |d: u16| {
             let (lease, offset, _) = self.source(batch, d);
             lease.cells(offset..offset + band.bytes())
         };
-        match band.mode {
-            Mode::ReadModify => {
-                sources.extend(bits(band.modified).map(new));
-                parity::xor_into(self.cells(p), &sources);
-            }
-            Mode::Full | Mode::Reconstruct | Mode::Rebuild => {
-                sources.extend((0..data).map(|d| match band.modified & 1 << d {
-                    0 => read(d).unwrap_or(&[]),
-                    _ => new(d),
-                }));
-                parity::xor_to(self.cells(p), &sources);
-            }
-            Mode::DataOnly => {}
+        let term = |d: u16| match band.modified & 1 << d {
+            0 => (power(d.into()), self.buffer(d)),
+            _ => (power(d.into()), new(d)),
+        };
+        let terms: Terms<'_> = match adds {
+            true => bits(band.modified).map(term).collect(),
+            false if band.parity == 0 => return,
+            false => (0..data).map(term).collect(),
+        };
+        self.sum(data, &terms, adds);
+    }
+
+    /// Sums data chunks up in the parities that are written, or adds them to those.
+    fn sum(&self, data: u16, terms: &[Term<'a>], adds: bool) {
+        let has = |parity: u16| {
+            let part = data + parity;
+            (self.band.parity & 1 << part != 0).then(|| self.buffer(part))
+        };
+        let sources =
+            || -> ArrayVec<&[Cell<u8>], MEMBERS_MAX> { terms.iter().map(|(_, of)| *of).collect() };
+        match (has(0), has(1), adds) {
+            (Some(p), Some(q), false) => gf::syndromes_to(p, q, terms),
+            (Some(p), Some(q), true) => gf::syndromes_into(p, q, terms),
+            (Some(p), None, false) => parity::xor_to(p, &sources()),
+            (Some(p), None, true) => parity::xor_into(p, &sources()),
+            (None, Some(q), false) => gf::combine_to(q, terms),
+            (None, Some(q), true) => gf::combine_into(q, terms),
+            (None, None, _) => {}
         }
     }
 
     /// Lays the new bytes of a chunk that is not covered whole over its old content.
     fn compose(&self, batch: &'a [Item], d: u16) {
-        let Some(old) = self.data(d) else { return };
         let (_, lease, from, span) = self.item(batch, d);
         let start = span.start.max(self.band.rows.start * GRAIN);
         let end = span.end.min(self.band.rows.end * GRAIN);
-        let into = self.cells(old);
+        let into = self.buffer(d);
         let at = (start - self.band.rows.start * GRAIN) as usize;
         let len = (end - start) as usize;
         let new = (from + start - span.start) as usize;

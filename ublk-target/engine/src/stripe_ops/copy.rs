@@ -124,7 +124,7 @@ impl<E: Env> RaidGroup<E> {
         let row = u32::try_from(at - self.chunk_at(stripe)).expect("at most 1 MiB");
         self.reconstruct(
             stripe,
-            slot,
+            (slot, 0),
             row..row + GRAIN,
             (lease, to),
             Some((lease, scratch)),

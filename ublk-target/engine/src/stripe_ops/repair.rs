@@ -6,12 +6,13 @@ use arrayvec::ArrayVec;
 
 use super::{Ios, PASS_BYTES, piece, rows_of};
 use crate::geometry::Spot;
+use crate::gf::{self, Term};
 use crate::limits::MEMBERS_MAX;
 use crate::parity;
 use crate::plan::{GRAIN, Span};
 use crate::pool::{Lease, Quota};
 use crate::raid_group::{EIO, Errno, RaidGroup};
-use crate::serve::bits;
+use crate::recipe::recipe;
 use crate::traits::{Buf, DiskVerb, Env, Piece};
 
 /// The copies of a chunk.
@@ -45,7 +46,7 @@ impl<E: Env> RaidGroup<E> {
         Ok(())
     }
 
-    /// Reads a span where at most one member has to be done without.
+    /// Reads a span of which all of a chunk can be read, or computed from chunks that can.
     async fn read_rows(
         &self,
         stripe: u64,
@@ -65,7 +66,7 @@ impl<E: Env> RaidGroup<E> {
             return Ok(());
         }
         let rows = span.start..span.end;
-        self.reconstruct(stripe, own, rows, (lease, to as usize), None)
+        self.reconstruct(stripe, (own, avoid), rows, (lease, to as usize), None)
             .await?;
         if readable & 1 << own != 0 {
             self.rewrite(own, at, lease, whole, None).await?;
@@ -130,30 +131,27 @@ impl<E: Env> RaidGroup<E> {
         }
     }
 
-    /// Computes bytes `rows` of a slot's chunk from all others, into the lease at `to`. Work memory is `scratch` (a
-    /// lease with room for every other member's rows from that offset on), or is leased.
+    /// Computes bytes `rows` of a slot's chunk from others, those of `avoid` left out, into the lease at `to`. Work
+    /// memory is `scratch` (a lease with room for every other member's rows from that offset on), or is leased. A
+    /// member that cannot be read is done without, while redundancy lasts.
     pub(super) async fn reconstruct(
         &self,
         stripe: u64,
-        slot: u16,
+        (slot, avoid): (u16, u64),
         rows: Range<u32>,
         (lease, to): (&Lease, usize),
         scratch: Option<(&Lease, usize)>,
     ) -> Result<(), Errno> {
-        let all = u64::MAX >> (64 - u32::from(self.geometry.members()));
-        let others = all & !(1 << slot);
-        if self.failed.get() || self.readable(stripe) & others != others {
-            return Err(EIO);
-        }
-        let n = others.count_ones() as usize;
+        let geometry = &self.geometry;
+        let n = usize::from(geometry.data_slots());
         let total = (rows.end - rows.start) as usize;
         let step = if scratch.is_some() {
             total
         } else {
             rows_of(PASS_BYTES / n)
         };
-        let mut done = 0;
-        while done < total {
+        let target = geometry.part_of(stripe, slot);
+        for done in (0..total).step_by(step.max(1)) {
             let len = step.min(total - done);
             let leased;
             let (work, base) = match scratch {
@@ -163,23 +161,35 @@ impl<E: Env> RaidGroup<E> {
                     (&leased, 0)
                 }
             };
-            let mut ios: Ios<E> = ArrayVec::new();
             let from = self.chunk_at(stripe) + u64::from(rows.start) + done as u64;
-            for (i, other) in bits(others).enumerate() {
-                let piece = piece(base + i * len, len);
-                let buf = Buf::Pool(work);
-                let io = self
-                    .member(other)
-                    .submit(DiskVerb::Read, from, len as u64, buf, &[piece]);
-                ios.push((other, Some(io)));
-            }
-            if self.finish(&mut ios).await != 0 {
-                return Err(EIO);
-            }
-            let mut sources: ArrayVec<&[std::cell::Cell<u8>], MEMBERS_MAX> = ArrayVec::new();
-            sources.extend((0..n).map(|i| work.cells(base + i * len..base + (i + 1) * len)));
-            parity::xor_to(lease.cells(to + done..to + done + len), &sources);
-            done += len;
+            let mut unread = avoid;
+            let recipe = loop {
+                if self.failed.get() {
+                    return Err(EIO);
+                }
+                let there = geometry.parts_of(stripe, self.readable(stripe) & !unread);
+                let recipe = recipe(geometry.data_slots(), geometry.parities(), target, there);
+                let recipe = recipe.ok_or(EIO)?;
+                let mut ios: Ios<E> = ArrayVec::new();
+                for (i, (part, _)) in recipe.iter().enumerate() {
+                    let (other, buf) = (geometry.slot_of(stripe, *part), Buf::Pool(work));
+                    let pieces = [piece(base + i * len, len)];
+                    let io =
+                        self.member(other)
+                            .submit(DiskVerb::Read, from, len as u64, buf, &pieces);
+                    ios.push((other, Some(io)));
+                }
+                match self.finish(&mut ios).await {
+                    0 => break recipe,
+                    failed => unread |= failed,
+                }
+            };
+            let terms: ArrayVec<Term<'_>, MEMBERS_MAX> = recipe
+                .iter()
+                .enumerate()
+                .map(|(i, (_, by))| (*by, work.cells(base + i * len..base + (i + 1) * len)))
+                .collect();
+            gf::combine_to(lease.cells(to + done..to + done + len), &terms);
         }
         Ok(())
     }
@@ -230,7 +240,7 @@ impl<E: Env> RaidGroup<E> {
     ) -> Result<(), Errno> {
         let len = (rows.end - rows.start) as usize;
         let at = self.chunk_at(stripe) + u64::from(rows.start);
-        self.reconstruct(stripe, slot, rows, (lease, 0), Some((lease, len)))
+        self.reconstruct(stripe, (slot, 0), rows, (lease, 0), Some((lease, len)))
             .await?;
         self.rewrite(slot, at, lease, piece(0, len), Some((lease, len)))
             .await

@@ -6,8 +6,8 @@ use std::ops::Range;
 use arrayvec::ArrayVec;
 
 use super::write::{Write, Writes};
-use super::{Ios, PASS_BYTES, absolute, piece, rows_of};
-use crate::geometry::Spot;
+use super::{Ios, PASS_BYTES, absolute, piece, rows_of, sum_data};
+use crate::geometry::{Geometry, Spot};
 use crate::limits::MEMBERS_MAX;
 use crate::parity;
 use crate::plan::GRAIN;
@@ -131,7 +131,7 @@ impl<E: Env> RaidGroup<E> {
                 .copies(stripe, *d)
                 .filter(|spot| in_sync & 1 << spot.slot != 0)
                 .collect(),
-            Kind::Parity => bits(in_sync)
+            Kind::Parity => bits(self.geometry.slots())
                 .map(|slot| Spot {
                     slot,
                     member_at: self.chunk_at(stripe),
@@ -264,11 +264,7 @@ impl<E: Env> RaidGroup<E> {
     ) -> Compared {
         match kind {
             Kind::Copies(_) => compare_copies(spots, len, work),
-            Kind::Parity => {
-                let p = self.geometry.parity_slots(stripe).next();
-                let p = spots.iter().position(|spot| Some(spot.slot) == p);
-                p.map_or_else(Compared::default, |p| compare_parity(spots, p, len, work))
-            }
+            Kind::Parity => compare_parity(&self.geometry, stripe, len, work),
         }
     }
 }
@@ -277,24 +273,31 @@ fn buffer(work: &Lease, i: usize, len: usize) -> &[Cell<u8>] {
     work.cells(i * len..(i + 1) * len)
 }
 
-/// One parity: it is the XOR of the data, or it is made so. Which chunk is wrong cannot be told.
-fn compare_parity(spots: &Spots, p: usize, len: usize, work: &Lease) -> Compared {
-    let mut data: ArrayVec<&[Cell<u8>], MEMBERS_MAX> = ArrayVec::new();
-    let others = (0..spots.len()).filter(|i| *i != p);
-    data.extend(others.map(|i| buffer(work, i, len)));
-    let parity = buffer(work, p, len);
-    // P ^ data is zero where parity is right.
-    parity::xor_into(parity, &data);
-    if parity::is_zero(parity) {
-        return Compared::default();
+/// Parity is the sum of the data, or is made so. Every member is in sync, so its spot is its slot. Which chunk is wrong
+/// is told only of two parities of which one fits: it is the other.
+fn compare_parity(geometry: &Geometry, stripe: u64, len: usize, work: &Lease) -> Compared {
+    let rows = |slot: u16| buffer(work, usize::from(slot), len);
+    sum_data(geometry, stripe, rows, true);
+    let mut compared = Compared::default();
+    for slot in geometry.parity_slots(stripe) {
+        let parity = rows(slot);
+        if parity::is_zero(parity) {
+            continue;
+        }
+        let i = usize::from(slot);
+        let wrong = differing(len, |sector| !parity::is_zero(&parity[sector]));
+        compared.wrong = Some(match compared.wrong.take() {
+            Some((first, old)) => (first, hull(Some(old), wrong)),
+            None => (i, wrong),
+        });
+        compared.slots |= 1 << slot;
+        compared.writes.push((i, i));
     }
-    let wrong = differing(len, |sector| !parity::is_zero(&parity[sector]));
-    parity::xor_to(parity, &data);
-    Compared {
-        wrong: Some((p, wrong)),
-        slots: 0,
-        writes: ArrayVec::from_iter([(p, p)]),
+    if compared.writes.len() == usize::from(geometry.parities()) {
+        compared.slots = 0;
     }
+    sum_data(geometry, stripe, rows, false);
+    compared
 }
 
 /// Copies: every one equals the first that is in sync, or is made so.

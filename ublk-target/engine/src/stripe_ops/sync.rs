@@ -4,10 +4,11 @@ use std::ops::Range;
 
 use arrayvec::ArrayVec;
 
-use super::{Ios, PASS_BYTES, piece, rows_of};
+use super::{Ios, PASS_BYTES, piece, rows_of, sum_data};
 use crate::geometry::Spot;
 use crate::limits::MEMBERS_MAX;
 use crate::parity;
+use crate::plan::GRAIN;
 use crate::pool::{Lease, Quota};
 use crate::raid_group::{EIO, Errno, RaidGroup};
 use crate::serve::bits;
@@ -75,8 +76,26 @@ impl<E: Env> RaidGroup<E> {
         let at = self.chunk_at(stripe) + u64::from(rows.start);
         let members = usize::from(self.geometry.members());
         let lease = self.lease(Quota::Work, members * len).await?;
-        self.reconstruct(stripe, slot, rows, (&lease, 0), Some((&lease, len)))
-            .await?;
+        let whole = self
+            .reconstruct(
+                stripe,
+                (slot, 0),
+                rows.clone(),
+                (&lease, 0),
+                Some((&lease, len)),
+            )
+            .await;
+        if whole.is_err() {
+            // Others may be unreadable at different grains of these.
+            for (start, to) in rows
+                .step_by(GRAIN as usize)
+                .zip((0..).step_by(GRAIN as usize))
+            {
+                let (part, scratch) = (start..start + GRAIN, Some((&lease, len)));
+                self.reconstruct(stripe, (slot, 0), part, (&lease, to), scratch)
+                    .await?;
+            }
+        }
         self.fill_at(slot, at, &lease, len).await
     }
 
@@ -165,28 +184,28 @@ impl<E: Env> RaidGroup<E> {
             work.cells(i * len..(i + 1) * len)
         };
         // What cannot be read is written from the data.
-        let Some(p) = self.geometry.parity_slots(stripe).next() else {
-            return Ok(());
-        };
-        if failed & !(1 << p) != 0 {
+        let geometry = &self.geometry;
+        let parity: ArrayVec<u16, 2> = geometry.parity_slots(stripe).collect();
+        let mut wrong = failed;
+        if bits(failed).any(|slot| !parity.contains(&slot)) {
             return Err(EIO);
         }
-        let mut sources: ArrayVec<&[std::cell::Cell<u8>], MEMBERS_MAX> = ArrayVec::new();
-        sources.extend(bits(slots & !(1 << p)).map(cells));
-        if failed == 0 {
-            // P ^ data is zero where parity is right; xor-ing the data again gives P back.
-            parity::xor_into(cells(p), &sources);
-            if parity::is_zero(cells(p)) {
-                return Ok(());
+        sum_data(geometry, stripe, cells, true);
+        for slot in &parity {
+            if !parity::is_zero(cells(*slot)) {
+                wrong |= 1 << slot;
             }
         }
-        parity::xor_to(cells(p), &sources);
-        let verb = DiskVerb::Write { fua: false };
-        let pieces = [piece(usize::from(p) * len, len)];
-        let io = self
-            .member(p)
-            .submit(verb, at, len as u64, Buf::Pool(&work), &pieces);
-        ios.push((p, Some(io)));
+        if wrong == 0 {
+            return Ok(());
+        }
+        sum_data(geometry, stripe, cells, false);
+        for slot in bits(wrong) {
+            let (verb, buf) = (DiskVerb::Write { fua: false }, Buf::Pool(&work));
+            let pieces = [piece(usize::from(slot) * len, len)];
+            let io = self.member(slot).submit(verb, at, len as u64, buf, &pieces);
+            ios.push((slot, Some(io)));
+        }
         match self.finish(&mut ios).await {
             0 => Ok(()),
             failed => self.fail(failed, "write failed during resync").await,

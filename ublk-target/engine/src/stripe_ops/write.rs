@@ -60,7 +60,7 @@ impl<E: Env> RaidGroup<E> {
             }
             let state = self.stripe_state(stripe);
             let grains = PASS_BYTES / crate::plan::GRAIN as usize;
-            let rows_max = (grains / (usize::from(state.data) + 2)).max(1);
+            let rows_max = (grains / usize::from(self.geometry.members())).max(1);
             let mut bands = Bands::new();
             let mut exhausted = false;
             let rows_max = u32::try_from(rows_max).expect("at most 256");
@@ -113,18 +113,20 @@ impl<E: Env> RaidGroup<E> {
             0 => None,
             bytes => Some(self.lease(Quota::Work, bytes).await?),
         };
-        let parity_slot = self.geometry.parity_slots(stripe).next();
         let chunk_at = self.chunk_at(stripe);
         let mut ios: Ios<E> = ArrayVec::new();
         // Old content.
         let mut at = 0;
         for band in bands {
             if let Some(work) = &work {
-                let mut buffer = at;
-                let parity = parity_slot.filter(|_| band.read_parity);
-                let data = bits(band.reads).map(|d| self.geometry.slot_of(stripe, d));
-                for slot in data.chain(parity) {
-                    let piece = piece(buffer, band.bytes());
+                let layout = BandBuffers {
+                    band,
+                    work: Some(work),
+                    base: at,
+                };
+                for part in bits(band.reads) {
+                    let slot = self.geometry.slot_of(stripe, part);
+                    let piece = piece(layout.offset(part), band.bytes());
                     let from = chunk_at + u64::from(band.rows.start * GRAIN);
                     let len = u64::from(piece.len);
                     let io = self.member(slot).submit(
@@ -135,7 +137,6 @@ impl<E: Env> RaidGroup<E> {
                         &[piece],
                     );
                     ios.push((slot, Some(io)));
-                    buffer += band.bytes();
                 }
             }
             at += band.buffers() * band.bytes();
@@ -159,7 +160,7 @@ impl<E: Env> RaidGroup<E> {
                 work: work.as_ref(),
                 base: at,
             };
-            layout.compute(batch, self.geometry.data_slots());
+            layout.compute(batch, self.geometry.data_slots(), self.geometry.parities());
             for d in bits(band.modified) {
                 let slot = self.geometry.slot_of(stripe, d);
                 if writable & 1 << slot != 0 {
@@ -174,12 +175,13 @@ impl<E: Env> RaidGroup<E> {
                     push_write(&mut writes, write);
                 }
             }
-            if let (Some(slot), Some(offset), Some(work)) = (parity_slot, layout.parity(), &work) {
+            for part in bits(band.parity) {
+                let Some(work) = &work else { break };
                 let write = Write {
-                    slot,
+                    slot: self.geometry.slot_of(stripe, part),
                     at: chunk_at + u64::from(band.rows.start * GRAIN),
                     len: piece(0, band.bytes()).len,
-                    from: absolute(work, offset),
+                    from: absolute(work, layout.offset(part)),
                     source: WORK,
                 };
                 push_write(&mut writes, write);
@@ -326,7 +328,7 @@ fn pass_end(bands: &[Band], start: usize) -> usize {
     for (i, band) in bands.iter().enumerate().skip(start) {
         bytes += band.buffers() * band.bytes();
         reads += band.buffers();
-        writes += band.modified.count_ones() as usize + 1;
+        writes += (band.modified | band.parity).count_ones() as usize;
         if i > start && (bytes > PASS_BYTES || reads > PASS_IOS || writes > SEGMENTS_MAX) {
             return i;
         }

@@ -42,6 +42,7 @@ fn lu_that_grows_under_writes_keeps_what_it_has_and_serves_what_it_gets() {
         (Level::Raid0, 3),
         (Level::Raid1, 2),
         (Level::Raid5, 4),
+        (Level::Raid6, 4),
         (Level::Raid10, 3),
     ]) {
         let mut rig = rig(1100 + i + round(), level, n, 65536, true);

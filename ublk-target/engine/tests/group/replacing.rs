@@ -7,12 +7,13 @@ use super::*;
 /// Number of the disk that comes.
 const NEW: u8 = 40;
 
-const SHAPES: [(Level, u8, u64); 6] = [
+const SHAPES: [(Level, u8, u64); 7] = [
     (Level::Raid0, 3, 65536),
     (Level::Linear, 2, 65536),
     (Level::Raid1, 2, 65536),
     (Level::Raid5, 4, 65536),
     (Level::Raid5, 3, 4096),
+    (Level::Raid6, 5, 65536),
     (Level::Raid10, 3, 65536),
 ];
 

@@ -219,16 +219,19 @@ impl World {
         self.try_block_on(future).expect("no crash was planned")
     }
 
+    /// Ends the run: all tasks, and what they hold, are dropped.
+    pub(crate) fn end(&self) {
+        let (tasks, fresh) = (self.tasks.take(), self.fresh.take());
+        drop((tasks, fresh, self.killed.take()));
+        let (pending, timers) = (self.pending.take(), self.timers.take());
+        drop((pending, timers));
+    }
+
     /// Everything of the process is gone: tasks, I/O that did not complete, timers.
     pub(crate) fn kill(&self) {
-        let tasks = self
-            .tasks
-            .borrow_mut()
-            .drain(..)
-            .flatten()
-            .collect::<Vec<_>>();
         let mut killed = self.killed.borrow_mut();
-        killed.extend(tasks.into_iter().map(|(task, _)| task));
+        let tasks = self.tasks.take();
+        killed.extend(tasks.into_iter().flatten().map(|(task, _)| task));
         killed.append(&mut self.fresh.borrow_mut());
         drop(killed);
         for pending in self.pending.borrow_mut().drain(..) {
@@ -241,19 +244,6 @@ impl World {
         }
         self.timers.borrow_mut().clear();
         self.crash_in.set(None);
-    }
-}
-
-impl World {
-    /// The end of the world: tasks hold the group, it holds the world, and that the tasks.
-    pub(crate) fn end(&self, stores: &[Rc<Store>]) {
-        self.kill();
-        for store in stores {
-            drop((store.hung.take(), store.held.take()));
-        }
-        drop(self.killed.take());
-        // What their ends began.
-        drop((self.fresh.take(), self.pending.take(), self.timers.take()));
     }
 }
 
@@ -307,6 +297,11 @@ impl Store {
             let _ = action();
             landed.set(true);
         }
+    }
+
+    /// Gives its memory back: who holds the store may live as long as the process.
+    pub(crate) fn forget(&self) {
+        self.pages.borrow_mut().clear();
     }
 
     pub(crate) fn held(&self) -> usize {

@@ -67,6 +67,13 @@ fn dirty_and_degraded_by_level_and_condition() {
 }
 
 #[test]
+fn forced_parities_of_a_raid6_are_not_relied_on_together() {
+    let world = World::new(Level::Raid6, 4).dirty();
+    let plan = world.assemble(&[0, 2, 3], FORCE).unwrap();
+    assert_eq!((plan.synced_to, plan.torn, plan.resync), (0, false, true));
+}
+
+#[test]
 fn forced_parity_is_taken_as_it_is_and_not_asked_again() {
     let world = World::new(Level::Raid5, 3).dirty();
     let plan = world.assemble(&[0, 2], FORCE).unwrap();
