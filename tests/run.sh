@@ -67,11 +67,11 @@ e2e_group() {
 part_e2e() {
   # The long ones first, so that the two guests end together.
   e2e_groups life_ import_ levels_ data_file layout_ data_survives_member_vanish manage_ queues_ replace_ data_survives_member_hang \
-    scrub_ spare_ resize_ data_verified data_survives_member_error data_requests hostile_ config_ data_overlapping data_counters
+    scrub_ spare_ resize_ grow_ data_verified data_survives_member_error data_requests hostile_ config_ data_overlapping data_counters
 }
 part_matrix() {
   LUNAR_E2E_LONG=1 e2e_groups long_data_survives_member_error long_data_survives_member_hang long_data_survives_member_vanish \
-    long_data_file long_data_requests long_layout_raid long_levels long_queues long_replace long_resize
+    long_data_file long_data_requests long_layout_raid long_levels long_queues long_replace long_resize long_grow
 }
 part_demo() {
   if [ "${LUNAR_TEST_ON_HOST:-}" != 1 ]; then

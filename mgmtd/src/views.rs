@@ -493,6 +493,7 @@ pub(crate) mod tests {
             generation: 4,
             capacity: 2 << 30,
             free: 1 << 30,
+            capacity_max: 2 << 30,
             member_bytes: 1 << 30,
             logical_block: 512,
             members: (0..3).map(member).collect(),

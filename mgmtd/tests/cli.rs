@@ -46,6 +46,7 @@ const VERBS: &[(&str, &str)] = &[
     ("group start", "data"),
     ("group resolve", "data --keep 1 --yes"),
     ("group stop", "data"),
+    ("group grow", "data"),
     ("group rename", "data archive"),
     ("group delete", "data --yes"),
     ("lu create", "vol --group data --size max"),

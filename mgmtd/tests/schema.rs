@@ -65,6 +65,7 @@ fn methods() -> Methods {
     m.add::<mgmt::GroupStart, rows::Changed>("GroupStart");
     m.add::<mgmt::GroupResolve, rows::Changed>("GroupResolve");
     m.add::<mgmt::GroupEnd, rows::Changed>("GroupStop");
+    m.add::<mgmt::GroupEnd, rows::Changed>("GroupGrow");
     m.add::<mgmt::Rename, rows::Changed>("GroupRename");
     m.add::<mgmt::GroupEnd, rows::Changed>("GroupDelete");
     m.add::<mgmt::Nothing, rows::LuList>("LuList");

@@ -186,6 +186,7 @@ fn dispatch(
             rebuild_min_bytes,
             rebuild_max_bytes,
         } => groups.get(group)?.set(rebuild_min_bytes, rebuild_max_bytes),
+        TargetRequest::GroupGrow { group } => groups.get(group)?.grow(),
         TargetRequest::GroupScrub { group, order } => groups.get(group)?.scrub(order),
         TargetRequest::MemberFail { group, disk } => groups.get(group)?.member_fail(disk),
         TargetRequest::MemberReplace {

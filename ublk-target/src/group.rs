@@ -372,6 +372,12 @@ impl Group {
         Arc::clone(&self).answer()
     }
 
+    pub(crate) fn grow(self: Arc<Self>) -> TargetReply {
+        let _held = lock(&self.change);
+        self.change(async move |group| group.grow().await)?;
+        Arc::clone(&self).answer()
+    }
+
     pub(crate) fn member_fail(self: Arc<Self>, disk: DiskUuid) -> TargetReply {
         let _held = lock(&self.change);
         self.change(async move |group| group.member_fail(disk, "failed by hand").await)?;

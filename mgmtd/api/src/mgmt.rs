@@ -199,7 +199,7 @@ requests! {
         dry_run: bool,
         yes: bool,
     }
-    /// Stops a group, or deletes it.
+    /// Stops a group, deletes it, or has it grow.
     GroupEnd {
         group: String,
         dry_run: bool,
@@ -334,6 +334,9 @@ pub enum Request {
     /// Stops a group. Answer: `Changed`.
     #[serde(rename = "io.lunar.GroupStop")]
     GroupStop(GroupEnd),
+    /// Gives a group all that its members have room for. Answer: `Changed`.
+    #[serde(rename = "io.lunar.GroupGrow")]
+    GroupGrow(GroupEnd),
     /// Renames a group. Answer: `Changed`.
     #[serde(rename = "io.lunar.GroupRename")]
     GroupRename(Rename),
@@ -405,6 +408,7 @@ pub const VERBS: &[(&str, bool)] = &[
     ("io.lunar.GroupStart", true),
     ("io.lunar.GroupResolve", true),
     ("io.lunar.GroupStop", true),
+    ("io.lunar.GroupGrow", true),
     ("io.lunar.GroupRename", true),
     ("io.lunar.GroupDelete", true),
     ("io.lunar.LuList", false),

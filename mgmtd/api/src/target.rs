@@ -179,6 +179,8 @@ pub enum TargetRequest {
     },
     /// Starts, pauses, resumes or cancels a scrub; durable when answered. Answer: `Group`.
     GroupScrub { group: GroupUuid, order: ScrubOrder },
+    /// Gives the group all that its members have room for. Answer: `Group`.
+    GroupGrow { group: GroupUuid },
     /// Fails a member by hand. Refused (`NoRedundancy`) where data would be lost. Answer: `Group`.
     MemberFail { group: GroupUuid, disk: DiskUuid },
     /// Puts the one attached disk into a slot that is faulty or missing, and starts its rebuild. Answer: `Group`.
@@ -390,6 +392,9 @@ pub struct GroupStatus {
     /// Usable bytes, and those not given to a LU.
     pub capacity: u64,
     pub free: u64,
+    /// Usable bytes once it is grown: `capacity` where its members have no more room.
+    #[serde(default)]
+    pub capacity_max: u64,
     /// Bytes of one member that hold data (linear: of the largest).
     pub member_bytes: u64,
     pub logical_block: u32,

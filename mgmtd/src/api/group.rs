@@ -487,6 +487,33 @@ async fn reprobe(daemon: &Daemon, view: &View, live: Option<&GroupStatus>) -> Re
     Ok(())
 }
 
+/// Answers `GroupGrow`.
+///
+/// # Errors  what ublk-target refuses: a member that is not in sync, a scrub or copy under way
+pub async fn grow(daemon: &Daemon, ask: GroupEnd) -> Result<Changed, ApiError> {
+    let _turn = daemon.turn().await?;
+    let view = view(daemon).await;
+    let live = started(&view, &ask.group)?;
+    let (group, name) = (live.group, &live.name);
+    let has = format_size(live.capacity);
+    let plan = match live.capacity_max > live.capacity {
+        false => Plan::unchanged(format!(
+            "group {name} has {has}: its members have no more room"
+        )),
+        true => Plan::step(format!(
+            "grow group {name} from {has} to {}",
+            format_size(live.capacity_max)
+        )),
+    };
+    if let Gate::Answer(answer) = plan.gate(ask.dry_run, ask.yes)? {
+        return Ok(*answer);
+    }
+    let request = TargetRequest::GroupGrow { group };
+    let status = group_answer(daemon.ask(&request, Vec::new()).await?)?;
+    let text = format!("group {name} has {}", format_size(status.capacity));
+    finish(daemon, &plan, status, text).await
+}
+
 /// Answers `GroupRename`.
 ///
 /// # Errors  `Usage` for a name that cannot be, or is taken

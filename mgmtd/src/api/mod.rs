@@ -53,6 +53,7 @@ pub async fn answer(daemon: &Daemon, request: Request) -> Result<Value, ApiError
         Request::GroupStart(ask) => json(group::start(daemon, ask).await?),
         Request::GroupResolve(ask) => json(import::resolve(daemon, ask).await?),
         Request::GroupStop(ask) => json(group::stop(daemon, ask).await?),
+        Request::GroupGrow(ask) => json(group::grow(daemon, ask).await?),
         Request::GroupRename(ask) => json(group::rename(daemon, ask).await?),
         Request::GroupDelete(ask) => json(group::delete(daemon, ask).await?),
         Request::LuList(_) => json(lu::list(daemon).await?),

@@ -378,6 +378,14 @@ pub(crate) enum Group {
         #[arg(add = ArgValueCandidates::new(complete::groups))]
         group: String,
     },
+    /// Use all the room of its members, once all were replaced by larger ones; LUs go on meanwhile
+    #[command(
+        after_help = "Examples:\n  lunar group grow data --dry-run\n  lunar group grow data --wait     (until the redundancy of the new part is made)"
+    )]
+    Grow {
+        #[arg(add = ArgValueCandidates::new(complete::groups))]
+        group: String,
+    },
     /// Rename a group
     #[command(after_help = "Examples:\n  lunar group rename data archive")]
     Rename {

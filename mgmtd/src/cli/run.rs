@@ -445,6 +445,17 @@ fn group(args: &Args, client: &mut Client, verb: &Group) -> Result<u8, ApiError>
             |yes| Request::GroupStop(end(group, yes)),
             yes,
         ),
+        Group::Grow { group } => {
+            let ask = |yes| {
+                let group = absolute(group);
+                Request::GroupGrow(mgmt::GroupEnd {
+                    group,
+                    dry_run,
+                    yes,
+                })
+            };
+            change(args, client, "group.grow", ask, yes)
+        }
         Group::Rename { group, to } => {
             let ask = |yes| Request::GroupRename(rename(group, to, dry_run, yes));
             change(args, client, "group.rename", ask, yes)

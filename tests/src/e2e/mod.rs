@@ -9,6 +9,7 @@ mod config;
 mod data;
 mod disks;
 mod failing;
+mod grow;
 mod hostile;
 mod import;
 mod layout;
@@ -41,6 +42,7 @@ pub fn tests() -> Vec<Test> {
     scrub::tests(&mut all);
     replace::tests(&mut all);
     resize::tests(&mut all);
+    grow::tests(&mut all);
     spares::tests(&mut all);
     import::tests(&mut all);
     config::tests(&mut all);

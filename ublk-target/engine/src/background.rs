@@ -224,7 +224,7 @@ impl<E: Env> RaidGroup<E> {
         self.copying().is_some() && !waits && !self.failed.get() && self.rebuilding().is_none()
     }
 
-    fn has_sync_work(&self) -> bool {
+    pub(crate) fn has_sync_work(&self) -> bool {
         if self.rebuilding().is_some() {
             return true;
         }

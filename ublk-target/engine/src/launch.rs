@@ -9,6 +9,7 @@ use lunar_api::target::MemberState;
 use crate::background::RATE_MIN;
 use crate::config::GroupConfig;
 use crate::geometry::Geometry;
+use crate::growing::Shape;
 use crate::inflight::InflightLog;
 use crate::member::Member;
 use crate::pool::{Pool, Quota};
@@ -108,7 +109,7 @@ impl<E: Env> RaidGroup<E> {
         let group = Rc::new(Self {
             id: record.uuid,
             system: rest.system,
-            geometry,
+            geometry: Shape::new(geometry),
             pool: rest.pool,
             clock: rest.clock,
             front: rest.front,

@@ -13,6 +13,7 @@ mod copying;
 pub mod extents;
 pub mod geometry;
 pub mod gf;
+mod growing;
 mod inflight;
 pub mod label;
 mod launch;

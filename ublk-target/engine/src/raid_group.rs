@@ -18,6 +18,7 @@ use crate::config::{GroupConfig, ScrubRecord};
 use crate::copying::Copying;
 use crate::extents::ExtentMap;
 use crate::geometry::{Geometry, Piece};
+use crate::growing::Shape;
 use crate::inflight::InflightLog;
 use crate::member::Member;
 use crate::pool::{Closed, Lease, Pool, Quota};
@@ -186,7 +187,7 @@ pub(crate) struct MemberPlace {
 pub struct RaidGroup<E: Env> {
     pub(crate) id: GroupUuid,
     pub(crate) system: SystemUuid,
-    pub(crate) geometry: Geometry,
+    pub(crate) geometry: Shape,
     pub(crate) pool: Rc<Pool>,
     pub(crate) clock: E::Clock,
     pub(crate) front: E::Front,
@@ -364,6 +365,7 @@ impl<E: Env> RaidGroup<E> {
             history: record.history,
             generation: self.durable.get(),
             capacity: self.geometry.capacity(),
+            capacity_max: self.capacity_max(),
             free: self.free_bytes(),
             member_bytes: self.geometry.member_bytes(),
             logical_block: record.logical_block,

@@ -96,6 +96,23 @@ pub struct Reserve {
     pub end_copy: u64,
 }
 
+impl Reserve {
+    /// Returns what the data area may have on a disk that was of this size when it was divided: up to the tail, and to
+    /// whatever else lies behind its start.
+    pub fn room(&self, device_bytes: u64) -> u64 {
+        let start = self.layout.data_offset;
+        let areas = self.layout.areas().map(|(_, area)| area);
+        let behind = areas
+            .iter()
+            .filter(|area| area.len > 0 && area.offset >= start);
+        let end = behind.map(|area| area.offset).fold(
+            self.end_copy.min(device_bytes.saturating_sub(TAIL)),
+            u64::min,
+        );
+        end.saturating_sub(start) / DATA_ALIGN * DATA_ALIGN
+    }
+}
+
 /// Why a disk cannot be a member.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ReserveError {
@@ -217,6 +234,7 @@ mod tests {
                 .all(|a| a.len > 0 && a.offset % GRAIN == 0 && a.len % GRAIN == 0)
         );
         assert!(areas.last().unwrap().end() <= device, "{device}");
+        assert_eq!(r.room(device), r.data_bytes, "{device}");
         assert!(device - r.end_copy <= MIB, "{device}");
         assert!(r.data_bytes.is_multiple_of(MIB) && r.layout.data_offset.is_multiple_of(MIB));
         // The tail takes what is no whole MiB: that is not reserve by choice.
@@ -251,6 +269,18 @@ mod tests {
         let r = lay_out(64 * MIB).unwrap();
         assert_eq!((r.layout.data_offset, r.data_bytes), (5 * MIB, 58 * MIB));
         assert_eq!(r.end_copy, 64 * MIB - 512 * KIB);
+    }
+
+    #[test]
+    fn room_ends_where_anything_else_begins() {
+        let mut r = lay_out(64 * MIB).unwrap();
+        r.data_bytes = MIB;
+        assert_eq!(r.room(64 * MIB), 58 * MIB);
+        assert_eq!(r.room(62 * MIB + 5), 56 * MIB);
+        r.layout.logs.offset = 40 * MIB + KIB;
+        assert_eq!(r.room(64 * MIB), 35 * MIB);
+        r.end_copy = 20 * MIB;
+        assert_eq!(r.room(64 * MIB), 15 * MIB);
     }
 
     #[test]

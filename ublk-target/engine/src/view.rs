@@ -114,7 +114,7 @@ impl<E: Env> RaidGroup<E> {
         let first_hole = self.holes.borrow().first().copied();
         let view = GroupView {
             version: self.views.wanted.get(),
-            geometry: self.geometry.clone(),
+            geometry: Geometry::clone(&self.geometry),
             readable: self.in_sync.get(),
             synced: first_hole.map_or(self.synced.get(), |hole| hole.min(self.synced.get())),
             is_copied: members.iter().any(|member| member.twin.borrow().is_some()),

@@ -65,10 +65,16 @@ fn round() -> u64 {
 
 /// A running group; a test that fails shows the seed, which replays it.
 fn rig(seed: u64, level: Level, n: u8, chunk: u64, assume_clean: bool) -> Rig {
+    let fill = |i: u8| if assume_clean { 0 } else { 0xA5 ^ i };
+    let stores = (0..n).map(|i| Store::new(DISK, fill(i))).collect();
+    rig_on(seed, level, stores, chunk, assume_clean)
+}
+
+/// As [`rig`], on these disks.
+fn rig_on(seed: u64, level: Level, stores: Vec<Rc<Store>>, chunk: u64, assume_clean: bool) -> Rig {
+    let n = stores.len() as u8;
     eprintln!("{level:?} of {n}, chunk {chunk}, assume_clean {assume_clean}, seed {seed}");
     let world = World::new(seed);
-    let fill = |i: u8| if assume_clean { 0 } else { 0xA5 ^ i };
-    let stores: Vec<_> = (0..n).map(|i| Store::new(DISK, fill(i))).collect();
     let members = stores
         .iter()
         .zip(0..)

@@ -291,6 +291,10 @@ impl Store {
         })
     }
 
+    pub(crate) fn len(&self) -> u64 {
+        self.len
+    }
+
     /// Lets what hangs happen after all; nobody waits for it any more.
     pub(crate) fn land(&self) {
         for (landed, action) in self.hung.take() {
