@@ -540,7 +540,7 @@ impl Group {
         let resized = self.lifecycle().resize(number, *capacity);
         let problem = match &resized {
             Ok(_) => String::new(),
-            Err(error) => format!("its device has its old size: {error}"),
+            Err(error) => format!("its device may have its old size: {error}"),
         };
         if let Ok(true) = resized {
             tracing::info!(%lu, number, capacity, "a LU has grown");
@@ -549,7 +549,7 @@ impl Group {
             path.problem = problem;
         }
         resized.map(drop).map_err(|error| {
-            let what = "the LU has grown, but its device has its old size";
+            let what = "the LU has its new size, but its device may have the old one";
             api_error(ErrorKind::Failed, what, &error).hint("the same command again")
         })
     }
