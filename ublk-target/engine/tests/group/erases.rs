@@ -491,3 +491,64 @@ fn erase_while_a_disk_is_copied_killed_anywhere() {
     }
     assert!(seen.iter().all(|n| *n > 0), "{seen:?}");
 }
+
+/// Given a disk that is copied to one that refuses to zero, when a range is erased that the copy has passed, then zeroes
+/// are written to that one, and it has them when it takes the place.
+#[test]
+fn erase_that_the_disk_to_come_refuses_is_written_to_it() {
+    for (seed, (level, n, chunk)) in (0..).zip(SHAPES) {
+        for (turn, new) in (0..).zip([Members::Refuse, Members::Break]) {
+            let mut rig = rig(12_000 + seed * 10 + turn + round(), level, n, chunk, true);
+            let slot = u16::from(level != Level::Linear);
+            assert_eq!(rig.storm(60, || ()), 0);
+            rig.group.set_rebuild_rate(Some(1 << 20), Some(1 << 20));
+            let fresh = rig.begin_replace(slot);
+            fresh.set(new);
+            rig.wait_done(8 << 20);
+            let (at, len) = (1 << 20, 2 << 20);
+            let request = Rig::request(1, HostVerb::WriteZeroes { unmap: true }, at, len);
+            let group = Rc::clone(&rig.group);
+            let erased = rig
+                .world
+                .block_on(async move { group.serve(0, request).await });
+            assert_eq!(erased, Ok(()));
+            let range = at as usize..(at + len) as usize;
+            rig.model.borrow_mut()[range.clone()].fill(0);
+            rig.known.borrow_mut()[range].fill(true);
+            assert!(rig.group.status().replacement.is_some());
+            rig.group.set_rebuild_rate(None, Some(1 << 40));
+            rig.wait_replaced(slot);
+            rig.check_without_old(slot);
+        }
+    }
+}
+
+/// Given a write under way, when a copy is whole, then it does not take its place before the write has ended: the
+/// in-flight log names the disk that leaves.
+#[test]
+fn erase_under_way_keeps_a_copy_from_its_place() {
+    let mut rig = rig(12_900, Level::Raid5, 4, 65536, true);
+    rig.begin_replace(1);
+    let total = rig.group.status().sync.unwrap().total;
+    rig.wait_done(total - (1 << 20));
+    // The group is dirty: what the slow disk gets next is the write.
+    rig.mixed(1, 3 * 65536);
+    let slow = Rc::clone(&rig.stores[0]);
+    slow.faults.slow.set(true);
+    let request = Rig::request(1, HostVerb::WriteZeroes { unmap: true }, 0, 3 << 20);
+    let (group, done) = (Rc::clone(&rig.group), Rc::new(Cell::new(false)));
+    let to = Rc::clone(&done);
+    rig.world.spawn(async move {
+        assert_eq!(group.serve(0, request).await, Ok(()));
+        to.set(true);
+    });
+    let held = Rc::clone(&slow);
+    rig.world.run_until(move || held.held() > 0);
+    slow.faults.slow.set(false);
+    rig.sleep(10);
+    assert!(!done.get());
+    assert_eq!(rig.group.status().members[1].disk, uuid(1));
+    slow.release(&rig.world);
+    rig.wait_replaced(1);
+    assert!(done.get());
+}
