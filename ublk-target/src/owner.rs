@@ -34,7 +34,7 @@ use crate::ublk::attached::Attached;
 use crate::ublk::device::{Shape, UblkFront};
 
 /// How often the group is asked what happened.
-const EVENTS_NS: u64 = 200 * MILLISECOND;
+const EVENTS_NS: u64 = 500 * MILLISECOND;
 
 /// The kinds of the real world.
 #[derive(Debug)]
@@ -359,7 +359,7 @@ impl Local {
 
 async fn pass_events(local: Rc<Local>, events: impl Fn(Vec<TargetEvent>)) {
     loop {
-        local.clock.sleep(EVENTS_NS).await;
+        local.clock.turn(EVENTS_NS).await;
         if let Some(group) = local.group.get() {
             let mut happened = Vec::new();
             group.take_events(&mut happened);

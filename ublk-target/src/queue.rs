@@ -29,7 +29,7 @@ use crate::ublk::attached::Attached;
 use crate::ublk::device::Shape;
 
 /// How often the owner hears how old the oldest I/O of each member is; it gives one up after 30 s.
-const AGES_NS: u64 = 250 * MILLISECOND;
+const AGES_NS: u64 = 500 * MILLISECOND;
 
 /// What a queue thread has.
 #[derive(Debug)]
@@ -66,7 +66,7 @@ impl Lane for Queue {
 
 async fn tell_ages(server: Rc<QueueServer<MemberFile>>, clock: RingClock) {
     loop {
-        clock.sleep(AGES_NS).await;
+        clock.turn(AGES_NS).await;
         server.find_disk(|disk| {
             disk.tell_age();
             false

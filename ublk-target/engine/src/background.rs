@@ -9,13 +9,13 @@ use crate::limits::HOLES_MAX;
 use crate::raid_group::RaidGroup;
 use crate::serve::bits;
 use crate::stripe_table::{Item, JoinId, Task};
-use crate::sync::join;
+use crate::sync::{either, join};
 use crate::traits::{Clock, Disk, Env, MILLISECOND, SECOND, Tick};
 
 /// A member that has not answered for so long is failed (`--disk-limit`).
 pub(crate) const DISK_LIMIT: u64 = 30 * SECOND;
 /// Between two looks at the members.
-const LOOK: u64 = 250 * MILLISECOND;
+const LOOK: u64 = 500 * MILLISECOND;
 /// Without a write for so long a group is marked clean.
 const CLEAN_AFTER: u64 = 5 * SECOND;
 /// The cursor is made durable after so many bytes of a member, or so long.
@@ -95,7 +95,7 @@ impl<E: Env> RaidGroup<E> {
     /// Gives up members that do not answer; `tidy` makes that durable.
     async fn watch_members(&self) {
         while !self.stopping.get() {
-            self.clock.sleep(LOOK).await;
+            self.look().await;
             self.recall_memory();
             self.let_go();
             let mut stalled = 0;
@@ -151,7 +151,7 @@ impl<E: Env> RaidGroup<E> {
         let mut idle_since = self.clock.now();
         let mut seen = self.requests_seen();
         while !self.stopping.get() {
-            self.clock.sleep(LOOK).await;
+            self.look().await;
             let _ = self.wait_durable().await;
             let now = self.clock.now();
             let requests = self.requests_seen();
@@ -181,22 +181,33 @@ impl<E: Env> RaidGroup<E> {
             } else if self.wants_scrub() {
                 self.scrub_pass().await;
                 // One that could not go on is not tried again at once.
-                self.pause(LOOK).await;
+                self.look().await;
             } else {
-                self.pause(LOOK).await;
+                self.look().await;
             }
         }
         self.background_ended.set(true);
         self.changed.wake_all();
     }
 
-    /// Sleeps in small parts, so that a stop or new work does not wait for it.
-    async fn pause(&self, ns: u64) {
-        let end = self.clock.now().0 + ns;
-        let wanted = self.sync_wanted.get();
-        while self.clock.now().0 < end && !self.stopping.get() && self.sync_wanted.get() == wanted {
-            self.clock.sleep(LOOK.min(ns)).await;
-        }
+    /// Waits until it is time to look again, until there is new work, or until the group is stopped.
+    async fn look(&self) {
+        let now = || {
+            (
+                self.stopping.get(),
+                self.sync_wanted.get(),
+                self.scrub_orders.get(),
+            )
+        };
+        let seen = now();
+        let order = self.changed.until(|| (now() != seen).then_some(()));
+        either(self.clock.turn(LOOK), order).await;
+    }
+
+    /// Tells the background of new work, and what runs that it is about another disk.
+    pub(crate) fn want_sync(&self) {
+        self.sync_wanted.set(self.sync_wanted.get() + 1);
+        self.changed.wake_all();
     }
 
     /// Says whether a resync or rebuild is to run now: one that could not go on waits, unless it is about another disk.

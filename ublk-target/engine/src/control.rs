@@ -479,7 +479,7 @@ impl<E: Env> RaidGroup<E> {
         }
         self.views.advance();
         // A sync that still runs is about another disk: from here on it counts nothing as done.
-        self.sync_wanted.set(self.sync_wanted.get() + 1);
+        self.want_sync();
         self.rebuild.set(Some(Rebuild {
             slot,
             done: 0,
@@ -489,10 +489,10 @@ impl<E: Env> RaidGroup<E> {
         self.publish()
             .await
             .map_err(|_| failed(what, "too few members took the superblock"))?;
-        if self.rebuilding() == Some(slot) {
-            Ok(())
-        } else {
-            Err(failed(what, "it does not take writes"))
+        // A small one may be filled already.
+        match self.member(slot).state.get() {
+            MemberState::Rebuilding | MemberState::InSync => Ok(()),
+            _ => Err(failed(what, "it does not take writes")),
         }
     }
 
@@ -525,6 +525,7 @@ impl<E: Env> RaidGroup<E> {
     pub async fn stop(&self, delete: bool) -> Result<(), ApiError> {
         let what = "the group was not stopped cleanly";
         self.stopping.set(true);
+        self.changed.wake_all();
         self.changed
             .until(|| self.background_ended.get().then_some(()))
             .await;

@@ -70,7 +70,7 @@ impl<E: Env> RaidGroup<E> {
         };
         *self.copying.borrow_mut() = Some(Rc::new(copying));
         self.views.advance();
-        self.sync_wanted.set(self.sync_wanted.get() + 1);
+        self.want_sync();
     }
 
     /// Bytes of a member's data that so many stripes are.
@@ -133,7 +133,7 @@ impl<E: Env> RaidGroup<E> {
             done: copying.done.get(),
             window: copying.next.get(),
         }));
-        self.sync_wanted.set(self.sync_wanted.get() + 1);
+        self.want_sync();
         true
     }
 

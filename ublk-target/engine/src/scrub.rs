@@ -56,6 +56,7 @@ impl<E: Env> RaidGroup<E> {
         );
         // From here on a pass that runs counts nothing more.
         self.scrub_orders.set(self.scrub_orders.get() + 1);
+        self.changed.wake_all();
         *self.scrub.borrow_mut() = Some(next);
         if let Err(error) = self.save_scrub().await {
             *self.scrub.borrow_mut() = old;

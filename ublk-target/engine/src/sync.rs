@@ -68,6 +68,19 @@ pub async fn join(a: impl Future<Output = ()>, b: impl Future<Output = ()>) {
     .await;
 }
 
+/// Runs two flows side by side until one of them ends; the other is dropped.
+pub async fn either(a: impl Future<Output = ()>, b: impl Future<Output = ()>) {
+    let (mut a, mut b) = (pin!(a), pin!(b));
+    poll_fn(|cx| {
+        if a.as_mut().poll(cx).is_ready() || b.as_mut().poll(cx).is_ready() {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
+    })
+    .await;
+}
+
 /// Waits for a handful of futures at once; `done(i, output)` is told each as it ends.
 ///
 /// # Panics  never; the futures are polled only while they are pending

@@ -27,6 +27,10 @@ pub trait Clock: 'static {
     fn now(&self) -> Tick;
     /// Ends no earlier than `ns` nanoseconds from now.
     fn sleep(&self, ns: u64) -> Self::Sleep;
+    /// Ends at the next multiple of `ns`: all who look around now and then wake a thread together.
+    fn turn(&self, ns: u64) -> Self::Sleep {
+        self.sleep(ns - self.now().0 % ns)
+    }
     /// Milliseconds since 1970, UTC: for people. Nothing is ordered or decided by it.
     fn date(&self) -> u64;
 }

@@ -56,8 +56,7 @@ fn spec(level: Level, chunk: u64, assume_clean: bool) -> CreateSpec {
     }
 }
 
-/// What the round of this run adds to the seeds of the storms: `LUNAR_SIM_ROUND`, else 0. A round is a process of its
-/// own, as what a killed process of the simulator held is never freed.
+/// What the round of this run adds to the seeds of the storms: `LUNAR_SIM_ROUND`, else 0.
 fn round() -> u64 {
     let asked = std::env::var("LUNAR_SIM_ROUND").ok();
     let round: u64 = asked.map_or(0, |n| n.parse().expect("LUNAR_SIM_ROUND is a number"));

@@ -61,6 +61,8 @@ pub(crate) struct World {
     timers: RefCell<Vec<(u64, Rc<RefCell<IoState>>)>>,
     tasks: RefCell<Vec<Option<(Task, Arc<Flag>)>>>,
     fresh: RefCell<Vec<Task>>,
+    /// Of processes that were killed: their destructors run when nothing of the world counts any more.
+    killed: RefCell<Vec<Task>>,
     /// Bytes of each request, by tag.
     pub pages: RefCell<Vec<Vec<u8>>>,
     pub io_count: Cell<u64>,
@@ -77,6 +79,7 @@ impl World {
             timers: RefCell::default(),
             tasks: RefCell::default(),
             fresh: RefCell::default(),
+            killed: RefCell::default(),
             pages: RefCell::new(vec![Vec::new(); 128]),
             io_count: Cell::new(0),
             crash_in: Cell::new(None),
@@ -219,20 +222,18 @@ impl World {
     /// Ends the run: all tasks, and what they hold, are dropped.
     pub(crate) fn end(&self) {
         let (tasks, fresh) = (self.tasks.take(), self.fresh.take());
-        drop((tasks, fresh));
+        drop((tasks, fresh, self.killed.take()));
         let (pending, timers) = (self.pending.take(), self.timers.take());
         drop((pending, timers));
     }
 
     /// Everything of the process is gone: tasks, I/O that did not complete, timers.
     pub(crate) fn kill(&self) {
-        for task in self.tasks.borrow_mut().drain(..).flatten() {
-            // Destructors of a killed process do not run.
-            std::mem::forget(task);
-        }
-        for task in self.fresh.borrow_mut().drain(..) {
-            std::mem::forget(task);
-        }
+        let mut killed = self.killed.borrow_mut();
+        let tasks = self.tasks.take();
+        killed.extend(tasks.into_iter().flatten().map(|(task, _)| task));
+        killed.append(&mut self.fresh.borrow_mut());
+        drop(killed);
         for pending in self.pending.borrow_mut().drain(..) {
             // Each I/O in flight has happened or has not.
             if self.random(2) == 0
