@@ -348,11 +348,16 @@ fn storm_beside_a_copy_loses_no_write() {
     }
 }
 
-/// Given a queue thread's write without redundancy that is slow, when its disk is replaced, then nothing is copied before
+/// Given a write without redundancy, of a queue thread or of the owner, that is slow, when its disk is replaced, then nothing is copied before
 /// that write has ended, and the new disk has it.
 #[test]
-fn copy_waits_for_writes_of_queue_threads_that_go_to_the_old_disk_alone() {
-    for level in [Level::Raid0, Level::Linear] {
+fn copy_waits_for_writes_that_go_to_the_old_disk_alone() {
+    for (level, is_owners) in [
+        (Level::Raid0, false),
+        (Level::Linear, false),
+        (Level::Raid0, true),
+        (Level::Linear, true),
+    ] {
         let rig = rig(61, level, 2, 65536, true);
         let follower = Follower::new(&rig);
         rig.world.spawn(Rc::clone(&follower).take_all());
@@ -362,7 +367,10 @@ fn copy_waits_for_writes_of_queue_threads_that_go_to_the_old_disk_alone() {
         let (ended, queue) = (Rc::clone(&written), Rc::clone(&follower));
         rig.world.spawn(async move {
             let write = block(0, 1, HostVerb::Write { fua: false });
-            assert_eq!(queue.serve(write).await, (Ok(()), true));
+            match is_owners {
+                true => assert_eq!(queue.group.serve(0, write).await, Ok(())),
+                false => assert_eq!(queue.serve(write).await, (Ok(()), true)),
+            }
             ended.set(true);
         });
         rig.sleep(1);
