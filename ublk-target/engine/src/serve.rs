@@ -1,6 +1,8 @@
 //! A host request on its way to the members: reads of every level, writes without redundancy, and the
 //! splitting of redundant writes into stripes.
 
+use std::cell::Cell;
+
 use arrayvec::ArrayVec;
 
 use crate::geometry::{Piece as GroupPiece, Spot};
@@ -9,7 +11,7 @@ use crate::member::{MemberIo, add};
 use crate::plan::Span;
 use crate::pool::{LEASE_MAX, Lease, Quota};
 use crate::raid_group::{EIO, Errno, Lu, RaidGroup};
-use crate::stripe_table::{Item, JoinId, Task};
+use crate::stripe_table::{Copied, Item, JoinId, Task};
 use crate::sync::join_all;
 use crate::traits::{Buf, DiskVerb, Env, Front, HostRequest, HostVerb, PIECES_MAX, Piece};
 
@@ -390,10 +392,21 @@ impl<E: Env> RaidGroup<E> {
         let lease = self
             .lease(Quota::Data, to_len(u64::from(pad) + len))
             .await?;
-        self.front
-            .fetch(request.id, to_u32(offset), to_u32(len), &lease, pad)
-            .await
-            .map_err(|_| EIO)?;
+        // Within one chunk the worker copies as it reads what is replaced: one turn of the ring for both.
+        let first = lu.pieces(&self.geometry, at, len).next();
+        let copied = match first.is_some_and(|piece| u64::from(piece.len) == len) {
+            true if self.geometry.parities() > 0 => Copied::No {
+                id: request.id,
+                offset: to_u32(offset),
+            },
+            _ => {
+                self.front
+                    .fetch(request.id, to_u32(offset), to_u32(len), &lease, pad)
+                    .await
+                    .map_err(|_| EIO)?;
+                Copied::Yes
+            }
+        };
         let join = self.stripes.open();
         let mut partial = false;
         for piece in lu.pieces(&self.geometry, at, len) {
@@ -404,6 +417,7 @@ impl<E: Env> RaidGroup<E> {
                 lease: lease.clone(),
                 from: pad + to_u32(piece.offset_in_request),
                 fua,
+                copied: Cell::new(copied),
             };
             self.push(lu, piece.stripe, task, join);
         }

@@ -15,7 +15,7 @@ use crate::member::{MemberIo, add};
 use crate::parity;
 use crate::plan::{GRAIN, StripeState};
 use crate::pool::Lease;
-use crate::raid_group::RaidGroup;
+use crate::raid_group::{EIO, RaidGroup};
 use crate::stripe_table::{Batch, Item, Task};
 use crate::sync::join_all;
 use crate::traits::{Env, Piece};
@@ -63,6 +63,10 @@ impl<E: Env> RaidGroup<E> {
             }
             let is_handed_over = matches!(batch.first().map(|item| &item.task), Some(Task::Hold));
             for item in batch.drain(..) {
+                let result = match item.task.is_void() {
+                    true => Err(EIO),
+                    false => result,
+                };
                 self.stripes.done(&item, result.map_err(|errno| errno.0));
             }
             if !is_handed_over {

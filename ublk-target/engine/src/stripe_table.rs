@@ -13,6 +13,7 @@ use arrayvec::ArrayVec;
 use crate::plan::{Span, WRITES_MAX};
 use crate::pool::Lease;
 use crate::sync::Waiters;
+use crate::traits::RequestId;
 
 /// What is to be done to a stripe.
 #[derive(Debug)]
@@ -23,6 +24,7 @@ pub(crate) enum Task {
         lease: Lease,
         from: u32,
         fua: bool,
+        copied: Cell<Copied>,
     },
     /// Read `span` by way of redundancy into `lease` at `to`; `avoid` are slots that just failed to read it.
     Read {
@@ -39,6 +41,26 @@ pub(crate) enum Task {
     Scrub { repair: bool },
     /// Give the stripe to whoever waits for it; `release_held` takes it back.
     Hold,
+}
+
+/// Whether the bytes of a write are in its lease.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Copied {
+    Yes,
+    /// The worker copies them while it reads what they replace: they begin at `offset` of a request.
+    No {
+        id: RequestId,
+        offset: u32,
+    },
+    /// They could not be had; the write is not done, others of its batch are.
+    Failed,
+}
+
+impl Task {
+    /// Says whether it is a write whose bytes could not be had.
+    pub(crate) fn is_void(&self) -> bool {
+        matches!(self, Self::Write { copied, .. } if copied.get() == Copied::Failed)
+    }
 }
 
 /// A task with who waits for it.

@@ -7,6 +7,8 @@
 //!
 //! Where there is no redundancy stripes are held too: they may be under copy to another disk.
 
+use std::cell::Cell;
+
 use arrayvec::ArrayVec;
 
 use super::{bits, span_of};
@@ -16,7 +18,7 @@ use crate::parity;
 use crate::plan::GRAIN;
 use crate::pool::{Lease, Quota};
 use crate::raid_group::{EIO, Errno, Lu, RaidGroup};
-use crate::stripe_table::{Item, Task};
+use crate::stripe_table::{Copied, Item, Task};
 use crate::traits::{Buf, DiskError, DiskVerb, Env, Piece};
 
 /// Bytes of one member that are erased at once: what a disk of 100 MB/s that only takes zeroes has written in 0.2 s.
@@ -113,6 +115,7 @@ impl<E: Env> RaidGroup<E> {
                     lease: lease.clone(),
                     from: span.start % GRAIN,
                     fua: false,
+                    copied: Cell::new(Copied::Yes),
                 };
                 self.push(lu, piece.stripe, task, join);
             }

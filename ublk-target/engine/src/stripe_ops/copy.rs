@@ -159,6 +159,7 @@ impl<E: Env> RaidGroup<E> {
                 lease,
                 from,
                 fua,
+                ..
             } = &item.task
             else {
                 continue;

@@ -9,12 +9,13 @@ use super::{Ios, PASS_BYTES, PASS_IOS, absolute, piece};
 use crate::inflight::{SEGMENTS_MAX, Segment};
 use crate::limits::MEMBERS_MAX;
 use crate::member::add;
-use crate::plan::{BANDS_MAX, Band, GRAIN, Mode, Span, cut, plan_band};
+use crate::plan::{BANDS_MAX, Band, GRAIN, Mode, Span, WRITES_MAX, cut, plan_band};
 use crate::pool::{Lease, Quota};
 use crate::raid_group::{EIO, Errno, RaidGroup};
 use crate::serve::bits;
-use crate::stripe_table::{Item, Task};
-use crate::traits::{Buf, DiskVerb, Env, Piece};
+use crate::stripe_table::{Copied, Item, Task};
+use crate::sync::join_all;
+use crate::traits::{Buf, DiskError, DiskVerb, Env, Front, Piece};
 
 /// Bands of one operation: its writes' borders, and long bands cut to what a pass holds.
 const BANDS: usize = BANDS_MAX + 128;
@@ -22,6 +23,7 @@ const BANDS: usize = BANDS_MAX + 128;
 const ATTEMPTS: usize = 8;
 
 type Bands = ArrayVec<Band, BANDS>;
+type Copies<E> = ArrayVec<(u16, Option<<<E as Env>::Front as Front>::Io>), WRITES_MAX>;
 
 /// How a pass ended that did not fail for good.
 enum Pass {
@@ -31,6 +33,8 @@ enum Pass {
         slots: u64,
         rows: Range<u32>,
     },
+    /// The bytes of some writes could not be had: the pass is for the others.
+    NotCopied,
 }
 
 impl<E: Env> RaidGroup<E> {
@@ -39,24 +43,24 @@ impl<E: Env> RaidGroup<E> {
     /// # Crash  process: the in-flight log has every write of a pass before the first of them is issued. Power:
     /// data and parity may be torn; policy `none` resyncs the group (write hole open)
     pub(super) async fn write_parity(&self, stripe: u64, batch: &[Item]) -> Result<(), Errno> {
-        let mut spans: ArrayVec<Span, { crate::plan::WRITES_MAX }> = ArrayVec::new();
-        let mut fua = false;
-        for item in batch {
-            if let Task::Write {
-                span,
-                fua: item_fua,
-                ..
-            } = &item.task
-            {
-                spans.push(*span);
-                fua |= item_fua;
-            }
-        }
         let (mut next, mut attempts, mut is_first) = (0, 0, true);
         'again: loop {
             attempts += 1;
             if attempts > ATTEMPTS || self.failed.get() {
                 return Err(EIO);
+            }
+            let mut spans: ArrayVec<Span, WRITES_MAX> = ArrayVec::new();
+            let mut fua = false;
+            for item in batch.iter().filter(|item| !item.task.is_void()) {
+                if let Task::Write {
+                    span,
+                    fua: item_fua,
+                    ..
+                } = &item.task
+                {
+                    spans.push(*span);
+                    fua |= item_fua;
+                }
             }
             let state = self.stripe_state(stripe);
             let grains = PASS_BYTES / crate::plan::GRAIN as usize;
@@ -81,7 +85,7 @@ impl<E: Env> RaidGroup<E> {
                     Some(Mode::DataOnly) | None => {}
                 });
             }
-            // Where bands are cut depends on the writes alone: what is done stays done in a new plan.
+            // Where bands are cut depends on the writes that are done alone: what is done stays done in a new plan.
             while next < bands.len() {
                 let end = pass_end(&bands, next);
                 match self
@@ -89,6 +93,8 @@ impl<E: Env> RaidGroup<E> {
                     .await?
                 {
                     Pass::Done => (next, attempts) = (end, 0),
+                    // Only the first pass copies: nothing was written yet.
+                    Pass::NotCopied => continue 'again,
                     Pass::Unreadable { slots, rows } => {
                         for slot in bits(slots) {
                             self.repair(stripe, slot, &rows).await?;
@@ -114,6 +120,7 @@ impl<E: Env> RaidGroup<E> {
             bytes => Some(self.lease(Quota::Work, bytes).await?),
         };
         let chunk_at = self.chunk_at(stripe);
+        let mut copies = self.start_copies(batch);
         let mut ios: Ios<E> = ArrayVec::new();
         // Old content.
         let mut at = 0;
@@ -141,7 +148,11 @@ impl<E: Env> RaidGroup<E> {
             }
             at += band.buffers() * band.bytes();
         }
+        let is_copied = end_copies(batch, &mut copies).await;
         let failed = self.finish(&mut ios).await;
+        if !is_copied {
+            return Ok(Pass::NotCopied);
+        }
         if failed != 0 {
             let start = bands.iter().map(|band| band.rows.start).min().unwrap_or(0);
             let end = bands.iter().map(|band| band.rows.end).max().unwrap_or(0);
@@ -191,6 +202,27 @@ impl<E: Env> RaidGroup<E> {
         self.write_logged(batch, work.as_ref(), &writes, fua)
             .await?;
         Ok(Pass::Done)
+    }
+
+    /// Begins to copy what the host writes, where that is left to the worker.
+    fn start_copies(&self, batch: &[Item]) -> Copies<E> {
+        let mut copies = Copies::<E>::new();
+        for (i, item) in (0u16..).zip(batch) {
+            if let Task::Write {
+                span,
+                lease,
+                from,
+                copied,
+                ..
+            } = &item.task
+                && let Copied::No { id, offset } = copied.get()
+            {
+                let len = span.end - span.start;
+                let io = self.front.fetch(id, offset, len, lease, *from);
+                copies.push((i, Some(io)));
+            }
+        }
+        copies
     }
 
     /// Writes a prepared list: log, members, state; in this order.
@@ -276,6 +308,7 @@ impl<E: Env> RaidGroup<E> {
                     lease,
                     from,
                     fua: item_fua,
+                    ..
                 } = &item.task
                 else {
                     continue;
@@ -295,6 +328,25 @@ impl<E: Env> RaidGroup<E> {
         }
         self.wait_durable().await
     }
+}
+
+/// Waits for copies; false if one failed.
+async fn end_copies<F>(batch: &[Item], copies: &mut ArrayVec<(u16, Option<F>), WRITES_MAX>) -> bool
+where
+    F: Future<Output = Result<(), DiskError>> + Unpin,
+{
+    let mut all = true;
+    join_all(copies, |i, result| {
+        if let Task::Write { copied, .. } = &batch[usize::from(i)].task {
+            copied.set(match result {
+                Ok(()) => Copied::Yes,
+                Err(_) => Copied::Failed,
+            });
+        }
+        all &= result.is_ok();
+    })
+    .await;
+    all
 }
 
 /// A write to a member that is prepared.

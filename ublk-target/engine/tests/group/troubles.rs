@@ -474,3 +474,49 @@ fn rebuild_goes_on_over_what_cannot_be_read_and_does_not_end_as_in_sync() {
         rig.check();
     }
 }
+
+/// Given two writes to one stripe at once, when the bytes of one cannot be had, then that one alone fails, and what is
+/// there reads as before and as written, also from what is left when any member is gone.
+#[test]
+fn write_whose_bytes_cannot_be_had_fails_alone() {
+    for (level, n, len) in [
+        (Level::Raid5, 3, 512),
+        (Level::Raid5, 3, 65536),
+        (Level::Raid5, 5, 4096),
+        (Level::Raid6, 5, 4096),
+        (Level::Raid6, 4, 65536_u64),
+    ] {
+        for gone in 0..n {
+            let rig = rig(95, level, n, 65536, true);
+            rig.storm(40, || ());
+            one_of_two_without_bytes(&rig, len);
+            rig.model.borrow_mut()[65536..][..len as usize].fill(0x22);
+            rig.check();
+            let others: Vec<u8> = (0..n).filter(|i| *i != gone).collect();
+            rig.without_each(&others);
+        }
+    }
+}
+
+fn one_of_two_without_bytes(rig: &Rig, len: u64) {
+    let merged = rig.group.status().lus[0].counters.merged;
+    rig.world.no_bytes_of.set(Some(1));
+    let answers: Rc<RefCell<Vec<_>>> = Rc::default();
+    for (tag, fill) in [(1_u16, 0x11), (2, 0x22)] {
+        rig.world.pages.borrow_mut()[usize::from(tag)] = vec![fill; len as usize];
+        let (group, answers) = (Rc::clone(&rig.group), Rc::clone(&answers));
+        let at = u64::from(tag - 1) * 65536;
+        let request = Rig::request(tag, HostVerb::Write { fua: false }, at, len);
+        rig.world.spawn(async move {
+            let answer = group.serve(0, request).await;
+            answers.borrow_mut().push((tag, answer.is_ok()));
+        });
+    }
+    let all = Rc::clone(&answers);
+    rig.world.run_until(move || all.borrow().len() == 2);
+    rig.world.no_bytes_of.set(None);
+    answers.borrow_mut().sort_unstable();
+    assert_eq!(*answers.borrow(), [(1, false), (2, true)]);
+    let now = rig.group.status().lus[0].counters.merged;
+    assert_eq!(now, merged + 1, "one batch had both");
+}

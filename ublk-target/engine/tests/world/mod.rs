@@ -66,6 +66,8 @@ pub(crate) struct World {
     /// Bytes of each request, by tag.
     pub pages: RefCell<Vec<Vec<u8>>>,
     pub io_count: Cell<u64>,
+    /// The request whose bytes cannot be had, by tag.
+    pub no_bytes_of: Cell<Option<u16>>,
     /// I/Os left until the process dies (nothing completes any more).
     pub crash_in: Cell<Option<u64>>,
 }
@@ -82,6 +84,7 @@ impl World {
             killed: RefCell::default(),
             pages: RefCell::new(vec![Vec::new(); 128]),
             io_count: Cell::new(0),
+            no_bytes_of: Cell::new(None),
             crash_in: Cell::new(None),
         })
     }
@@ -557,6 +560,9 @@ impl Front for SimFront {
     fn fetch(&self, id: RequestId, offset: u32, len: u32, lease: &Lease, into: u32) -> Io {
         let (world, lease) = (Rc::clone(&self.0), lease.clone());
         self.0.start(Box::new(move || {
+            if world.no_bytes_of.get() == Some(id.tag) {
+                return Err(DiskError::Errno(14));
+            }
             let pages = world.pages.borrow();
             let from = &pages[usize::from(id.tag)][offset as usize..][..len as usize];
             for (c, b) in lease
