@@ -27,15 +27,19 @@ pub(crate) struct Run {
     pub pieces: ArrayVec<Piece, PIECES_MAX>,
 }
 
+/// Runs that may grow at once: few, as every tag has room for them in memory that is locked.
+const RUNS_MAX: usize = 16;
+
 /// The runs of a request that may still grow, one a member.
-pub(crate) struct Runs(ArrayVec<Run, MEMBERS_MAX>);
+pub(crate) struct Runs(ArrayVec<Run, RUNS_MAX>);
 
 impl Runs {
     pub(crate) fn new() -> Self {
         Self(ArrayVec::new())
     }
 
-    /// Adds a piece; answers the run of its member that it does not go on, if there is one: to be started.
+    /// Adds a piece; answers a run that is to be started, if there is one: that of its member, which it does not go on,
+    /// or where there is no room the one that waits longest.
     pub(crate) fn add(&mut self, slot: u16, member_at: u64, part: Piece) -> Option<Run> {
         let open = self.0.iter().position(|run| run.slot == slot);
         if let Some(i) = open
@@ -43,7 +47,8 @@ impl Runs {
         {
             return None;
         }
-        let ended = open.map(|i| self.0.swap_remove(i));
+        let ended = open.or(self.0.is_full().then_some(0));
+        let ended = ended.map(|i| self.0.remove(i));
         let mut pieces = ArrayVec::new();
         pieces.push(part);
         self.0.push(Run {
@@ -55,9 +60,9 @@ impl Runs {
         ended
     }
 
-    /// Takes those that are left.
-    pub(crate) fn rest(self) -> impl Iterator<Item = Run> {
-        self.0.into_iter()
+    /// Takes the first of those that are left.
+    pub(crate) fn next(&mut self) -> Option<Run> {
+        self.0.pop_at(0)
     }
 }
 
@@ -70,7 +75,7 @@ pub(crate) fn request_piece(piece: &crate::geometry::Piece) -> Piece {
 }
 
 /// I/Os of one request in flight at once; more go in a second round.
-pub(crate) const IOS_MAX: usize = 2 * MEMBERS_MAX;
+pub(crate) const IOS_MAX: usize = MEMBERS_MAX;
 
 type Ios<E> = ArrayVec<(u16, Option<MemberIo<<E as Env>::Disk>>), IOS_MAX>;
 
@@ -178,7 +183,7 @@ impl<E: Env> RaidGroup<E> {
                     .await;
             }
         }
-        for run in runs.rest() {
+        while let Some(run) = runs.next() {
             self.start_run(&run, verb, request, lease, &mut ios, &mut failed)
                 .await;
         }

@@ -380,7 +380,7 @@ impl<D: Disk> QueueServer<D> {
                 failed |= loaded.start(&run, request, verb, &mut ios).await;
             }
         }
-        for run in runs.rest() {
+        while let Some(run) = runs.next() {
             failed |= loaded.start(&run, request, verb, &mut ios).await;
         }
         failed | loaded.join(verb, &mut ios).await
