@@ -554,7 +554,7 @@ pub async fn start_group(
         let row = tables.group(group);
         (
             row.and_then(|g| g.witness),
-            row.map(|g| (g.rebuild_min, g.rebuild_max)),
+            row.map_or((None, None), |g| (g.rebuild_min, g.rebuild_max)),
         )
     };
     let ublk_devices = ublk_devices();
@@ -567,22 +567,15 @@ pub async fn start_group(
         without,
         keep: how.keep,
         undelete: how.undelete,
+        rebuild_min_bytes: rates.0,
+        rebuild_max_bytes: rates.1,
     };
     let answer = daemon.ask(&start, fds).await;
     let answer = answer.map_err(|error| by_name(daemon, group, error))?;
     let TargetAnswer::Group { group: status } = answer else {
         return Err(unexpected(&answer));
     };
-    let saved = daemon.absorb_group(*status).await;
-    if let Some((rebuild_min_bytes, rebuild_max_bytes)) = rates.filter(|r| *r != (None, None)) {
-        let set = TargetRequest::GroupSet {
-            group,
-            rebuild_min_bytes,
-            rebuild_max_bytes,
-        };
-        daemon.ask(&set, Vec::new()).await?;
-    }
-    saved
+    daemon.absorb_group(*status).await
 }
 
 /// Members as far as they could be opened.

@@ -92,7 +92,8 @@ fn usage(what: impl Into<String>) -> ApiError {
 /// How a group comes to be.
 enum Spec {
     Create(CreateSpec),
-    Start(StartSpec),
+    /// With the bounds of its rebuilds.
+    Start(StartSpec, (Option<u64>, Option<u64>)),
 }
 
 impl Group {
@@ -132,6 +133,8 @@ impl Group {
                 without,
                 keep,
                 undelete,
+                rebuild_min_bytes,
+                rebuild_max_bytes,
             } => {
                 let spec = StartSpec {
                     group,
@@ -141,7 +144,8 @@ impl Group {
                     keep,
                     undelete,
                 };
-                (group, Spec::Start(spec), members, ublk_devices)
+                let rates = (rebuild_min_bytes, rebuild_max_bytes);
+                (group, Spec::Start(spec, rates), members, ublk_devices)
             }
             _ => return Err(usage("this request begins no group")),
         };
@@ -953,7 +957,11 @@ async fn begin_group(
     };
     let group = match spec {
         Spec::Create(spec) => RaidGroup::create(parts, spec).await?,
-        Spec::Start(spec) => RaidGroup::start(parts, spec).await?,
+        Spec::Start(spec, (min, max)) => {
+            let group = RaidGroup::start(parts, spec).await?;
+            group.set_rebuild_rate(min, max);
+            group
+        }
     };
     local.adopt(group);
     Ok(())

@@ -145,6 +145,11 @@ pub enum TargetRequest {
         /// A deleted group comes back.
         #[serde(default)]
         undelete: bool,
+        /// Bytes a second of a member, as in `GroupSet`: from the first stripe on.
+        #[serde(default)]
+        rebuild_min_bytes: Option<u64>,
+        #[serde(default)]
+        rebuild_max_bytes: Option<u64>,
     },
     /// Has the attached members of a group that does not run (nil: free disks) belong to this system, in the order
     /// given: the highest generation first. Answer: `Done`.

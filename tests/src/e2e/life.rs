@@ -399,8 +399,8 @@ fn cycles(count: u32) -> Result<(), Failure> {
     ensure(before == after, || {
         format!("devices, nodes, files, descriptors, threads: {before} -> {after}")
     })?;
-    // The heap's pieces settle in the first dozens: some 150 KiB, and no more after 200.
-    ensure(locked_after < locked_before + 512, || {
+    // A small piece on top of the heap keeps what is free below: at most the tasks of a queue, 8 MiB, and only once.
+    ensure(locked_after < locked_before + (12 << 10), || {
         format!("locked KiB: {locked_before} -> {locked_after}")
     })
 }
