@@ -462,7 +462,16 @@ fn erase_while_a_disk_is_copied_killed_anywhere() {
                 _ => total - (1 << 20),
             });
             rig.world.crash_in.set(Some(1 + rig.world.random(400)));
-            let cut = rig.mixed(1000, stripe);
+            if turn % 4 == 3 {
+                // With nothing else to do the copy ends soon: some die as it does, and after.
+                let group = Rc::clone(&rig.group);
+                rig.world
+                    .run_until(move || group.status().replacement.is_none());
+            }
+            let cut = match rig.world.crashed() {
+                true => Vec::new(),
+                false => rig.mixed(1000, stripe),
+            };
             rig.world.kill();
             let memory = Rc::clone(&rig.memory);
             rig.restart(&memory, false).unwrap();
