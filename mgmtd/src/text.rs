@@ -296,13 +296,17 @@ fn started_action(view: &View, group: &GroupStatus) -> String {
             )
         }
         (_, Some(m)) => {
-            let known = view.tables.disk(m.disk).map(|d| d.number.to_string());
-            // It is stale, whatever it says: it missed what was written since.
-            let back = known.as_ref().map_or(String::new(), |n| {
-                format!("; or, with the same disk back and sound: lunar disk replace {n} {n}")
-            });
-            let old = known.unwrap_or(m.path.clone());
-            format!("add a disk (lunar disk add PATH), then: lunar disk replace {old} NEW{back}")
+            let Some(n) = view.tables.disk(m.disk).map(|d| d.number) else {
+                // Its label was never read here, as after an import without it: no verb can name it.
+                return "put the disk back, then: lunar import PATH; or give a spare, which takes its place: lunar disk add \
+                        --role spare PATH"
+                    .into();
+            };
+            // One that comes back is stale, whatever it says: it missed what was written since.
+            format!(
+                "add a disk (lunar disk add PATH), then: lunar disk replace {n} NEW; or, with the same disk back and \
+                 sound: lunar disk replace {n} {n}"
+            )
         }
         (_, None) if recovering => recovering_action(view, group),
         (_, None) => "lunar events".into(),

@@ -13,6 +13,8 @@ use lunar_engine::traits::{DiskError, PIECES_MAX};
 
 /// Operations in one piece of the slab; pieces never move, the kernel reads io vectors in them.
 const CHUNK: usize = 256;
+/// Pieces that a ring begins with.
+const CHUNKS: usize = 4;
 /// POLLIN.
 const READABLE: u32 = 1;
 /// A generation is half of a completion's number, of which the highest bit tells messages.
@@ -389,7 +391,10 @@ impl Slab {
             chunks: Vec::with_capacity(256),
             free: Vec::with_capacity(4096),
         };
-        slab.grow();
+        // The tags of a queue and what they have in flight.
+        for _ in 0..CHUNKS {
+            slab.grow();
+        }
         slab
     }
 
