@@ -113,6 +113,25 @@ impl Rig {
         Vec::new()
     }
 
+    /// After a restart: but for what was cut off everything is right and redundancy fits; then that is done after all.
+    fn serve_again(&self, cut: Vec<HostRequest>) {
+        let mut unknown = self.known.borrow().clone();
+        for request in &cut {
+            unknown[request.at as usize..(request.at + request.len) as usize].fill(false);
+        }
+        let known = self.known.replace(unknown);
+        self.check();
+        self.redundancy_fits();
+        *self.known.borrow_mut() = known;
+        for request in cut {
+            let group = Rc::clone(&self.group);
+            let result = self
+                .world
+                .block_on(async move { group.serve(0, request).await });
+            assert_eq!(result, Ok(()));
+        }
+    }
+
     fn redundancy_fits(&self) {
         let order = ScrubOrder::Start {
             repair: false,
@@ -219,21 +238,7 @@ fn erase_killed_anywhere_leaves_redundancy_right() {
             rig.world.kill();
             let memory = Rc::clone(&rig.memory);
             rig.restart(&memory, false).unwrap();
-            let mut unknown = rig.known.borrow().clone();
-            for request in &cut {
-                unknown[request.at as usize..(request.at + request.len) as usize].fill(false);
-            }
-            let known = rig.known.replace(unknown);
-            rig.check();
-            rig.redundancy_fits();
-            *rig.known.borrow_mut() = known;
-            for request in cut {
-                let group = Rc::clone(&rig.group);
-                let result = rig
-                    .world
-                    .block_on(async move { group.serve(0, request).await });
-                assert_eq!(result, Ok(()));
-            }
+            rig.serve_again(cut);
             rig.check();
         }
     }
@@ -477,21 +482,7 @@ fn erase_while_a_disk_is_copied_killed_anywhere() {
             rig.restart(&memory, false).unwrap();
             let has_it = rig.group.status().members[1].disk != uuid(1);
             seen[usize::from(has_it)] += 1;
-            let mut unknown = rig.known.borrow().clone();
-            for request in &cut {
-                unknown[request.at as usize..(request.at + request.len) as usize].fill(false);
-            }
-            let known = rig.known.replace(unknown);
-            rig.check();
-            rig.redundancy_fits();
-            *rig.known.borrow_mut() = known;
-            for request in cut {
-                let group = Rc::clone(&rig.group);
-                let result = rig
-                    .world
-                    .block_on(async move { group.serve(0, request).await });
-                assert_eq!(result, Ok(()));
-            }
+            rig.serve_again(cut);
             rig.wait_replaced(1);
             assert!(fresh.writes.get() > 0);
             rig.redundancy_fits();
