@@ -279,6 +279,8 @@ pub struct RaidGroup<E: Env> {
     pub(crate) rate_min: Cell<u64>,
     pub(crate) rate_max: Cell<Option<u64>>,
     pub(crate) events: RefCell<Vec<TargetEvent>>,
+    /// Woken by each of them.
+    pub(crate) happened: Waiters,
     pub(crate) views: Views,
 }
 
@@ -422,6 +424,7 @@ impl<E: Env> RaidGroup<E> {
             lu: None,
             text: text.to_owned(),
         });
+        self.happened.wake_all();
     }
 
     pub(crate) fn event_repaired(&self, slot: u16, at: u64, len: u64) {
@@ -429,6 +432,12 @@ impl<E: Env> RaidGroup<E> {
             "{len} bytes at byte {at} of the data of slot {slot} were read from redundancy and rewritten"
         );
         self.event("ReadErrorRepaired", Some(slot), &text);
+    }
+
+    /// Waits until something happened that `take_events` gives.
+    pub async fn wait_events(&self) {
+        let any = || (!self.events.borrow().is_empty()).then_some(());
+        self.happened.until(any).await;
     }
 
     /// Moves what happened since the last call to `to` (seq 0: the rim numbers them).
