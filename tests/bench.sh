@@ -264,8 +264,8 @@ measure_linear() {
     local pid before
     pid=$(server_pid lunar)
     before=$(cpu_now "$pid")
-    sleep 10
-    put idle "$round" lunar "$((($(cpu_now "$pid") - before) / 10)),,,,"
+    sleep 30
+    put idle "$round" lunar "$((($(cpu_now "$pid") - before) / 30)),,,,"
   done
   progress resident
   progress idle
