@@ -416,6 +416,11 @@ impl<E: Env> RaidGroup<E> {
 
     pub(crate) fn event(&self, name: &str, slot: Option<u16>, text: &str) {
         let disk = slot.map(|slot| self.members.borrow()[usize::from(slot)].uuid);
+        self.event_of(name, disk, text);
+    }
+
+    /// What happens to a disk that may have no slot yet.
+    pub(crate) fn event_of(&self, name: &str, disk: Option<DiskUuid>, text: &str) {
         self.events.borrow_mut().push(TargetEvent {
             seq: 0,
             name: name.to_owned(),
