@@ -9,6 +9,18 @@ use super::{Test, add, ensure};
 
 pub(super) fn tests(to: &mut Vec<Test>) {
     add(to, "import_after_the_state_directory_is_lost", lost);
+    // As many members away as the level bears, then one more.
+    for (level, members, away, over) in [
+        ("raid6", 4, &[0, 2][..], 3),
+        ("raid10", 5, &[1, 3], 2),
+        ("linear", 3, &[], 1),
+    ] {
+        add(
+            to,
+            format!("import_{level}_without_what_it_can_lose"),
+            move || without(level, members, away, over),
+        );
+    }
     add(to, "import_disks_of_another_system", another_system);
     add(to, "import_take_over_killed_half_way", half_taken);
     add(to, "import_copies_of_disks", copies);
@@ -149,6 +161,80 @@ fn lost() -> Result<(), Failure> {
     rig.shutdown()?;
     rig.start()?;
     seed_is_there(&rig)
+}
+
+/// Given a group whose state directory is lost and of whose members `away` are not there, when the others are imported,
+/// then all its data is there; without `over` too the import says that it cannot start, and writes nothing.
+fn without(
+    level: &'static str,
+    members: usize,
+    away: &'static [usize],
+    over: usize,
+) -> Result<(), Failure> {
+    let mut rig = Rig::new()?;
+    // Files, moved to another folder: Lunar looks at all block devices, and at the folders of the files that it is given.
+    let create = ["--level", level, "--assume-clean"];
+    let paths = rig.array("ext4-file", members, 64, &create)?;
+    let device = rig.device()?;
+    // All of it: something of every member, and of every turn of the parity.
+    sh_in(
+        &format!(
+            "head -c $(blockdev --getsize64 {device}) /dev/urandom > /tmp/all
+             dd if=/tmp/all of={device} bs=1M oflag=direct 2>/dev/null"
+        ),
+        100,
+    )?;
+    let reads_as_written = |rig: &Rig| {
+        rig.wait_lu()?;
+        let device = rig.device()?;
+        sh_in(
+            &format!(
+                "dd if={device} of=/tmp/read bs=1M iflag=direct 2>/dev/null; cmp /tmp/read /tmp/all >&2"
+            ),
+            100,
+        )
+        .map(drop)
+    };
+    rig.shutdown()?;
+    let lose_state = format!("rm -rf {0}; mkdir {0}", rig.state_dir());
+    let there = |gone: &[usize]| -> Vec<String> {
+        let there = paths.iter().enumerate().filter(|(i, _)| !gone.contains(i));
+        there.map(|(_, path)| path.clone()).collect()
+    };
+    let back = |slot: usize| format!("mv $(dirname {0})/away/$(basename {0}) {0}", paths[slot]);
+    let mut too_many = away.to_vec();
+    too_many.push(over);
+    for slot in &too_many {
+        sh(&format!(
+            "cd $(dirname {0}); mkdir -p away; mv {0} away/",
+            paths[*slot]
+        ))?;
+    }
+    let few = there(&too_many);
+    unwritten(&few, || {
+        sh(&lose_state)?;
+        rig.start()?;
+        let output = rig.run(&import(&[], &few))?;
+        ensure(output.code != 0, || {
+            format!("without {too_many:?}: {}", output.stdout)
+        })?;
+        ensure(sh("test -b /dev/lunar/vol || echo none")? == "none", || {
+            format!("without {too_many:?} the LU is up")
+        })?;
+        rig.shutdown()
+    })?;
+    sh(&format!("{}; {lose_state}", back(over)))?;
+    rig.start()?;
+    let said = rig.lunar(&import(&[], &there(away)))?;
+    ensure(said.contains("LU vol is up"), || said.clone())?;
+    reads_as_written(&rig).map_err(|why| format!("without {away:?}: {why}"))?;
+    let expected = if away.is_empty() {
+        "optimal"
+    } else {
+        "degraded"
+    };
+    ensure(rig.state()?.0 == expected, || format!("{:?}", rig.state()))?;
+    Ok(())
 }
 
 /// Puts the state directory of another system in place of the one there is; `name` is where it lies till then.
