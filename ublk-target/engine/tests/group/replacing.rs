@@ -290,3 +290,54 @@ fn places_that_the_old_disk_does_not_give_come_from_redundancy_or_are_named() {
         rig.check_without_old(1);
     }
 }
+
+impl Rig {
+    /// Begins to write so many bytes; the model has them.
+    fn begin_put(&self, at: u64, len: u64, byte: u8) -> Rc<Cell<bool>> {
+        self.model.borrow_mut()[at as usize..(at + len) as usize].fill(byte);
+        let tag = usize::from(byte % 60);
+        self.world.pages.borrow_mut()[tag] = vec![byte; len as usize];
+        let (group, done) = (Rc::clone(&self.group), Rc::new(Cell::new(false)));
+        let request = Self::request(tag as u16, HostVerb::Write { fua: false }, at, len);
+        let ended = Rc::clone(&done);
+        self.world.spawn(async move {
+            assert_eq!(group.serve(0, request).await, Ok(()));
+            ended.set(true);
+        });
+        done
+    }
+
+    fn put(&self, at: u64, len: u64, byte: u8) {
+        let done = self.begin_put(at, len, byte);
+        self.world.run_until(move || done.get());
+    }
+}
+
+#[test]
+fn new_disk_that_missed_a_write_is_not_believed_when_the_old_one_fails_too() {
+    let redundant = |shape: &(Level, u8, u64)| shape.0 != Level::Raid0 && shape.0 != Level::Linear;
+    let shapes: Vec<_> = SHAPES.into_iter().filter(redundant).collect();
+    for (seed, (level, n, chunk)) in (0..6).flat_map(|seed| shapes.iter().map(move |s| (seed, *s)))
+    {
+        let mut rig = rig(1080 + seed, level, n, chunk, true);
+        rig.group.set_rebuild_rate(Some(1 << 20), Some(1 << 20));
+        let fresh = rig.begin_replace(1);
+        rig.wait_done(8 << 20);
+        rig.put(2 << 20, 4096, 0x5B);
+        // One write that neither of the two takes, as when they hang on one cable; then the new one answers again.
+        fresh.faults.write_errors.set(true);
+        rig.stores[1].faults.dead.set(true);
+        let before = fresh.writes.get();
+        rig.begin_put(0, 4096, 0x5C);
+        rig.world.run_until(|| fresh.writes.get() > before);
+        fresh.faults.write_errors.set(false);
+        rig.put(1 << 20, MAX_IO, 0x5D);
+        rig.sleep(1);
+        rig.check();
+        let status = rig.group.status();
+        assert_eq!(status.state, GroupState::Degraded);
+        assert_eq!(status.replacement, None);
+        rig.sleep(120);
+        rig.check();
+    }
+}
