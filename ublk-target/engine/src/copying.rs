@@ -346,6 +346,7 @@ impl<E: Env> RaidGroup<E> {
             window: Rc::new(Cell::new(u64::MAX)),
         });
         self.members.borrow_mut()[slot] = Rc::clone(&new);
+        self.is_handed_over.set(true);
         self.views.advance();
         self.renew_history();
         self.advance();
@@ -356,6 +357,7 @@ impl<E: Env> RaidGroup<E> {
             new.counts.set(false);
             old.counts.set(true);
             self.members.borrow_mut()[slot] = Rc::clone(&old);
+            self.is_handed_over.set(false);
             self.views.advance();
             self.give_up(&new);
             let text = format!("disk {}: superblock could not be written", new.path);
@@ -365,6 +367,7 @@ impl<E: Env> RaidGroup<E> {
         }
         // Durable, and no queue thread reads the disk that leaves.
         published.map_err(|_| ())?;
+        self.is_handed_over.set(false);
         drop(quiet);
         new.twin.take();
         self.views.advance();

@@ -259,6 +259,8 @@ pub struct RaidGroup<E: Env> {
     pub(crate) copying: RefCell<Option<Rc<Copying<E::Disk>>>>,
     /// What the superblocks say of it, in bytes of the slot: 0 but after a clean stop.
     pub(crate) copied_to: Cell<u64>,
+    /// A disk has taken a slot in memory, and the superblocks may name the one before.
+    pub(crate) is_handed_over: Cell<bool>,
     pub(crate) turn: Cell<u32>,
     pub(crate) stopping: Cell<bool>,
     pub(crate) background_ended: Cell<bool>,

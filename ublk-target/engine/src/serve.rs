@@ -115,7 +115,8 @@ impl<E: Env> RaidGroup<E> {
                 add(&counters.writes, 1);
                 add(&counters.write_bytes, request.len);
                 if self.geometry.redundancy() == 0 {
-                    self.write_unprotected(&lu, request, fua).await
+                    let written = self.write_unprotected(&lu, request, fua).await;
+                    self.settled(written).await
                 } else {
                     self.active_writes.set(self.active_writes.get() + 1);
                     let result = self.write_redundant(&lu, request, fua).await;
@@ -151,12 +152,22 @@ impl<E: Env> RaidGroup<E> {
 
     async fn erase(&self, lu: &Lu, range: (u64, u64), erase: Erase) -> Result<(), Errno> {
         if self.geometry.redundancy() == 0 {
-            return self.erase_plain(lu, range, erase).await;
+            let erased = self.erase_plain(lu, range, erase).await;
+            return self.settled(erased).await;
         }
         self.active_writes.set(self.active_writes.get() + 1);
         let result = self.erase_redundant(lu, range, erase).await;
         self.active_writes.set(self.active_writes.get() - 1);
         result
+    }
+
+    /// What the disk that leaves a slot may have missed is answered once no superblock names it any more. (With redundancy
+    /// every write waits for that.)
+    async fn settled(&self, result: Result<(), Errno>) -> Result<(), Errno> {
+        match self.is_handed_over.get() {
+            true => result.and(self.wait_durable().await),
+            false => result,
+        }
     }
 
     /// Submits member I/O for the request's bytes; `each_lost` hears of pieces whose member cannot be used.

@@ -341,3 +341,27 @@ fn new_disk_that_missed_a_write_is_not_believed_when_the_old_one_fails_too() {
         rig.check();
     }
 }
+
+#[test]
+fn write_without_redundancy_is_not_answered_while_the_disks_name_one_that_missed_it() {
+    for (level, seed) in [Level::Raid0, Level::Linear]
+        .into_iter()
+        .flat_map(|level| (0..10).map(move |seed| (level, 1100 + seed)))
+    {
+        let mut rig = rig(seed, level, 2, 65536, true);
+        // linear: what is replaced is the member that the LU is on.
+        let slot = u16::from(level == Level::Raid0);
+        rig.begin_replace(slot);
+        let (group, at) = (Rc::clone(&rig.group), usize::from(slot));
+        rig.world
+            .run_until(move || group.status().members[at].disk == uuid(NEW));
+        // In memory the new disk has the slot; the old one fails, and power with it once a write is answered.
+        let old = Rc::clone(&rig.stores[at]);
+        old.faults.write_errors.set(true);
+        rig.put(0, 256 << 10, 0x5E);
+        rig.world.kill();
+        old.faults.write_errors.set(false);
+        rig.restart(&memory(), false).unwrap();
+        rig.check();
+    }
+}
