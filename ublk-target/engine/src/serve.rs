@@ -182,7 +182,7 @@ impl<E: Env> RaidGroup<E> {
         let mut runs = Runs::new();
         let mut ios: Ios<E> = ArrayVec::new();
         let (mut failed, mut lost) = (0u64, false);
-        let turn = self.next_turn();
+        let (turn, seen) = (self.next_turn(), self.views.version());
         for piece in lu.pieces(&self.geometry, request.at, request.len) {
             let Spot { slot, member_at } = self.leg(turn, &piece);
             if verb == DiskVerb::Read && self.readable(piece.stripe) & 1 << slot == 0 {
@@ -198,6 +198,10 @@ impl<E: Env> RaidGroup<E> {
             self.start_run(&run, verb, request, lease, &mut ios, &mut failed)
                 .await;
         }
+        // Who waited for room may have gone on with another disk in the slot, one that is being filled.
+        lost |= verb == DiskVerb::Read
+            && self.views.version() != seen
+            && self.geometry.redundancy() > 0;
         self.join(&mut ios, &mut failed).await;
         (failed, lost)
     }

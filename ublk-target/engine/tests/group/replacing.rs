@@ -365,3 +365,56 @@ fn write_without_redundancy_is_not_answered_while_the_disks_name_one_that_missed
         rig.check();
     }
 }
+
+#[test]
+fn read_that_waits_for_room_does_not_go_on_with_a_disk_that_is_being_filled() {
+    // 65 runs of bytes of the members, one more than are read at once.
+    let len = 512 << 10;
+    for slot in 0..3 {
+        let mut rig = rig(1120, Level::Raid5, 3, 4096, true);
+        assert_eq!(rig.storm(60, || ()), 0);
+        let fresh = Store::new(DISK, 0x77);
+        fresh.faults.slow.set(true);
+        rig.stores.push(Rc::clone(&fresh));
+        rig.disks.push(NEW);
+        let (group, new) = (Rc::clone(&rig.group), given(&rig.world, NEW, &fresh));
+        rig.world.spawn(async move {
+            let _ = group.member_replace(slot, new).await;
+        });
+        let copying = || rig.group.status().replacement.is_some();
+        while !copying() {
+            let held = Rc::clone(&fresh);
+            rig.world.run_until(|| held.held() > 0 || copying());
+            fresh.release(&rig.world);
+        }
+        let other = Rc::clone(&rig.stores[usize::from((slot + 1) % 3)]);
+        other.faults.slow.set(true);
+        rig.world.pages.borrow_mut()[2] = vec![0; len as usize];
+        let done = Rc::new(Cell::new(None));
+        let (group, to) = (Rc::clone(&rig.group), Rc::clone(&done));
+        rig.world.spawn(async move {
+            let request = Rig::request(2, HostVerb::Read, 0, len);
+            to.set(Some(group.serve(0, request).await));
+        });
+        let held = Rc::clone(&other);
+        rig.world.run_until(|| held.held() > 15);
+        rig.sleep(1);
+        let group = Rc::clone(&rig.group);
+        rig.world.spawn(async move {
+            let _ = group.member_fail(uuid(slot as u8), "pulled").await;
+        });
+        let group = Rc::clone(&rig.group);
+        rig.world
+            .run_until(move || group.status().members[usize::from(slot)].disk == uuid(NEW));
+        fresh.faults.slow.set(false);
+        other.faults.slow.set(false);
+        other.release(&rig.world);
+        let end = Rc::clone(&done);
+        rig.world.run_until(move || end.get().is_some());
+        fresh.release(&rig.world);
+        assert_eq!(done.get(), Some(Ok(())));
+        let (read, model) = (rig.world.pages.borrow()[2].clone(), rig.model.borrow());
+        let wrong = (0..read.len()).find(|i| read[*i] != model[*i]);
+        assert_eq!(wrong, None, "slot {slot}");
+    }
+}
