@@ -110,7 +110,7 @@ impl ConfigFile {
         let refuse = |why: String| {
             ApiError::new(ErrorKind::Usage, "the configuration cannot be loaded")
                 .because(why)
-                .hint("lunar config save FILE makes one")
+                .hint("lunar config save FILE, which makes one")
         };
         let at = |error: serde_json::Error| {
             let what = error.to_string();
