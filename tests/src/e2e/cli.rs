@@ -106,6 +106,10 @@ fn dry_run() -> Result<(), Failure> {
     rig.array_of(&paths[..3], &RAID5)?;
     rig.lunar(&["disk", "add", &paths[3]])?;
     rig.lunar(&["disk", "fail", "2", "--yes"])?;
+    // What ublk-target tells comes a moment later.
+    until("all that happened is told", 20, || {
+        Ok(rig.json(&["events"])?.to_string().contains("DegradedArray"))
+    })?;
     let before = everything(&rig)?;
     let table: &[(&[&str], &str)] = &[
         (&["disk", "add", &paths[4]], "would label"),
