@@ -9,6 +9,18 @@ use super::{Test, add, ensure};
 
 pub(super) fn tests(to: &mut Vec<Test>) {
     add(to, "import_after_the_state_directory_is_lost", lost);
+    // As many members away as the level bears, then one more.
+    for (level, members, away, over) in [
+        ("raid6", 4, &[0, 2][..], 3),
+        ("raid10", 5, &[1, 3], 2),
+        ("linear", 3, &[], 1),
+    ] {
+        add(
+            to,
+            format!("import_{level}_without_what_it_can_lose"),
+            move || without(level, members, away, over),
+        );
+    }
     add(to, "import_disks_of_another_system", another_system);
     add(to, "import_take_over_killed_half_way", half_taken);
     add(to, "import_copies_of_disks", copies);
@@ -16,6 +28,7 @@ pub(super) fn tests(to: &mut Vec<Test>) {
     add(to, "import_two_generations_and_two_sides", generations);
     add(to, "import_deleted_lus_and_groups", deleted);
     add(to, "import_state_directory_full", full);
+    add(to, "import_tables_that_rotted_are_told", rotted);
 }
 
 const RAID5: [&str; 3] = ["--level", "raid5", "--assume-clean"];
@@ -148,7 +161,101 @@ fn lost() -> Result<(), Failure> {
     // The state directory knows it from now on.
     rig.shutdown()?;
     rig.start()?;
+    seed_is_there(&rig)?;
+    // One disk brings the others along; all are told of.
+    rig.shutdown()?;
+    sh(&format!("rm -rf {0}; mkdir {0}", rig.state_dir()))?;
+    rig.start()?;
+    status_says(&rig, &["(group data)"])?;
+    let planned = rig.lunar(&import(&["--dry-run"], &paths[2..3]))?;
+    let said = rig.lunar(&import(&[], &paths[2..3]))?;
+    for (at, path) in paths.iter().enumerate() {
+        let plan = match at {
+            2 => format!("would give {path} a number: "),
+            _ => format!("would give {path} a number too: "),
+        };
+        ensure(planned.contains(&plan), || planned.clone())?;
+        let line = match at {
+            2 => format!("disk 1: {path}\n"),
+            _ => format!(": {path}, which was found beside them\n"),
+        };
+        ensure(said.contains(&line), || said.clone())?;
+    }
     seed_is_there(&rig)
+}
+
+/// Given a group whose state directory is lost and of whose members `away` are not there, when the others are imported,
+/// then all its data is there; without `over` too the import says that it cannot start, and writes nothing.
+fn without(
+    level: &'static str,
+    members: usize,
+    away: &'static [usize],
+    over: usize,
+) -> Result<(), Failure> {
+    let mut rig = Rig::new()?;
+    // Files, moved to another folder: Lunar looks at all block devices, and at the folders of the files that it is given.
+    let create = ["--level", level, "--assume-clean"];
+    let paths = rig.array("ext4-file", members, 64, &create)?;
+    let device = rig.device()?;
+    // All of it: something of every member, and of every turn of the parity.
+    sh_in(
+        &format!(
+            "head -c $(blockdev --getsize64 {device}) /dev/urandom > /tmp/all
+             dd if=/tmp/all of={device} bs=1M oflag=direct 2>/dev/null"
+        ),
+        100,
+    )?;
+    let reads_as_written = |rig: &Rig| {
+        rig.wait_lu()?;
+        let device = rig.device()?;
+        sh_in(
+            &format!(
+                "dd if={device} of=/tmp/read bs=1M iflag=direct 2>/dev/null; cmp /tmp/read /tmp/all >&2"
+            ),
+            100,
+        )
+        .map(drop)
+    };
+    rig.shutdown()?;
+    let lose_state = format!("rm -rf {0}; mkdir {0}", rig.state_dir());
+    let there = |gone: &[usize]| -> Vec<String> {
+        let there = paths.iter().enumerate().filter(|(i, _)| !gone.contains(i));
+        there.map(|(_, path)| path.clone()).collect()
+    };
+    let back = |slot: usize| format!("mv $(dirname {0})/away/$(basename {0}) {0}", paths[slot]);
+    let mut too_many = away.to_vec();
+    too_many.push(over);
+    for slot in &too_many {
+        sh(&format!(
+            "cd $(dirname {0}); mkdir -p away; mv {0} away/",
+            paths[*slot]
+        ))?;
+    }
+    let few = there(&too_many);
+    unwritten(&few, || {
+        sh(&lose_state)?;
+        rig.start()?;
+        let output = rig.run(&import(&[], &few))?;
+        ensure(output.code != 0, || {
+            format!("without {too_many:?}: {}", output.stdout)
+        })?;
+        ensure(sh("test -b /dev/lunar/vol || echo none")? == "none", || {
+            format!("without {too_many:?} the LU is up")
+        })?;
+        rig.shutdown()
+    })?;
+    sh(&format!("{}; {lose_state}", back(over)))?;
+    rig.start()?;
+    let said = rig.lunar(&import(&[], &there(away)))?;
+    ensure(said.contains("LU vol is up"), || said.clone())?;
+    reads_as_written(&rig).map_err(|why| format!("without {away:?}: {why}"))?;
+    let expected = if away.is_empty() {
+        "optimal"
+    } else {
+        "degraded"
+    };
+    ensure(rig.state()?.0 == expected, || format!("{:?}", rig.state()))?;
+    Ok(())
 }
 
 /// Puts the state directory of another system in place of the one there is; `name` is where it lies till then.
@@ -697,4 +804,51 @@ fn full() -> Result<(), Failure> {
     ensure(rig.state()?.0 == "optimal", || format!("{:?}", rig.state()))?;
     rig.shutdown()?;
     sh("umount /mnt/small").map(drop)
+}
+
+/// Given tables with bytes that rotted, whichever, when mgmtd starts, then it reads what it had saved, or says what to type
+/// and ends; that done, numbers, group, LU and data are there.
+fn rotted() -> Result<(), Failure> {
+    let mut rig = Rig::new()?;
+    rig.array("ram", 3, 256, &RAID5)?;
+    seed(&rig)?;
+    let disks = rig.json(&["disk", "list"])?;
+    rig.shutdown()?;
+    let state = rig.state_dir().to_owned();
+    let bin = std::env::current_exe().map_err(|error| error.to_string())?;
+    let bin = bin.parent().ok_or("no directory")?.display().to_string();
+    sh(&format!("cp {state}/lunar.redb /tmp/whole.redb"))?;
+    let mut refused = 0;
+    for page in 0..12 {
+        sh(&format!(
+            "cp /tmp/whole.redb {state}/lunar.redb
+             dd if=/dev/urandom of={state}/lunar.redb bs=1 seek=$(({page} * 4096 + 64)) count=512 conv=notrunc 2>/dev/null
+             {bin}/mgmtd --state-dir {state} > /tmp/rotted.log 2>&1 & pid=$!
+             up=yes
+             until {bin}/lunar status > /dev/null 2>&1; [ $? -ne 5 ]; do
+                 [ -e /proc/$pid ] || {{ up=no; break; }}; sleep 0.05
+             done
+             echo $up > /tmp/rotted.up; [ $up = yes ] || {{ rc=0; wait $pid || rc=$?; echo $rc > /tmp/rotted.rc; }}"
+        ))?;
+        if sh("cat /tmp/rotted.up")? == "yes" {
+            rig.wait_lu()?;
+            ensure(rig.json(&["disk", "list"])? == disks, || {
+                format!("page {page}: the numbers are others")
+            })?;
+            rig.lunar(&["shutdown"])?;
+            continue;
+        }
+        refused += 1;
+        let said = sh("cat /tmp/rotted.rc /tmp/rotted.log")?;
+        ensure(said.starts_with("1\n") && said.contains("Try: mv "), || {
+            format!("page {page}: {said}")
+        })?;
+    }
+    ensure(refused > 0, || "nothing was refused".into())?;
+    sh(&format!("mv {state}/lunar.redb {state}/lunar.redb.bad"))?;
+    rig.start()?;
+    seed_is_there(&rig)?;
+    ensure(rig.json(&["disk", "list"])? == disks, || {
+        "the numbers are others".into()
+    })
 }

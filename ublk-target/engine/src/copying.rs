@@ -95,23 +95,31 @@ impl<E: Env> RaidGroup<E> {
         copying.to.state.set(MemberState::Faulty);
         self.give_up(&copying.to);
         let text = format!(
-            "disk {} that was to replace slot {}: {why}; the group is as it was",
+            "disk {} that was to replace slot {}: {why}; the group goes on without it",
             copying.to.path, copying.slot
         );
         self.event_of("FailSpare", Some(copying.to.uuid), &text);
         self.advance();
     }
 
-    /// OLD has failed: NEW takes its slot and is rebuilt from where the copy was. False if another slot is rebuilt.
+    /// OLD has failed: NEW takes its slot and is rebuilt from where the copy was. False if another slot is rebuilt, or NEW
+    /// has failed too.
     pub(crate) fn turn_into_rebuild(&self, why: &str) -> bool {
         let Some(copying) = self.copying.borrow_mut().take() else {
             return false;
         };
         let old = self.member(copying.slot);
         old.twin.take();
-        if self.rebuilding().is_some() {
+        let unfit = match copying.to.to_blame.get() {
+            // It has missed a write that the other disk took, or that redundancy has.
+            true => Some("write failed, and the disk that it copied from has failed too"),
+            false => self
+                .rebuilding()
+                .map(|_| "the disk that it copied from has failed, and another slot is rebuilt"),
+        };
+        if let Some(unfit) = unfit {
             *self.copying.borrow_mut() = Some(copying);
-            self.drop_copy("the disk that it copied from has failed, and another slot is rebuilt");
+            self.drop_copy(unfit);
             return false;
         }
         let new = Rc::clone(&copying.to);
@@ -327,6 +335,7 @@ impl<E: Env> RaidGroup<E> {
             window: Rc::new(Cell::new(u64::MAX)),
         });
         self.members.borrow_mut()[slot] = Rc::clone(&new);
+        self.is_handed_over.set(true);
         self.views.advance();
         self.renew_history();
         self.advance();
@@ -337,6 +346,7 @@ impl<E: Env> RaidGroup<E> {
             new.counts.set(false);
             old.counts.set(true);
             self.members.borrow_mut()[slot] = Rc::clone(&old);
+            self.is_handed_over.set(false);
             self.views.advance();
             self.give_up(&new);
             let text = format!("disk {}: superblock could not be written", new.path);
@@ -346,6 +356,7 @@ impl<E: Env> RaidGroup<E> {
         }
         // Durable, and no queue thread reads the disk that leaves.
         published.map_err(|_| ())?;
+        self.is_handed_over.set(false);
         drop(quiet);
         new.twin.take();
         self.views.advance();

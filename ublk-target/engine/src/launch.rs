@@ -152,6 +152,7 @@ impl<E: Env> RaidGroup<E> {
             copy_retry: Cell::default(),
             copying: RefCell::default(),
             copied_to: Cell::new(0),
+            is_handed_over: Cell::new(false),
             turn: Cell::new(0),
             stopping: Cell::new(false),
             background_ended: Cell::new(false),

@@ -15,6 +15,7 @@ use lunar_api::target::{
 use lunar_api::{DiskUuid, GroupUuid, LuUuid, SystemUuid};
 
 use crate::config::{GroupConfig, LuConfig, ScrubRecord};
+use crate::control::Zeroing;
 use crate::copying::Copying;
 use crate::extents::ExtentMap;
 use crate::geometry::{Geometry, Piece};
@@ -250,7 +251,7 @@ pub struct RaidGroup<E: Env> {
     /// Requests that erase now.
     pub(crate) erasing: Cell<u32>,
     /// LUs that are zeroed before they are there: their space is taken.
-    pub(crate) zeroing: RefCell<Vec<LuConfig>>,
+    pub(crate) zeroing: RefCell<Vec<Zeroing>>,
     /// Writes without redundancy under way that take no stripe.
     pub(crate) plain_writes: Cell<u64>,
     /// When a copy that could not go on is tried again, unless there is new work before.
@@ -259,6 +260,8 @@ pub struct RaidGroup<E: Env> {
     pub(crate) copying: RefCell<Option<Rc<Copying<E::Disk>>>>,
     /// What the superblocks say of it, in bytes of the slot: 0 but after a clean stop.
     pub(crate) copied_to: Cell<u64>,
+    /// A disk has taken a slot in memory, and the superblocks may name the one before.
+    pub(crate) is_handed_over: Cell<bool>,
     pub(crate) turn: Cell<u32>,
     pub(crate) stopping: Cell<bool>,
     pub(crate) background_ended: Cell<bool>,
@@ -409,6 +412,7 @@ impl<E: Env> RaidGroup<E> {
                 .clone()
                 .or_else(|| self.waiting_sync()),
             scrub: self.scrub_status(),
+            zeroing: self.zeroing_status(),
             zero_copy: false,
             allocations: 0,
         }

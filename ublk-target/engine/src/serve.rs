@@ -115,7 +115,8 @@ impl<E: Env> RaidGroup<E> {
                 add(&counters.writes, 1);
                 add(&counters.write_bytes, request.len);
                 if self.geometry.redundancy() == 0 {
-                    self.write_unprotected(&lu, request, fua).await
+                    let written = self.write_unprotected(&lu, request, fua).await;
+                    self.settled(written).await
                 } else {
                     self.active_writes.set(self.active_writes.get() + 1);
                     let result = self.write_redundant(&lu, request, fua).await;
@@ -151,12 +152,22 @@ impl<E: Env> RaidGroup<E> {
 
     async fn erase(&self, lu: &Lu, range: (u64, u64), erase: Erase) -> Result<(), Errno> {
         if self.geometry.redundancy() == 0 {
-            return self.erase_plain(lu, range, erase).await;
+            let erased = self.erase_plain(lu, range, erase).await;
+            return self.settled(erased).await;
         }
         self.active_writes.set(self.active_writes.get() + 1);
         let result = self.erase_redundant(lu, range, erase).await;
         self.active_writes.set(self.active_writes.get() - 1);
         result
+    }
+
+    /// What the disk that leaves a slot may have missed is answered once no superblock names it any more. (With redundancy
+    /// every write waits for that.)
+    async fn settled(&self, result: Result<(), Errno>) -> Result<(), Errno> {
+        match self.is_handed_over.get() {
+            true => result.and(self.wait_durable().await),
+            false => result,
+        }
     }
 
     /// Submits member I/O for the request's bytes; `each_lost` hears of pieces whose member cannot be used.
@@ -171,7 +182,7 @@ impl<E: Env> RaidGroup<E> {
         let mut runs = Runs::new();
         let mut ios: Ios<E> = ArrayVec::new();
         let (mut failed, mut lost) = (0u64, false);
-        let turn = self.next_turn();
+        let (turn, seen) = (self.next_turn(), self.views.version());
         for piece in lu.pieces(&self.geometry, request.at, request.len) {
             let Spot { slot, member_at } = self.leg(turn, &piece);
             if verb == DiskVerb::Read && self.readable(piece.stripe) & 1 << slot == 0 {
@@ -187,6 +198,10 @@ impl<E: Env> RaidGroup<E> {
             self.start_run(&run, verb, request, lease, &mut ios, &mut failed)
                 .await;
         }
+        // Who waited for room may have gone on with another disk in the slot, one that is being filled.
+        lost |= verb == DiskVerb::Read
+            && self.views.version() != seen
+            && self.geometry.redundancy() > 0;
         self.join(&mut ios, &mut failed).await;
         (failed, lost)
     }

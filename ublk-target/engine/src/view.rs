@@ -99,6 +99,11 @@ impl Views {
         self.changed.wake_all();
     }
 
+    /// The picture that is to be had.
+    pub(crate) fn version(&self) -> u64 {
+        self.wanted.get()
+    }
+
     /// Waits until nobody looks at a picture from before the present state.
     pub(crate) async fn confirmed(&self) {
         let wanted = self.wanted.get();

@@ -290,3 +290,131 @@ fn places_that_the_old_disk_does_not_give_come_from_redundancy_or_are_named() {
         rig.check_without_old(1);
     }
 }
+
+impl Rig {
+    /// Begins to write so many bytes; the model has them.
+    fn begin_put(&self, at: u64, len: u64, byte: u8) -> Rc<Cell<bool>> {
+        self.model.borrow_mut()[at as usize..(at + len) as usize].fill(byte);
+        let tag = usize::from(byte % 60);
+        self.world.pages.borrow_mut()[tag] = vec![byte; len as usize];
+        let (group, done) = (Rc::clone(&self.group), Rc::new(Cell::new(false)));
+        let request = Self::request(tag as u16, HostVerb::Write { fua: false }, at, len);
+        let ended = Rc::clone(&done);
+        self.world.spawn(async move {
+            assert_eq!(group.serve(0, request).await, Ok(()));
+            ended.set(true);
+        });
+        done
+    }
+
+    fn put(&self, at: u64, len: u64, byte: u8) {
+        let done = self.begin_put(at, len, byte);
+        self.world.run_until(move || done.get());
+    }
+}
+
+#[test]
+fn new_disk_that_missed_a_write_is_not_believed_when_the_old_one_fails_too() {
+    let redundant = |shape: &(Level, u8, u64)| shape.0 != Level::Raid0 && shape.0 != Level::Linear;
+    let shapes: Vec<_> = SHAPES.into_iter().filter(redundant).collect();
+    for (seed, (level, n, chunk)) in (0..6).flat_map(|seed| shapes.iter().map(move |s| (seed, *s)))
+    {
+        let mut rig = rig(1080 + seed, level, n, chunk, true);
+        rig.group.set_rebuild_rate(Some(1 << 20), Some(1 << 20));
+        let fresh = rig.begin_replace(1);
+        rig.wait_done(8 << 20);
+        rig.put(2 << 20, 4096, 0x5B);
+        // One write that neither of the two takes, as when they hang on one cable; then the new one answers again.
+        fresh.faults.write_errors.set(true);
+        rig.stores[1].faults.dead.set(true);
+        let before = fresh.writes.get();
+        rig.begin_put(0, 4096, 0x5C);
+        rig.world.run_until(|| fresh.writes.get() > before);
+        fresh.faults.write_errors.set(false);
+        rig.put(1 << 20, MAX_IO, 0x5D);
+        rig.sleep(1);
+        rig.check();
+        let status = rig.group.status();
+        assert_eq!(status.state, GroupState::Degraded);
+        assert_eq!(status.replacement, None);
+        rig.sleep(120);
+        rig.check();
+    }
+}
+
+#[test]
+fn write_without_redundancy_is_not_answered_while_the_disks_name_one_that_missed_it() {
+    for (level, seed) in [Level::Raid0, Level::Linear]
+        .into_iter()
+        .flat_map(|level| (0..10).map(move |seed| (level, 1100 + seed)))
+    {
+        let mut rig = rig(seed, level, 2, 65536, true);
+        // linear: what is replaced is the member that the LU is on.
+        let slot = u16::from(level == Level::Raid0);
+        rig.begin_replace(slot);
+        let (group, at) = (Rc::clone(&rig.group), usize::from(slot));
+        rig.world
+            .run_until(move || group.status().members[at].disk == uuid(NEW));
+        // In memory the new disk has the slot; the old one fails, and power with it once a write is answered.
+        let old = Rc::clone(&rig.stores[at]);
+        old.faults.write_errors.set(true);
+        rig.put(0, 256 << 10, 0x5E);
+        rig.world.kill();
+        old.faults.write_errors.set(false);
+        rig.restart(&memory(), false).unwrap();
+        rig.check();
+    }
+}
+
+#[test]
+fn read_that_waits_for_room_does_not_go_on_with_a_disk_that_is_being_filled() {
+    // 65 runs of bytes of the members, one more than are read at once.
+    let len = 512 << 10;
+    for slot in 0..3 {
+        let mut rig = rig(1120, Level::Raid5, 3, 4096, true);
+        assert_eq!(rig.storm(60, || ()), 0);
+        let fresh = Store::new(DISK, 0x77);
+        fresh.faults.slow.set(true);
+        rig.stores.push(Rc::clone(&fresh));
+        rig.disks.push(NEW);
+        let (group, new) = (Rc::clone(&rig.group), given(&rig.world, NEW, &fresh));
+        rig.world.spawn(async move {
+            let _ = group.member_replace(slot, new).await;
+        });
+        let copying = || rig.group.status().replacement.is_some();
+        while !copying() {
+            let held = Rc::clone(&fresh);
+            rig.world.run_until(|| held.held() > 0 || copying());
+            fresh.release(&rig.world);
+        }
+        let other = Rc::clone(&rig.stores[usize::from((slot + 1) % 3)]);
+        other.faults.slow.set(true);
+        rig.world.pages.borrow_mut()[2] = vec![0; len as usize];
+        let done = Rc::new(Cell::new(None));
+        let (group, to) = (Rc::clone(&rig.group), Rc::clone(&done));
+        rig.world.spawn(async move {
+            let request = Rig::request(2, HostVerb::Read, 0, len);
+            to.set(Some(group.serve(0, request).await));
+        });
+        let held = Rc::clone(&other);
+        rig.world.run_until(|| held.held() > 15);
+        rig.sleep(1);
+        let group = Rc::clone(&rig.group);
+        rig.world.spawn(async move {
+            let _ = group.member_fail(uuid(slot as u8), "pulled").await;
+        });
+        let group = Rc::clone(&rig.group);
+        rig.world
+            .run_until(move || group.status().members[usize::from(slot)].disk == uuid(NEW));
+        fresh.faults.slow.set(false);
+        other.faults.slow.set(false);
+        other.release(&rig.world);
+        let end = Rc::clone(&done);
+        rig.world.run_until(move || end.get().is_some());
+        fresh.release(&rig.world);
+        assert_eq!(done.get(), Some(Ok(())));
+        let (read, model) = (rig.world.pages.borrow()[2].clone(), rig.model.borrow());
+        let wrong = (0..read.len()).find(|i| read[*i] != model[*i]);
+        assert_eq!(wrong, None, "slot {slot}");
+    }
+}
