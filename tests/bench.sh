@@ -350,7 +350,14 @@ measure_recover() {
     done
     wait "${writers[@]}" || { echo 'bench: a write failed'; return 1; }
     put recover16 "$round" lunar "$((($(date +%s%N) - before) / 1000000)),,,,"
-    sleep 65 # two deaths in a minute would look like a crash that repeats itself
+    # Two deaths in a minute would look like a crash that repeats itself: the next one is that of a new process.
+    run_or_say lunar 1 shutdown --yes || return 1
+    wait "${mgmtd_pid[1]}"
+    lunar_up 1 "$release"
+    for ((i = 0; i < 100; i++)); do
+      lunar 1 status > /tmp/lunar.log 2>&1 && [ -b /dev/lunar/1/many16 ] && break
+      sleep 0.1
+    done
   done
   progress recover16
 }

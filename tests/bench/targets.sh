@@ -6,12 +6,15 @@
 # build, system 2 that of --beside.
 declare -A lunar_dir=() mgmtd_pid=()
 lunar() { "${lunar_dir[$1]}/lunar" --system "$1" "${@:2}"; } # lunar SYSTEM ARG..
-lunar_start() { # lunar_start SYSTEM DIR
-  local i state=/tmp/lunar-bench/$1
+lunar_start() { # lunar_start SYSTEM DIR: a new system
   lunar_dir[$1]=$2
   [ -x "$2/mgmtd" ] || return
-  rm -rf "$state"
-  mkdir -p "$state"
+  rm -rf "/tmp/lunar-bench/$1"
+  mkdir -p "/tmp/lunar-bench/$1"
+  lunar_up "$@"
+}
+lunar_up() { # lunar_up SYSTEM DIR: the system that its state directory has
+  local i state=/tmp/lunar-bench/$1
   PATH=$2:$PATH "$2/mgmtd" --system "$1" --state-dir "$state" > "/tmp/mgmtd$1.log" 2>&1 &
   mgmtd_pid[$1]=$!
   for ((i = 0; i < 300; i++)); do
