@@ -66,7 +66,7 @@ e2e_group() {
 }
 part_e2e() {
   # The long ones first, so that the two guests end together.
-  e2e_groups life_ import_ levels_ discard_ data_file layout_ data_survives_member_vanish manage_ queues_ replace_ data_survives_member_hang \
+  e2e_groups life_ import_ levels_ discard_ data_file layout_ data_survives_member_vanish manage_ queues_ replace_ data_survives_member_hang cli_ \
     scrub_ spare_ resize_ grow_ data_verified data_survives_member_error data_requests hostile_ config_ data_overlapping data_counters
 }
 part_matrix() {

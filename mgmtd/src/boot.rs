@@ -429,6 +429,7 @@ async fn quarantine(daemon: &Daemon, group: GroupStatus, why: String) -> Result<
         state: GroupState::Quarantined,
         reason: why,
         sync: None,
+        zeroing: Vec::new(),
         ..group
     };
     let request = TargetRequest::GroupQuarantine {

@@ -10,7 +10,7 @@ use lunar_api::target::{Consistency, Level};
 use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid, LuUuid, SystemUuid};
 use serde::{Deserialize, Serialize};
 
-use crate::limits::ARCHIVE_MAX;
+use crate::limits::{ARCHIVE_MAX, NUMBER_MAX};
 use crate::names::check_name;
 use crate::tables::{DiskSave, GroupSave, LuSave, Tables};
 use crate::views::View;
@@ -68,6 +68,13 @@ pub struct LuEntry {
     pub name: String,
     pub capacity: u64,
     pub depth: u16,
+    /// Files of before there were several have none.
+    #[serde(default = "one_queue")]
+    pub queues: u16,
+}
+
+fn one_queue() -> u16 {
+    1
 }
 
 /// Only the version: a newer one may have any other field.
@@ -110,7 +117,7 @@ impl ConfigFile {
         let refuse = |why: String| {
             ApiError::new(ErrorKind::Usage, "the configuration cannot be loaded")
                 .because(why)
-                .hint("lunar config save FILE makes one")
+                .hint("lunar config save FILE, which makes one")
         };
         let at = |error: serde_json::Error| {
             let what = error.to_string();
@@ -137,6 +144,15 @@ impl ConfigFile {
     fn check(&self, text: &str) -> Result<(), String> {
         let at = |what: &dyn std::fmt::Display| line_of(text, &what.to_string());
         let mut seen = BTreeSet::new();
+        let lus = self.groups.iter().flat_map(|g| &g.lus).map(|l| l.lu);
+        let numbers = self.disks.iter().map(|d| d.disk).chain(lus);
+        let mut numbers = numbers.chain(self.groups.iter().map(|g| g.group));
+        if let Some(large) = numbers.find(|number| *number > NUMBER_MAX) {
+            let line = at(&large);
+            return Err(format!(
+                "line {line}: the number {large} is beyond {NUMBER_MAX}"
+            ));
+        }
         for disk in &self.disks {
             if disk.disk == 0 || !seen.insert(("disk", disk.disk)) {
                 return Err(format!(
@@ -218,6 +234,7 @@ fn group_entry(view: &View, save: &GroupSave, old: Option<&GroupEntry>) -> Group
                 name: lu.name_seen.clone(),
                 capacity: live.map_or(old.map_or(0, |o| o.capacity), |l| l.capacity),
                 depth: live.map_or(old.map_or(0, |o| o.depth), |l| l.depth),
+                queues: live.map_or(old.map_or(1, |o| o.queues), |l| l.queues),
             }
         });
     GroupEntry {
@@ -584,11 +601,20 @@ mod tests {
     fn parse_reads_what_is_written_and_names_the_line_of_what_is_not() {
         let text = saved().text();
         assert_eq!(ConfigFile::parse(&text).unwrap(), saved());
+        // Without queues, as files of before have it.
+        let queues = text.lines().find(|l| l.contains("queues")).unwrap();
+        let old = text.replace(&format!(",\n{queues}"), "");
+        assert_eq!(ConfigFile::parse(&old).unwrap(), saved());
         let line = |what: &str| text.lines().position(|l| l.contains(what)).unwrap() + 1;
         for (from, to, says) in [
             ("\"role\"", "\"roel\"", format!("line {}", line("\"role\""))),
             ("\"disk\": 2", "\"disk\": 1", "there twice".into()),
             ("\"disk\": 1", "\"disk\": 0", "is 0".into()),
+            (
+                "\"disk\": 2",
+                "\"disk\": 4294967295",
+                format!("line {}: the number", line("\"disk\": 2")),
+            ),
             (
                 "lunar.config/1",
                 "lunar.config/2",

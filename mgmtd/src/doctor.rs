@@ -10,6 +10,7 @@ use lunar_api::units::format_size;
 
 use crate::hardware::{self, Hardware};
 use crate::holders;
+use crate::jobs::scrub_left;
 use crate::tables::DiskSave;
 use crate::views::View;
 
@@ -292,6 +293,7 @@ pub fn running(view: &View, state_dir: &Path, run_dir: &Path, target_up: bool) -
             .map(|d| (d, hardware::of(Path::new(&d.path))))
             .collect();
         out.push(redundancy(view, save));
+        out.extend(scrubbed(view, save));
         out.push(caches(&save.name_seen, &disks));
         out.push(sectors(&save.name_seen, &disks));
     }
@@ -351,7 +353,7 @@ fn memlock(limits: &str) -> CheckRow {
         Err(_) => warn(
             "memlock",
             "the limit of ublk-target cannot be read",
-            "lunar doctor as root",
+            "sudo lunar doctor",
         ),
     }
 }
@@ -407,6 +409,18 @@ fn redundancy(view: &View, save: &crate::tables::GroupSave) -> CheckRow {
         ),
         (GroupState::Optimal, _) => ok(&check, "every slot in sync"),
     }
+}
+
+/// What the last scrub of a group found and left.
+fn scrubbed(view: &View, save: &crate::tables::GroupSave) -> Option<CheckRow> {
+    let live = view.live.groups.get(&save.uuid)?;
+    let left = scrub_left(live.scrub.as_ref()?);
+    let check = format!("scrub of {}", live.name);
+    let action = format!(
+        "lunar group show {0}; compare what is there with a backup, then: lunar group scrub {0} --repair",
+        live.name
+    );
+    (!left.is_empty()).then(|| warn(&check, left, &action))
 }
 
 fn caches(group: &str, disks: &[(&DiskSave, Hardware)]) -> CheckRow {
@@ -542,8 +556,9 @@ pub fn exit(checks: &[CheckRow]) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::views::tests::view;
+    use crate::views::tests::{scrub, view};
     use CheckState::{Fail, Ok as Fine, Warn};
+    use lunar_api::target::ScrubState;
 
     #[test]
     fn judgements_table() {
@@ -602,6 +617,15 @@ mod tests {
     fn running_tells_groups_and_disks() {
         let mut view = view();
         assert_eq!(states(&view, "group data"), [Warn], "the write hole");
+        assert_eq!(states(&view, "scrub of data"), []);
+        for (repaired, expected) in [(2, &[Warn][..]), (3, &[])] {
+            let mut found = scrub(ScrubState::Done);
+            (found.bad, found.repaired) = (3, repaired);
+            for group in view.live.groups.values_mut() {
+                group.scrub = Some(found.clone());
+            }
+            assert_eq!(states(&view, "scrub of data"), expected);
+        }
         for group in view.live.groups.values_mut() {
             group.state = GroupState::Degraded;
             group.reason = "disk 2 failed".into();

@@ -104,6 +104,7 @@ pub fn plan(facts: &Facts<'_>) -> Result<ImportPlan, ApiError> {
             own_disk(facts, path, label, &newest, &mut out);
         }
     }
+    beside(facts, &newest, &mut out);
     groups(facts, &mine, &newest, &mut out);
     if out.disks.is_empty() {
         let mut refused = ApiError::new(ErrorKind::Refused, "nothing is imported");
@@ -250,6 +251,39 @@ fn own_disk(
     out.disks.push((label.disk, was));
 }
 
+/// Members that nobody named: they come with the system or the group that is imported.
+fn beside(facts: &Facts<'_>, newest: &BTreeMap<GroupUuid, &Label>, out: &mut ImportPlan) {
+    if out.disks.is_empty() {
+        return;
+    }
+    let system = out.become_system.unwrap_or(facts.view.tables.system);
+    let seen = facts.seen.ours.values().chain(&facts.seen.foreign);
+    let labels = || {
+        seen.clone()
+            .filter_map(|p| Some((&p.path, p.label.as_ref()?)))
+    };
+    let comes = |label: &Label| {
+        let key = (label.group, label.system);
+        let is_listed = newest.get(&label.group).is_some_and(|newest| {
+            !label.group.is_nil() && newest.lists(label.disk) && !newest.deleted && !label.deleted
+        });
+        let is_known = facts.view.tables.disk(label.disk).is_some()
+            || out.disks.iter().any(|(disk, _)| *disk == label.disk);
+        (label.system == system || out.take.contains(&key)) && is_listed && !is_known
+    };
+    let is_there_once = |label: &Label| {
+        labels()
+            .filter(|(_, other)| other.disk == label.disk)
+            .count()
+            == 1
+    };
+    let all = labels().filter(|(_, label)| comes(label) && is_there_once(label));
+    let steps: Vec<String> = all
+        .map(|(path, label)| format!("give {path} a number too: {}", part(label)))
+        .collect();
+    out.steps.extend(steps);
+}
+
 fn groups(
     facts: &Facts<'_>,
     mine: &[(&str, &Probe)],
@@ -380,10 +414,15 @@ mod tests {
         }
 
         fn plan(&self) -> Result<ImportPlan, ApiError> {
+            self.plan_of(self.probes.len())
+        }
+
+        /// Of the first `named` disks; the others are there too.
+        fn plan_of(&self, named: usize) -> Result<ImportPlan, ApiError> {
             let system = self.view.tables.system;
             let none = BTreeSet::new();
             let seen = sort(system, &BTreeMap::new(), &none, self.probes.clone());
-            let given: Vec<Given> = (self.probes.iter())
+            let given: Vec<Given> = (self.probes[..named].iter())
                 .map(|probe| Given::Lunar(probe.path.clone(), Box::new(probe.clone())))
                 .collect();
             plan(&Facts {
@@ -426,6 +465,33 @@ mod tests {
             refused.causes.iter().any(|why| why.contains("/dev/4")),
             "{refused:?}"
         );
+    }
+
+    /// Given one disk that is named, then its plan has those too that come with it; not one of another system, nor one
+    /// that is there twice.
+    #[test]
+    fn disks_that_come_unnamed_are_in_the_plan() {
+        let too = |asked: &Asked| -> Vec<String> {
+            let steps = asked.plan_of(1).unwrap().steps;
+            let too = steps.iter().filter(|step| step.contains("a number too"));
+            too.map(|step| step[..step.find(" a number").unwrap()].into())
+                .collect()
+        };
+        let mut asked = Asked::new(all(OLD));
+        asked
+            .probes
+            .push(with(member(4, THIRD), |label| label.members.push(disk(4))));
+        assert_eq!(too(&asked), ["give /dev/1", "give /dev/2"]);
+        let path = "/dev/copy".to_string();
+        asked.probes.push(Probe {
+            path,
+            ..member(2, OLD)
+        });
+        assert_eq!(too(&asked), ["give /dev/1"]);
+        assert_eq!(too(&Asked::new(all(OWN))), ["give /dev/1", "give /dev/2"]);
+        let mut taken = Asked::new(all(OLD)).settled();
+        taken.take = true;
+        assert_eq!(too(&taken), ["give /dev/1", "give /dev/2"]);
     }
 
     #[test]

@@ -10,6 +10,7 @@ use crate::tables::{JobSave, Tables};
 struct Work {
     kind: JobKind,
     disk: Option<DiskUuid>,
+    lu_name: Option<String>,
     state: JobState,
     done: u64,
     total: u64,
@@ -20,7 +21,8 @@ struct Work {
 impl Work {
     fn is_that_of(&self, job: &JobSave) -> bool {
         let same = self.started.is_none_or(|started| started == job.started);
-        (self.kind, self.disk) == (job.kind, job.disk) && same
+        let (own, other) = (&self.lu_name, &job.lu_name);
+        (self.kind, self.disk, own) == (job.kind, job.disk, other) && same
     }
 }
 
@@ -29,7 +31,8 @@ impl Work {
 /// A job of a group that is not up stays as it is: it goes on when the group does.
 pub fn derive(tables: &mut Tables, groups: &[GroupStatus], now: u64) {
     for group in groups {
-        let mut running: Vec<Work> = sync(group).into_iter().chain(scrub(group)).collect();
+        let all = sync(group).into_iter().chain(scrub(group));
+        let mut running: Vec<Work> = all.chain(zeroing(group)).collect();
         let open: Vec<JobSave> = tables
             .jobs
             .values()
@@ -72,6 +75,7 @@ fn sync(group: &GroupStatus) -> Option<Work> {
     Some(Work {
         kind,
         disk,
+        lu_name: None,
         state: JobState::Running,
         done: sync.done,
         total: sync.total,
@@ -89,10 +93,23 @@ fn scrub(group: &GroupStatus) -> Option<Work> {
     Some(Work {
         kind: JobKind::Scrub,
         disk: None,
+        lu_name: None,
         state,
         done: scrub.done,
         total: scrub.total,
         started: Some(scrub.started),
+    })
+}
+
+fn zeroing(group: &GroupStatus) -> impl Iterator<Item = Work> {
+    group.zeroing.iter().map(|zero| Work {
+        kind: JobKind::Zero,
+        disk: None,
+        lu_name: Some(zero.name.clone()),
+        state: JobState::Running,
+        done: zero.done,
+        total: zero.total,
+        started: None,
     })
 }
 
@@ -102,6 +119,7 @@ fn start(number: u32, group: GroupUuid, work: &Work, now: u64) -> JobSave {
         kind: work.kind,
         group,
         disk: work.disk,
+        lu_name: work.lu_name.clone(),
         state: work.state,
         done: work.done,
         total: work.total,
@@ -118,6 +136,14 @@ fn end(job: &mut JobSave, group: &GroupStatus, now: u64) {
     let failed = |reason: String| (JobState::Failed, reason);
     (job.state, job.reason) = match job.kind {
         JobKind::Resync => done(String::new()),
+        JobKind::Zero => match group
+            .lus
+            .iter()
+            .any(|lu| Some(&lu.name) == job.lu_name.as_ref())
+        {
+            true => done(String::new()),
+            false => failed("the LU is not there: its group stopped, or a write failed".into()),
+        },
         JobKind::Recover | JobKind::Replace => match member {
             Some(m) if m.state == MemberState::InSync => done(String::new()),
             Some(m) => failed(m.reason.clone()),
@@ -167,7 +193,7 @@ pub fn left_text(bad: u64, repaired: u64, unreadable: u64) -> String {
 mod tests {
     use super::*;
     use crate::views::tests::{group, scrub as scrub_of};
-    use lunar_api::target::SyncStatus;
+    use lunar_api::target::{SyncStatus, ZeroStatus};
 
     /// A scrub that waits for a rebuild is a job beside it; paused it is one still; the next scrub is another job.
     #[test]
@@ -210,6 +236,36 @@ mod tests {
         let job = &tables.jobs[&3];
         assert_eq!((job.state, job.ended), (JobState::Done, Some(77)));
         assert_eq!(job.reason, "2 bad stripes remain");
+    }
+
+    /// Given two LUs of a group that are zeroed, then each is a job by its name; one that is there in the end is done,
+    /// one that is not has failed.
+    #[test]
+    fn derive_tells_zeroed_lus_apart() {
+        let mut tables = Tables::default();
+        let mut one = group();
+        let zero = |name: &str, done| ZeroStatus {
+            name: name.into(),
+            done,
+            total: 100,
+            rate: 1,
+        };
+        one.zeroing = vec![zero("vol", 10), zero("other", 20)];
+        derive(&mut tables, &[one.clone()], 1);
+        one.zeroing = vec![zero("other", 90), zero("vol", 40)];
+        derive(&mut tables, &[one.clone()], 2);
+        let seen: Vec<_> = (tables.jobs.values())
+            .map(|job| (job.kind, job.lu_name.as_deref(), job.done))
+            .collect();
+        let expected = [
+            (JobKind::Zero, Some("vol"), 40),
+            (JobKind::Zero, Some("other"), 90),
+        ];
+        assert_eq!(seen, expected);
+        one.zeroing.clear();
+        derive(&mut tables, &[one], 3);
+        let states: Vec<_> = tables.jobs.values().map(|job| job.state).collect();
+        assert_eq!(states, [JobState::Done, JobState::Failed]);
     }
 
     #[test]

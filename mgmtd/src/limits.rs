@@ -52,6 +52,8 @@ pub const HOOKS_AT_ONCE: usize = 4;
 pub const EVENTS_MAX: usize = 5000;
 /// Rows kept for later when the state directory takes none.
 pub const WRITES_MAX: usize = 10_000;
+/// Highest number that a configuration file may give to a disk, group or LU: later ones get higher ones.
+pub const NUMBER_MAX: u32 = 1_000_000;
 /// Saved configurations kept in the state directory.
 pub const ARCHIVE_MAX: usize = 20;
 /// Ended jobs kept.

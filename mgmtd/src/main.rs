@@ -11,7 +11,7 @@ use clap::{CommandFactory, Parser};
 use lunar_api::SystemUuid;
 use mgmtd::daemon::{Config, Daemon};
 use mgmtd::limits::HOOK_LIMIT;
-use mgmtd::store::{self, Store};
+use mgmtd::store;
 use mgmtd::{holders, hooks, notify, probe, server, spares, supervisor};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -125,7 +125,7 @@ async fn run(args: Args) -> Result<(), String> {
     }
     let fresh = SystemUuid::from_bytes(probe::random().map_err(|e| say("random numbers", &e))?);
     let dir = &config.state_dir;
-    let (store, tables) = Store::open(dir, fresh).map_err(|e| {
+    let (store, tables) = store::open_or_end(dir, fresh).map_err(|e| {
         let held = holders::openers(&dir.join(store::FILE).display().to_string()).join("; ");
         let held = if held.is_empty() {
             held

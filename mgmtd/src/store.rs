@@ -94,18 +94,41 @@ pub const FILE: &str = "lunar.redb";
 /// Beside it: the identity of the system, so that the disks are still ours when the tables are lost.
 const IDENTITY: &str = "system";
 
-/// What a person does about a store that does not open.
-pub fn advice(error: &StoreError, dir: &Path) -> String {
+/// What a person does about a file whose content is not right.
+fn damaged(dir: &Path) -> String {
     let path = dir.join(FILE);
     let at = path.display();
+    format!(
+        "mv {at} {at}.bad, then start mgmtd again: groups and LUs come back from the disks, numbers and roles from \
+         its archive where that is there; jobs and events are lost"
+    )
+}
+
+/// Opens the store as [`Store::open`] does. redb panics on some files that rotted: then that is said, with what to do, and
+/// the process ends.
+///
+/// # Errors  those of [`Store::open`]
+pub fn open_or_end(dir: &Path, fresh: SystemUuid) -> Result<(Store, Tables), StoreError> {
+    let at = dir.to_owned();
+    std::panic::set_hook(Box::new(move |panic| {
+        let (path, advice) = (at.join(FILE), damaged(&at));
+        eprintln!(
+            "mgmtd: tables: {} is damaged: {panic}\nTry: {advice}",
+            path.display()
+        );
+        std::process::exit(1);
+    }));
+    let opened = Store::open(dir, fresh);
+    drop(std::panic::take_hook());
+    opened
+}
+
+/// What a person does about a store that does not open.
+pub fn advice(error: &StoreError, dir: &Path) -> String {
     let io = |e: &redb::StorageError| match e {
         redb::StorageError::Io(e) => Some(e.kind()),
         _ => None,
     };
-    let damaged = format!(
-        "mv {at} {at}.bad, then start mgmtd again: groups and LUs come back from the disks, with new numbers; \
-         jobs and events are lost"
-    );
     let kind = match error {
         StoreError::Open { source, .. } => match source {
             redb::DatabaseError::DatabaseAlreadyOpen => {
@@ -132,7 +155,7 @@ pub fn advice(error: &StoreError, dir: &Path) -> String {
                 dir.display()
             )
         }
-        _ => damaged,
+        _ => damaged(dir),
     }
 }
 
@@ -147,7 +170,7 @@ impl Store {
         };
         std::fs::create_dir_all(dir).map_err(at)?;
         let path = dir.join(FILE);
-        let db = open(&path)?;
+        let db = checked(&path)?;
         let fresh = identity(dir)?.unwrap_or(fresh);
         let system = meta(&db, fresh)?;
         keep_identity(dir, system)?;
@@ -270,6 +293,20 @@ fn open(path: &Path) -> Result<Database, StoreError> {
     })
 }
 
+/// Opens the file when mgmtd starts: every page of it is compared with its checksum first. What is read from a damaged one
+/// could be anything.
+fn checked(path: &Path) -> Result<Database, StoreError> {
+    let mut db = open(path)?;
+    let is_sound = db.check_integrity().map_err(|source| StoreError::Open {
+        path: path.into(),
+        source,
+    })?;
+    if !is_sound {
+        tracing::warn!(path = %path.display(), "the tables were damaged, and are as of an earlier change");
+    }
+    Ok(db)
+}
+
 fn identity(dir: &Path) -> Result<Option<SystemUuid>, StoreError> {
     let path = dir.join(IDENTITY);
     match std::fs::read_to_string(&path) {
@@ -382,7 +419,10 @@ mod tests {
     fn open_of_a_damaged_file_says_what_to_do() {
         let dir = std::env::temp_dir().join(format!("lunar-damaged-{}", std::process::id()));
         let system = SystemUuid::from_bytes([7; 16]);
-        drop(Store::open(&dir, system).unwrap());
+        let (store, mut tables) = Store::open(&dir, system).unwrap();
+        tables.number_group(GroupUuid::from_bytes([1; 16]), "data");
+        store.write(&tables.take_writes()).unwrap();
+        drop(store);
         let whole = std::fs::read(dir.join(FILE)).unwrap();
         for len in [1, 100, 4096, whole.len() / 2] {
             std::fs::write(dir.join(FILE), &whole[..len]).unwrap();
@@ -393,6 +433,26 @@ mod tests {
                 "{len}: {advice}"
             );
         }
+        // Bytes that rotted: refused, or read as they were.
+        let mut refused = 0;
+        for page in 0..20 {
+            let mut bad = whole.clone();
+            for byte in &mut bad[page * 4096 + 64..][..512] {
+                *byte = byte.wrapping_mul(31).wrapping_add(97);
+            }
+            std::fs::write(dir.join(FILE), &bad).unwrap();
+            match std::panic::catch_unwind(|| Store::open(&dir, system)) {
+                // `open_or_end` tells of it.
+                Err(_) => {}
+                Ok(Err(error)) => {
+                    refused += 1;
+                    let advice = advice(&error, &dir);
+                    assert!(advice.starts_with("mv "), "page {page}: {advice}");
+                }
+                Ok(Ok((_, again))) => assert_eq!(again.groups, tables.groups, "page {page}"),
+            }
+        }
+        assert!(refused > 0, "no page was looked at");
         std::fs::write(dir.join(FILE), &whole).unwrap();
         let held = Store::open(&dir, system).unwrap();
         let error = Store::open(&dir, system).unwrap_err();

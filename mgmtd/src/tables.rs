@@ -81,6 +81,9 @@ pub struct JobSave {
     pub kind: JobKind,
     pub group: GroupUuid,
     pub disk: Option<DiskUuid>,
+    /// Name of the LU that is zeroed.
+    #[serde(default)]
+    pub lu_name: Option<String>,
     pub state: JobState,
     pub done: u64,
     pub total: u64,

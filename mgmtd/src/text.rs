@@ -280,7 +280,7 @@ fn started_action(view: &View, group: &GroupStatus) -> String {
         .is_some_and(|s| !scrub_left(s).is_empty());
     match (group.state, out) {
         (GroupState::Optimal, _) if is_left => format!(
-            "lunar group show {0} lists the bad stripes; compare what is there with a backup, then: lunar group \
+            "lunar group show {0}, which lists the bad stripes; compare what is there with a backup, then: lunar group \
              scrub {0} --repair",
             group.name
         ),
@@ -291,7 +291,7 @@ fn started_action(view: &View, group: &GroupStatus) -> String {
         (GroupState::Quarantined, _) => again(&group.name),
         (GroupState::Failed, _) => {
             format!(
-                "bring the missing disks back, then: lunar group start {}",
+                "bring the missing disks back, then: lunar group stop {0}; lunar group start {0}",
                 group.name
             )
         }
@@ -419,6 +419,7 @@ fn label_of(view: &View, disk: Option<u32>, state: DiskState) -> String {
 fn lu_text(view: &View, lu: &LuHealth, holders: &dyn Fn(u32) -> Vec<String>) -> String {
     let save = view.tables.lus.get(&lu.lu);
     let ublk = save.and_then(|s| view.lu_live(s)).and_then(|l| l.ublk);
+    let group = save.and_then(|s| view.live.groups.get(&s.group));
     let mut out = format!("{} {}", lu.name, format_size(lu.capacity));
     if let (Some(device), Some(ublk)) = (&lu.device, ublk) {
         let _ = write!(out, " {device} -> /dev/ublkb{ublk}");
@@ -426,10 +427,14 @@ fn lu_text(view: &View, lu: &LuHealth, holders: &dyn Fn(u32) -> Vec<String>) -> 
             let _ = write!(out, ", {}", holder.replace("mounted at", "mounted"));
         }
     }
-    out + &if lu.problem.is_empty() {
-        ", I/O ok".to_string()
-    } else {
-        format!(", NO I/O: {}", lu.problem)
+    out + &match (lu.problem.is_empty(), group) {
+        (true, Some(group))
+            if matches!(group.state, GroupState::Failed | GroupState::Quarantined) =>
+        {
+            format!(", {}", group.reason)
+        }
+        (true, _) => ", I/O ok".to_string(),
+        (false, _) => format!(", NO I/O: {}", lu.problem),
     }
 }
 
@@ -634,6 +639,23 @@ mod tests {
             "{}",
             reply.text
         );
+    }
+
+    #[test]
+    fn status_failed_exits_4_and_says_so_of_the_lus() {
+        let mut view = view();
+        for group in view.live.groups.values_mut() {
+            group.state = GroupState::Failed;
+            group.reason = "writes are answered EIO".into();
+        }
+        let reply = compose(&view);
+        assert_eq!(reply.exit, 4);
+        let (lu, action) = (
+            "mounted /srv, writes are answered EIO\n",
+            "then: lunar group stop data; lunar group start data\n",
+        );
+        assert!(reply.text.contains(lu), "{}", reply.text);
+        assert!(reply.text.contains(action), "{}", reply.text);
     }
 
     #[test]

@@ -148,7 +148,7 @@ pub fn decode_answer(message: &[u8]) -> Result<Value, ApiError> {
         Some(other) => Err(
             ApiError::new(ErrorKind::Usage, format!("mgmtd answered {other}"))
                 .because(parameters.to_string())
-                .hint("use the lunar of the same version as mgmtd"),
+                .hint("use the command line of the same version as mgmtd"),
         ),
     }
 }

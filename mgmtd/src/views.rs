@@ -374,6 +374,11 @@ impl View {
             JobKind::Resync | JobKind::Recover | JobKind::Replace => {
                 g.sync.as_ref().map(|s| (s.done, s.total, s.rate))
             }
+            JobKind::Zero => {
+                let mut all = g.zeroing.iter();
+                let own = all.find(|zero| Some(&zero.name) == save.lu_name.as_ref());
+                own.map(|zero| (zero.done, zero.total, zero.rate))
+            }
         });
         JobRow {
             job: save.number,
@@ -384,6 +389,7 @@ impl View {
                 .disk
                 .and_then(|d| self.tables.disk(d))
                 .map(|d| d.number),
+            lu_name: save.lu_name.clone(),
             state: save.state,
             done: now.map_or(save.done, |now| now.0),
             total: now.map_or(save.total, |now| now.1),
@@ -512,6 +518,7 @@ pub(crate) mod tests {
             replacement: None,
             sync: None,
             scrub: None,
+            zeroing: Vec::new(),
             zero_copy: true,
             allocations: 0,
         }

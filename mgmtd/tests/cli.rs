@@ -122,12 +122,16 @@ struct Fake {
 
 impl Fake {
     fn new(name: &str) -> Self {
+        Self::that(name, answer)
+    }
+
+    fn that(name: &str, answer: fn(&str, &Value) -> Value) -> Self {
         let socket = std::env::temp_dir().join(format!("lunar-{name}-{}", std::process::id()));
         let _ = std::fs::remove_file(&socket);
         let listener = UnixListener::bind(&socket).unwrap();
         std::thread::spawn(move || {
             listener.incoming().flatten().for_each(|stream| {
-                let _ = serve(stream);
+                std::thread::spawn(move || serve(stream, answer));
             });
         });
         Self { socket }
@@ -146,7 +150,7 @@ impl Drop for Fake {
 }
 
 /// Answers the calls of one connection. `nosuch` is in use, and says so.
-fn serve(mut stream: UnixStream) -> std::io::Result<()> {
+fn serve(mut stream: UnixStream, answer: fn(&str, &Value) -> Value) -> std::io::Result<()> {
     let mut buffer = Vec::new();
     loop {
         let mut piece = [0; 4096];
@@ -294,6 +298,41 @@ fn errors_say_what_why_and_what_to_type() {
         &golden("error"),
         &(serde_json::to_string_pretty(&value).unwrap() + "\n"),
     );
+}
+
+/// Given a LU that is zeroed before it is there, when its job is a quarter done, then the call that waits for the LU
+/// shows that, and how to follow it once that call is ended; in the end it answers as always.
+#[test]
+fn zeroing_is_shown_while_it_is_waited_for() {
+    static LOOKS: AtomicU64 = AtomicU64::new(0);
+    fn zeroing(method: &str, ask: &Value) -> Value {
+        match method {
+            "JobList" => {
+                let mut zero = job();
+                (zero.kind, zero.disk, zero.lu_name) = (JobKind::Zero, None, Some("vol".into()));
+                (zero.state, zero.ended, zero.done, zero.total) = (JobState::Running, None, 2, 8);
+                LOOKS.fetch_add(1, Ordering::Relaxed);
+                json_of(JobList { jobs: vec![zero] }).unwrap()
+            }
+            // Not there before somebody has looked twice.
+            "LuCreate" => {
+                while LOOKS.load(Ordering::Relaxed) < 2 {
+                    std::thread::yield_now();
+                }
+                answer(method, ask)
+            }
+            _ => answer(method, ask),
+        }
+    }
+    let fake = Fake::that("zeroing", zeroing);
+    let out = fake.lunar("lu create vol --group data --size max --zero --json");
+    let said = text(&out.stderr);
+    assert!(out.status.success(), "{said}");
+    let expected = "job 7 started, also after Ctrl-C. Follow: lunar job watch 7\n\
+                    job 7: zero of LU vol in group data: 25.0 %, 2 B/s, about 3 s\n";
+    assert_eq!(said, expected);
+    let value: Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!(value["schema"], "lunar.lu.create/1");
 }
 
 /// Given what cannot be typed so, then the exit code is 2, nothing is on stdout, and there is something to type.

@@ -77,6 +77,8 @@ pub enum JobKind {
     Replace,
     /// Compares every stripe.
     Scrub,
+    /// Zeroes the space of a LU before it is there.
+    Zero,
 }
 
 /// A light at a disk's place in an enclosure.
@@ -357,8 +359,10 @@ rows! {
         group_name: String,
         /// Disk being filled.
         disk: Option<u32>,
+        /// Name of the LU being zeroed.
+        lu_name: Option<String>,
         state: JobState,
-        /// Bytes of a member.
+        /// Bytes of a member; of a LU being zeroed, its bytes.
         done: u64,
         total: u64,
         /// Bytes a second.

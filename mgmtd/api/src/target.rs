@@ -415,6 +415,9 @@ pub struct GroupStatus {
     /// The scrub that runs, or the last one.
     #[serde(default)]
     pub scrub: Option<ScrubStatus>,
+    /// LUs that are zeroed before they are there.
+    #[serde(default)]
+    pub zeroing: Vec<ZeroStatus>,
     pub zero_copy: bool,
     /// Times that serving requests allocated memory since the group started; stays as it is once warm.
     pub allocations: u64,
@@ -446,6 +449,18 @@ pub struct MemberStatus {
     pub write_bytes: u64,
     pub read_errors: u64,
     pub write_errors: u64,
+}
+
+/// A LU that is zeroed before it is there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ZeroStatus {
+    pub name: String,
+    /// Bytes of the LU.
+    pub done: u64,
+    pub total: u64,
+    /// Bytes a second since it began.
+    pub rate: u64,
 }
 
 /// Background work of a group.

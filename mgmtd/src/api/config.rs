@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use lunar_api::mgmt::{ConfigLoad, DiskAdd, GroupCreate, LuCreate, Role};
+use lunar_api::mgmt::{ConfigLoad, DiskAdd, GroupCreate, GroupSet, LuCreate, Role};
 use lunar_api::rows::{Changed, ConfigText};
 use lunar_api::target::LuSize;
 use lunar_api::units::format_size;
@@ -164,12 +164,24 @@ async fn create(daemon: &Daemon, file: &ConfigFile, ask: &ConfigLoad) -> Result<
             ..GroupCreate::default()
         };
         group::create(daemon, make).await?;
+        let (rebuild_min, rebuild_max) = (g.rebuild_min, g.rebuild_max);
+        if rebuild_min.or(rebuild_max).is_some() {
+            let set = GroupSet {
+                group: g.name.clone(),
+                rebuild_min,
+                rebuild_max,
+                yes: true,
+                ..GroupSet::default()
+            };
+            group::set(daemon, set).await?;
+        }
         for l in &g.lus {
             let make = LuCreate {
                 name: l.name.clone(),
                 group: g.name.clone(),
                 size: Some(LuSize::Bytes(l.capacity)),
                 depth: Some(l.depth).filter(|depth| *depth != 0),
+                queues: Some(l.queues),
                 yes: true,
                 ..LuCreate::default()
             };

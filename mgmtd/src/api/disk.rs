@@ -660,7 +660,7 @@ pub async fn remove(daemon: &Daemon, ask: DiskRemove) -> Result<Changed, ApiErro
                 .await
                 .map_err(|e| {
                     error(Path::new(&disk.path), ErrorKind::Busy, e.to_string())
-                        .hint("lunar disk remove without --wipe")
+                        .hint("the same command without --wipe")
                 })?;
             daemon
                 .ask(

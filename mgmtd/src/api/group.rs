@@ -6,7 +6,7 @@ use std::time::Duration;
 use lunar_api::mgmt::{
     GroupCreate, GroupEnd, GroupScrub, GroupSet, GroupStart, Rename, Role, ScrubAsk,
 };
-use lunar_api::rows::{Changed, DiskState, GroupList, GroupOne};
+use lunar_api::rows::{Changed, DiskState, GroupList, GroupOne, JobState};
 use lunar_api::target::{
     Consistency, GroupState, GroupStatus, Level, MemberSpec, ScrubOrder, ScrubState, TargetAnswer,
     TargetRequest,
@@ -216,7 +216,8 @@ pub(super) async fn finish(
     let view = last_view(daemon);
     let mut answer = plan.done(text);
     answer.group = view.tables.group(uuid).map(|g| view.group_row(g));
-    let running = |j: &&crate::tables::JobSave| j.group == uuid && j.ended.is_none();
+    // One that is paused does not end by itself: nobody is to wait for it.
+    let running = |j: &&crate::tables::JobSave| j.group == uuid && j.state == JobState::Running;
     answer.job = view
         .tables
         .jobs
@@ -285,7 +286,10 @@ pub async fn set(daemon: &Daemon, ask: GroupSet) -> Result<Changed, ApiError> {
     };
     let status = group_answer(daemon.ask(&request, Vec::new()).await?)?;
     daemon.tables().put_group(row);
-    finish(daemon, &plan, status, "set".into()).await
+    let mut answer = finish(daemon, &plan, status, "set".into()).await?;
+    // What runs was started by somebody else.
+    answer.job = None;
+    Ok(answer)
 }
 
 /// Answers `GroupScrub`.
@@ -305,7 +309,7 @@ pub async fn scrub(daemon: &Daemon, ask: GroupScrub) -> Result<Changed, ApiError
         ScrubAsk::Start => {
             let (repair, from, rate) = (ask.repair, ask.from.unwrap_or(0), ask.rate);
             let order = ScrubOrder::Start { repair, from, rate };
-            (order, format!("group {name} is scrubbed"))
+            (order, format!("group {name} is being scrubbed"))
         }
         ScrubAsk::Pause => (
             ScrubOrder::Pause,
@@ -363,7 +367,14 @@ pub async fn start(daemon: &Daemon, ask: GroupStart) -> Result<Changed, ApiError
             .because(why.clone())
             .hint(crate::text::again(&name)));
     }
-    let plan = if view.live.groups.contains_key(&group) && quarantined.is_none() {
+    let live = view.live.groups.get(&group);
+    if let Some(failed) = live.filter(|live| live.state == GroupState::Failed) {
+        let what = format!("group {name} is started, and has failed");
+        return Err(ApiError::new(ErrorKind::NoService, what)
+            .because(failed.reason.clone())
+            .hint(crate::text::action(&view, save)));
+    }
+    let plan = if live.is_some() && quarantined.is_none() {
         Plan::unchanged(format!("group {name} is started"))
     } else {
         let plan = Plan::step(format!("start group {name}"));
@@ -540,13 +551,10 @@ pub async fn rename(daemon: &Daemon, ask: Rename) -> Result<Changed, ApiError> {
         name: ask.to.clone(),
     };
     let status = group_answer(daemon.ask(&request, Vec::new()).await?)?;
-    finish(
-        daemon,
-        &plan,
-        status,
-        format!("group {} is now {}", live.name, ask.to),
-    )
-    .await
+    let text = format!("group {} is now {}", live.name, ask.to);
+    let mut answer = finish(daemon, &plan, status, text).await?;
+    answer.job = None;
+    Ok(answer)
 }
 
 /// Answers `GroupDelete`; a group that is not started is deleted on the disks of it that are here.

@@ -65,6 +65,7 @@ pub async fn import(daemon: &Daemon, ask: Import) -> Result<Changed, ApiError> {
     }
     let mut told = Told {
         text: decided.left.clone(),
+        disks: Vec::new(),
         failed: None,
     };
     carry_out(daemon, &paths, &decided, ask.deleted, &mut told).await?;
@@ -83,7 +84,7 @@ pub async fn import(daemon: &Daemon, ask: Import) -> Result<Changed, ApiError> {
     let mut answer = gate.done("");
     answer.text = told.text;
     answer.disks = (view.tables.disks.values())
-        .filter(|d| decided.disks.iter().any(|(uuid, _)| *uuid == d.uuid))
+        .filter(|d| told.disks.contains(&d.uuid))
         .map(|d| view.disk_row(d))
         .collect();
     Ok(answer)
@@ -92,6 +93,8 @@ pub async fn import(daemon: &Daemon, ask: Import) -> Result<Changed, ApiError> {
 /// What there is to say in the end.
 struct Told {
     text: Vec<String>,
+    /// The disks that it tells of.
+    disks: Vec<DiskUuid>,
     /// The first that failed.
     failed: Option<ApiError>,
 }
@@ -130,6 +133,7 @@ async fn carry_out(
         told.text.push(text);
     }
     let seen = look(daemon, paths).await?;
+    let old: BTreeSet<DiskUuid> = daemon.tables().disks.values().map(|d| d.uuid).collect();
     for (uuid, was) in &decided.disks {
         if let Some(probe) = seen.ours.get(uuid) {
             row(daemon, *uuid, probe, *was);
@@ -138,13 +142,19 @@ async fn carry_out(
     correct(daemon, &seen);
     daemon.save().await?;
     let view = last_view(daemon);
-    for disk in decided
-        .disks
-        .iter()
-        .filter_map(|(uuid, _)| view.tables.disk(*uuid))
-    {
-        told.text
-            .push(format!("disk {}: {}", disk.number, disk.path));
+    let named = |disk: &DiskSave| decided.disks.iter().any(|(uuid, _)| *uuid == disk.uuid);
+    for disk in view.tables.disks.values() {
+        let (number, path) = (disk.number, &disk.path);
+        if named(disk) {
+            told.text.push(format!("disk {number}: {path}"));
+        } else if !old.contains(&disk.uuid) {
+            told.text.push(format!(
+                "disk {number}: {path}, which was found beside them"
+            ));
+        } else {
+            continue;
+        }
+        told.disks.push(disk.uuid);
     }
     for group in &decided.start {
         up(daemon, *group, decided, told).await;

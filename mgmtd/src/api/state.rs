@@ -246,6 +246,15 @@ pub async fn job_cancel(daemon: &Daemon, ask: JobEnd) -> Result<Changed, ApiErro
         };
         return super::group::scrub(daemon, ask).await;
     }
+    if let Some(lu) = &row.lu_name {
+        let what = format!("job {job} is not cancelled");
+        return Err(ApiError::new(ErrorKind::Refused, what)
+            .because(format!("LU {lu} comes when all of it is zeroed"))
+            .hint(format!(
+                "lunar job watch {job}, then: lunar lu delete {lu}; or, which ends it: lunar group stop {}",
+                row.group_name
+            )));
+    }
     let error = ApiError::new(ErrorKind::Refused, format!("job {job} is not cancelled")).because(
         format!("redundancy of group {} would stay missing", row.group_name),
     );

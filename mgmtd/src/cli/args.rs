@@ -623,8 +623,11 @@ fn lu_size(text: &str) -> Result<LuSize, String> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
     use clap::CommandFactory;
+    use clap::error::ErrorKind;
 
     /// Given every verb of the command tree, then it has an example that begins with its own words and parses.
     #[test]
@@ -652,6 +655,92 @@ mod tests {
         }
         Args::command().debug_assert();
         check(&Args::command(), "lunar");
+    }
+
+    /// Source files of all that gives people something to type, but this one and tests.
+    fn sources(dir: &Path, to: &mut Vec<PathBuf>) {
+        for entry in std::fs::read_dir(dir).unwrap().flatten() {
+            let path = entry.path();
+            let is_code = path.extension().is_some_and(|ext| ext == "rs");
+            if path.is_dir() && !path.ends_with("tests") {
+                sources(&path, to);
+            } else if is_code && !path.ends_with("cli/args.rs") && !path.ends_with("tests.rs") {
+                to.push(path);
+            }
+        }
+    }
+
+    /// The command lines in the texts of a source: up to what ends a clause, with 1 for each value.
+    fn commands(source: &str) -> Vec<String> {
+        let code = source
+            .split("#[cfg(test)]\nmod ")
+            .next()
+            .unwrap_or_default();
+        let code = code.lines().filter(|line| !line.trim().starts_with("//"));
+        let mut text = String::new();
+        for line in code {
+            match line.strip_suffix('\\') {
+                Some(part) => text += part.trim_start(),
+                None => text += &format!("{}\n", line.trim_start()),
+            }
+        }
+        let mut out = Vec::new();
+        for (at, _) in text.match_indices("lunar ") {
+            let before = text[..at].chars().next_back();
+            let rest = &text[at..];
+            let is_verb = rest["lunar ".len()..].starts_with(|c: char| c.is_ascii_lowercase());
+            if !matches!(before, Some('"' | ' ' | '(' | '`')) || !is_verb {
+                continue;
+            }
+            let ends = ["\"", ";", ", ", "`", "\\n", " (", ")", ": ", "\n"];
+            let end = ends.iter().filter_map(|end| rest.find(end)).min();
+            let mut typed = String::new();
+            let mut depth = 0;
+            for c in rest[..end.unwrap_or(rest.len())].chars() {
+                match c {
+                    '{' => depth += 1,
+                    '}' => {
+                        depth -= 1;
+                        typed.push('1');
+                    }
+                    c if depth == 0 => typed.push(c),
+                    _ => {}
+                }
+            }
+            out.push(typed);
+        }
+        out
+    }
+
+    /// Given every text that names a command of `lunar`, then that command can be typed as it stands there.
+    #[test]
+    fn every_command_that_is_told_parses() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let mut files = Vec::new();
+        for dir in [
+            "mgmtd/src",
+            "mgmtd/api/src",
+            "ublk-target/src",
+            "ublk-target/engine/src",
+        ] {
+            sources(&root.join(dir), &mut files);
+        }
+        let mut told = 0;
+        let mut bad = Vec::new();
+        for path in files {
+            let source = std::fs::read_to_string(&path).unwrap();
+            for typed in commands(&source) {
+                told += 1;
+                let parsed = Args::try_parse_from(typed.split_whitespace());
+                let error = parsed.err().filter(|e| e.kind() != ErrorKind::DisplayHelp);
+                bad.extend(error.map(|e| format!("{}: {typed}: {e}", path.display())));
+            }
+        }
+        assert!(
+            told > 100,
+            "{told} were found: this test looks at the wrong place"
+        );
+        assert!(bad.is_empty(), "{}", bad.join("\n"));
     }
 
     #[test]

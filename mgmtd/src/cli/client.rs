@@ -71,7 +71,7 @@ impl Client {
         let failed = |why: String| {
             ApiError::new(ErrorKind::Failed, "the answer of mgmtd is not understood")
                 .because(why)
-                .hint("use the lunar of the same version as mgmtd")
+                .hint("use the command line of the same version as mgmtd")
         };
         let call = serde_json::to_value(request).map_err(|e| failed(e.to_string()))?;
         // A refused connection has its reason waiting for us even if we cannot write any more.

@@ -98,7 +98,7 @@ fn load(args: &Args, client: &mut Client, path: &Path, create: bool) -> Result<u
             format!("{} cannot be loaded", path.display()),
         )
         .because(why)
-        .hint("lunar config save FILE makes one")
+        .hint("lunar config save FILE, which makes one")
     };
     let size = std::fs::metadata(path).map_err(|e| refuse(e.to_string()))?;
     if !size.is_file() || size.len() > FILE_MAX {

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::args::{Args, Disk, Group, Job, Lu, NewSize, Noun, PathVerb, Table};
 use crate::client::Client;
-use crate::{manual, show, stat};
+use crate::{manual, show, stat, zeroing};
 
 /// Does what was typed and gives the exit code.
 pub(crate) fn run(args: &Args) -> Result<u8, ApiError> {
@@ -514,7 +514,10 @@ fn lu(args: &Args, client: &mut Client, verb: &Lu) -> Result<u8, ApiError> {
                     yes,
                 })
             };
-            change(args, client, "lu.create", ask, yes)
+            let shown = (*zero && !dry_run).then(|| zeroing::Shown::begin(args, name.clone()));
+            let reply = decide(client, ask, yes);
+            drop(shown);
+            tell(args, client, "lu.create", reply?)
         }
         Lu::Rename { lu, to } => {
             let ask = |yes| Request::LuRename(rename(lu, to, dry_run, yes));
@@ -569,6 +572,15 @@ pub(crate) fn change(
     ask: impl Fn(bool) -> Request,
     yes: bool,
 ) -> Result<u8, ApiError> {
+    let reply = decide(client, ask, yes)?;
+    tell(args, client, name, reply)
+}
+
+fn decide(
+    client: &mut Client,
+    ask: impl Fn(bool) -> Request,
+    yes: bool,
+) -> Result<Changed, ApiError> {
     let terminal = std::io::stdin().is_terminal() && std::io::stderr().is_terminal();
     let mut reply = client.call::<Changed>(&ask(yes));
     if let Err(error) = &reply
@@ -583,7 +595,11 @@ pub(crate) fn change(
         confirm(error, &word)?;
         reply = client.call(&ask(true));
     }
-    let mut reply = reply?;
+    reply
+}
+
+/// Prints what was done, and follows its job where that is asked for.
+fn tell(args: &Args, client: &mut Client, name: &str, mut reply: Changed) -> Result<u8, ApiError> {
     if name == "disk.replace" && reply.outcome == Outcome::Changed {
         if let Some(job) = reply.job {
             reply.text = vec![format!("job {job} started. Follow: lunar job watch {job}")];

@@ -142,9 +142,10 @@ pub(crate) fn jobs(rows: &[JobRow]) -> String {
 
 pub(crate) fn job_line(job: &JobRow) -> String {
     let kind = format!("{:?}", job.kind).to_lowercase();
-    let of = match job.disk {
-        Some(disk) => format!("{kind} of disk {disk} in group {}", job.group_name),
-        None => format!("{kind} of group {}", job.group_name),
+    let of = match (job.disk, &job.lu_name) {
+        (Some(disk), _) => format!("{kind} of disk {disk} in group {}", job.group_name),
+        (None, Some(lu)) => format!("{kind} of LU {lu} in group {}", job.group_name),
+        (None, None) => format!("{kind} of group {}", job.group_name),
     };
     let state = match job.state {
         JobState::Done if job.reason.is_empty() => "done".into(),

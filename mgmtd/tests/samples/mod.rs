@@ -270,6 +270,7 @@ pub(crate) fn job() -> JobRow {
         group: 1,
         group_name: "data".into(),
         disk: Some(5),
+        lu_name: None,
         state: JobState::Done,
         done: 8,
         total: 8,

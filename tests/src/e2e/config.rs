@@ -137,6 +137,8 @@ fn anew() -> Result<(), Failure> {
     let mut rig = Rig::new()?;
     rig.array("ram", 3, 256, &RAID5)?;
     rig.lunar(&["disk", "add", "--role", "spare", "/dev/ram5"])?;
+    rig.lunar(&["group", "set", "data", "--rebuild-max", "70MiB"])?;
+    rig.lunar(&["lu", "set", "vol", "--queues", "2"])?;
     rig.lunar(&["config", "save", "/tmp/layout.json"])?;
     let size = text(&rig.json(&["lu", "show", "vol"])?["capacity"]);
     let load = ["config", "load", "/tmp/layout.json", "--create"];
@@ -170,7 +172,13 @@ fn anew() -> Result<(), Failure> {
         || format!("{:?}", rig.state()),
     )?;
     let lu = rig.json(&["lu", "show", "vol"])?;
-    ensure(text(&lu["capacity"]) == size, || format!("{lu}"))?;
+    ensure(text(&lu["capacity"]) == size && lu["queues"] == 2, || {
+        format!("{lu}")
+    })?;
+    let saved = rig.lunar(&["config", "save"])?;
+    ensure(saved.contains("\"rebuild_max\": 73400320"), || {
+        saved.clone()
+    })?;
     let roles: Vec<String> = disks(&rig)?.into_iter().map(|d| d.2).collect();
     ensure(roles == ["data", "data", "data", "spare"], || {
         format!("{roles:?}")

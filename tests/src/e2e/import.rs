@@ -28,6 +28,7 @@ pub(super) fn tests(to: &mut Vec<Test>) {
     add(to, "import_two_generations_and_two_sides", generations);
     add(to, "import_deleted_lus_and_groups", deleted);
     add(to, "import_state_directory_full", full);
+    add(to, "import_tables_that_rotted_are_told", rotted);
 }
 
 const RAID5: [&str; 3] = ["--level", "raid5", "--assume-clean"];
@@ -160,6 +161,26 @@ fn lost() -> Result<(), Failure> {
     // The state directory knows it from now on.
     rig.shutdown()?;
     rig.start()?;
+    seed_is_there(&rig)?;
+    // One disk brings the others along; all are told of.
+    rig.shutdown()?;
+    sh(&format!("rm -rf {0}; mkdir {0}", rig.state_dir()))?;
+    rig.start()?;
+    status_says(&rig, &["(group data)"])?;
+    let planned = rig.lunar(&import(&["--dry-run"], &paths[2..3]))?;
+    let said = rig.lunar(&import(&[], &paths[2..3]))?;
+    for (at, path) in paths.iter().enumerate() {
+        let plan = match at {
+            2 => format!("would give {path} a number: "),
+            _ => format!("would give {path} a number too: "),
+        };
+        ensure(planned.contains(&plan), || planned.clone())?;
+        let line = match at {
+            2 => format!("disk 1: {path}\n"),
+            _ => format!(": {path}, which was found beside them\n"),
+        };
+        ensure(said.contains(&line), || said.clone())?;
+    }
     seed_is_there(&rig)
 }
 
@@ -783,4 +804,51 @@ fn full() -> Result<(), Failure> {
     ensure(rig.state()?.0 == "optimal", || format!("{:?}", rig.state()))?;
     rig.shutdown()?;
     sh("umount /mnt/small").map(drop)
+}
+
+/// Given tables with bytes that rotted, whichever, when mgmtd starts, then it reads what it had saved, or says what to type
+/// and ends; that done, numbers, group, LU and data are there.
+fn rotted() -> Result<(), Failure> {
+    let mut rig = Rig::new()?;
+    rig.array("ram", 3, 256, &RAID5)?;
+    seed(&rig)?;
+    let disks = rig.json(&["disk", "list"])?;
+    rig.shutdown()?;
+    let state = rig.state_dir().to_owned();
+    let bin = std::env::current_exe().map_err(|error| error.to_string())?;
+    let bin = bin.parent().ok_or("no directory")?.display().to_string();
+    sh(&format!("cp {state}/lunar.redb /tmp/whole.redb"))?;
+    let mut refused = 0;
+    for page in 0..12 {
+        sh(&format!(
+            "cp /tmp/whole.redb {state}/lunar.redb
+             dd if=/dev/urandom of={state}/lunar.redb bs=1 seek=$(({page} * 4096 + 64)) count=512 conv=notrunc 2>/dev/null
+             {bin}/mgmtd --state-dir {state} > /tmp/rotted.log 2>&1 & pid=$!
+             up=yes
+             until {bin}/lunar status > /dev/null 2>&1; [ $? -ne 5 ]; do
+                 [ -e /proc/$pid ] || {{ up=no; break; }}; sleep 0.05
+             done
+             echo $up > /tmp/rotted.up; [ $up = yes ] || {{ rc=0; wait $pid || rc=$?; echo $rc > /tmp/rotted.rc; }}"
+        ))?;
+        if sh("cat /tmp/rotted.up")? == "yes" {
+            rig.wait_lu()?;
+            ensure(rig.json(&["disk", "list"])? == disks, || {
+                format!("page {page}: the numbers are others")
+            })?;
+            rig.lunar(&["shutdown"])?;
+            continue;
+        }
+        refused += 1;
+        let said = sh("cat /tmp/rotted.rc /tmp/rotted.log")?;
+        ensure(said.starts_with("1\n") && said.contains("Try: mv "), || {
+            format!("page {page}: {said}")
+        })?;
+    }
+    ensure(refused > 0, || "nothing was refused".into())?;
+    sh(&format!("mv {state}/lunar.redb {state}/lunar.redb.bad"))?;
+    rig.start()?;
+    seed_is_there(&rig)?;
+    ensure(rig.json(&["disk", "list"])? == disks, || {
+        "the numbers are others".into()
+    })
 }

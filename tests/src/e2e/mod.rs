@@ -4,6 +4,7 @@ pub mod rig;
 pub mod shell;
 
 mod blocks;
+mod cli;
 mod concurrent;
 mod config;
 mod data;
@@ -40,6 +41,7 @@ pub fn tests() -> Vec<Test> {
     life::tests(&mut all);
     hostile::tests(&mut all);
     manage::tests(&mut all);
+    cli::tests(&mut all);
     queues::tests(&mut all);
     scrub::tests(&mut all);
     replace::tests(&mut all);

@@ -15,6 +15,7 @@ pub struct Rig {
     log: String,
     /// Variables of mgmtd, and by it of ublk-target.
     env: &'static [(&'static str, &'static str)],
+    args: Vec<String>,
 }
 
 impl Rig {
@@ -43,9 +44,17 @@ impl Rig {
             mgmtd: None,
             log,
             env,
+            args: Vec::new(),
         };
         rig.start()?;
         Ok(rig)
+    }
+
+    /// Starts mgmtd anew with more arguments; ublk-target stays.
+    pub fn restart_with(&mut self, args: &[&str]) -> Result<(), Failure> {
+        self.end_mgmtd("TERM")?;
+        self.args = args.iter().map(|arg| (*arg).to_owned()).collect();
+        self.start()
     }
 
     /// Starts mgmtd; the state directory is as it was left.
@@ -58,6 +67,7 @@ impl Rig {
         let err = log.try_clone().map_err(|error| error.to_string())?;
         let child = Command::new(format!("{}/mgmtd", self.bin))
             .args(["--state-dir", &self.state])
+            .args(&self.args)
             .envs(self.env.iter().copied())
             .stdin(Stdio::null())
             .stdout(log)

@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use lunar_api::target::{DeletedLu, LuSize, MemberState};
+use lunar_api::target::{DeletedLu, LuSize, MemberState, ZeroStatus};
 use lunar_api::{ApiError, DiskUuid, ErrorKind, LuUuid};
 
 use crate::config::{ConfigError, GroupConfig, LuConfig, Queues};
@@ -14,7 +14,7 @@ use crate::raid_group::{EIO, Errno, Given, Lu, MemberPlace, RaidGroup, Rebuild};
 use crate::reserve::lay_out;
 use crate::serve::bits;
 use crate::superblock::BYTES;
-use crate::traits::{Buf, Clock, Disk, DiskVerb, Env, MILLISECOND, Piece};
+use crate::traits::{Buf, Clock, Disk, DiskVerb, Env, MILLISECOND, Piece, SECOND, Tick};
 
 fn failed(what: &str, why: impl ToString) -> ApiError {
     ApiError::new(ErrorKind::Failed, what).because(why.to_string())
@@ -22,6 +22,15 @@ fn failed(what: &str, why: impl ToString) -> ApiError {
 
 /// Bytes of a new LU that are zeroed between two looks at whether to go on.
 const ZEROED_AT_ONCE: u64 = 128 << 20;
+
+/// A LU that is zeroed before it is there.
+#[derive(Debug)]
+pub(crate) struct Zeroing {
+    lu: LuConfig,
+    /// Bytes of it.
+    done: u64,
+    begun: Tick,
+}
 
 impl<E: Env> RaidGroup<E> {
     /// Makes a LU durable; the rim then makes its device.
@@ -63,10 +72,15 @@ impl<E: Env> RaidGroup<E> {
             config.lus.retain(|other| other.uuid != uuid);
             self.write_config(config).await?;
         }
-        self.zeroing.borrow_mut().push(lu.clone());
+        self.zeroing.borrow_mut().push(Zeroing {
+            lu: lu.clone(),
+            done: 0,
+            begun: self.clock.now(),
+        });
         drop(turn);
         let made = self.zero_and_add(&lu).await;
-        self.zeroing.borrow_mut().retain(|other| other.uuid != uuid);
+        let mut zeroing = self.zeroing.borrow_mut();
+        zeroing.retain(|other| other.lu.uuid != uuid);
         made
     }
 
@@ -84,6 +98,22 @@ impl<E: Env> RaidGroup<E> {
         Ok(self.add_lu(lu))
     }
 
+    /// How far those LUs are that are zeroed.
+    pub(crate) fn zeroing_status(&self) -> Vec<ZeroStatus> {
+        let now = self.clock.now();
+        let status = |one: &Zeroing| {
+            let took = u128::from(now.0.saturating_sub(one.begun.0)).max(1);
+            let rate = u128::from(one.done) * u128::from(SECOND) / took;
+            ZeroStatus {
+                name: one.lu.name.clone(),
+                done: one.done,
+                total: one.lu.capacity,
+                rate: u64::try_from(rate).unwrap_or(u64::MAX),
+            }
+        };
+        self.zeroing.borrow().iter().map(status).collect()
+    }
+
     async fn zero_lu(&self, lu: &LuConfig) -> Result<(), Errno> {
         let lu = Lu::new(u16::MAX, lu);
         let mut at = 0;
@@ -94,6 +124,10 @@ impl<E: Env> RaidGroup<E> {
             let len = ZEROED_AT_ONCE.min(lu.capacity - at);
             self.zero(&lu, at, len).await?;
             at += len;
+            let mut zeroing = self.zeroing.borrow_mut();
+            if let Some(own) = zeroing.iter_mut().find(|own| own.lu.uuid == lu.uuid) {
+                own.done = at;
+            }
         }
         self.flush().await
     }
@@ -122,9 +156,9 @@ impl<E: Env> RaidGroup<E> {
         change: impl FnOnce(&mut GroupConfig) -> T,
     ) -> T {
         let zeroing = self.zeroing.borrow();
-        config.lus.extend(zeroing.iter().cloned());
+        config.lus.extend(zeroing.iter().map(|one| one.lu.clone()));
         let result = change(config);
-        let is_zeroing = |lu: &LuConfig| zeroing.iter().any(|other| other.uuid == lu.uuid);
+        let is_zeroing = |lu: &LuConfig| zeroing.iter().any(|one| one.lu.uuid == lu.uuid);
         config.lus.retain(|lu| !is_zeroing(lu));
         result
     }
@@ -300,7 +334,12 @@ impl<E: Env> RaidGroup<E> {
     }
 
     pub(crate) fn free_bytes(&self) -> u64 {
-        let taken: u64 = self.zeroing.borrow().iter().map(|lu| lu.capacity).sum();
+        let taken: u64 = self
+            .zeroing
+            .borrow()
+            .iter()
+            .map(|one| one.lu.capacity)
+            .sum();
         let free = self.config.borrow().free_bytes(&self.geometry);
         free.saturating_sub(taken)
     }

@@ -15,6 +15,7 @@ use lunar_api::target::{
 use lunar_api::{DiskUuid, GroupUuid, LuUuid, SystemUuid};
 
 use crate::config::{GroupConfig, LuConfig, ScrubRecord};
+use crate::control::Zeroing;
 use crate::copying::Copying;
 use crate::extents::ExtentMap;
 use crate::geometry::{Geometry, Piece};
@@ -250,7 +251,7 @@ pub struct RaidGroup<E: Env> {
     /// Requests that erase now.
     pub(crate) erasing: Cell<u32>,
     /// LUs that are zeroed before they are there: their space is taken.
-    pub(crate) zeroing: RefCell<Vec<LuConfig>>,
+    pub(crate) zeroing: RefCell<Vec<Zeroing>>,
     /// Writes without redundancy under way that take no stripe.
     pub(crate) plain_writes: Cell<u64>,
     /// When a copy that could not go on is tried again, unless there is new work before.
@@ -409,6 +410,7 @@ impl<E: Env> RaidGroup<E> {
                 .clone()
                 .or_else(|| self.waiting_sync()),
             scrub: self.scrub_status(),
+            zeroing: self.zeroing_status(),
             zero_copy: false,
             allocations: 0,
         }

@@ -175,7 +175,10 @@ impl<E: Env> RaidGroup<E> {
             inflight::check_version(&rest.pool, spec.group, generation).map_err(|error| {
                 ApiError::new(ErrorKind::Refused, what)
                     .because(error.to_string())
-                    .hint("start it with the Lunar that wrote it; or, as after a power loss: lunar group start --force")
+                    .hint(format!(
+                        "start it with the Lunar that wrote it; or, as after a power loss: lunar group start {} --force",
+                        spec.group
+                    ))
             })?;
         }
         // A log of another time of the group says nothing about these disks.

@@ -312,6 +312,11 @@ fn erase_before_a_lu_is_there_leaves_zeroes() {
         let group = Rc::clone(&rig.group);
         rig.world.run_until(move || group.status().free < free);
         assert_eq!(made.get(), None, "its space is taken before it is there");
+        let under_way = rig.group.status().zeroing;
+        // It has whole stripes.
+        let taken = free - rig.group.status().free;
+        let under_way = under_way.iter().map(|z| (z.name.as_str(), z.done, z.total));
+        assert_eq!(under_way.collect::<Vec<_>>(), [("new", 0, taken)]);
         let group = Rc::clone(&rig.group);
         let other = rig.world.block_on(async move {
             let lu = LuUuid::from_bytes([6; 16]);
@@ -322,6 +327,7 @@ fn erase_before_a_lu_is_there_leaves_zeroes() {
         assert!(other.is_err(), "there is no space for it");
         rig.world.run_until(|| made.get().is_some());
         assert_eq!(made.get(), Some(true));
+        assert_eq!(rig.group.status().zeroing, []);
         rig.model.borrow_mut().fill(0);
         rig.known.borrow_mut().fill(true);
         rig.check();
