@@ -177,48 +177,46 @@ workload_args() { # workload_args NAME: the fio options
   esac
 }
 
-run_fio() { # run_fio WORKLOAD DEVICE [ARG..]: prints iops,kib_s,p50_us,p99_us
-  local args device=$2
+fio_extra=() # further options of fio
+run_round() { # run_round WORKLOAD NAME=DEVICE..: one after the other in one fio; rows of NAME,iops,kib_s,p50_us,p99_us,cpu_us
+  local args pair name pid names='' jobs=()
   read -ra args <<< "$(workload_args "$1")"
-  shift 2
+  for pair in "${@:2}"; do
+    name=${pair%%=*}
+    pid=$(server_pid "$name")
+    names+=" $name"
+    jobs+=(--name="$name" --filename="${pair#*=}" --stonewall)
+    # fio writes what these say to NAME.prerun.txt and NAME.postrun.txt.
+    [ -z "$pid" ] || jobs+=(--exec_prerun="$(cpu_command "$pid")" --exec_postrun="$(cpu_command "$pid")")
+    rm -f "/tmp/$name".{pre,post}run.txt
+  done
   # Terse version 3: read fields from 6 (KiB/s 7, IOPS 8, percentiles 18-37), write the same 41 fields later.
-  fio --name=bench --filename="$device" --direct=1 --ioengine=io_uring --time_based --runtime="$seconds" --ramp_time=0.3 \
-    --norandommap --randrepeat=0 --thread --output-format=terse --terse-version=3 "${args[@]}" "$@" 2> /tmp/fio.err \
-    | awk -F';' '$1 == 3 {
+  (cd /tmp && fio --direct=1 --ioengine=io_uring --time_based --runtime="$seconds" --ramp_time=0.3 --norandommap --randrepeat=0 \
+    --thread --eta=never --output-format=terse --terse-version=3 "${args[@]}" "${fio_extra[@]}" "${jobs[@]}" 2> fio.err) \
+    | awk -F';' '$1 == 3 && $5 == 0 {
         base = $8 > 0 ? 0 : 41
         for (i = 18 + base; i <= 37 + base; i++) { split($i, pair, "%="); of[pair[1] + 0] = pair[2] }
-        print $(8 + base) "," $(7 + base) "," of[50] "," of[99]
-      }'
-}
-
-run_one() { # run_one WORKLOAD TARGET DEVICE: prints iops,kib_s,p50_us,p99_us,cpu_us
-  local pid before row
-  case $2 in
-    bench-loop)
-      "$release/ublk-target" bench-loop --depth 32 --seconds "$seconds" ${3//:/ } 2> /tmp/fio.err | awk '{ printf "%d,%d,,,\n", $1, $1 * 4 }'
-      return
-      ;;
-    fio) # as the loop does it: registered files and buffers, completions in batches
-      row=$(run_fio "$1" "$3" --iodepth=128 --iodepth_batch_complete_min=1 --iodepth_batch_complete_max=128 --fixedbufs=1 --registerfiles=1)
-      [ -n "$row" ] && echo "$row,"
-      return
-      ;;
-  esac
-  pid=$(server_pid "$2")
-  before=$(cpu_us "$pid")
-  row=$(run_fio "$1" "$3")
-  [ -n "$row" ] || return 1
-  # fio's 0.3 s of ramp are in the time too.
-  awk -v us="$(($(cpu_us "$pid") - before))" -v seconds="$seconds" -v row="$row" -v pid="$pid" 'BEGIN {
-    split(row, of, ",")
-    if (pid == "" || of[1] < 1) print row ","; else printf "%s,%.1f\n", row, us / (of[1] * (seconds + 0.3))
-  }'
+        print $3 "," $(8 + base) "," $(7 + base) "," of[50] "," of[99]
+      }' > /tmp/round.csv
+  for name in $names; do
+    # fio's 0.3 s of ramp are in the time too.
+    awk -F, -v name="$name" -v us="$(($(cpu_us "/tmp/$name.postrun.txt") - $(cpu_us "/tmp/$name.prerun.txt")))" -v seconds="$seconds" '
+      $1 == name && us > 0 && $2 >= 1 { printf "%s,%.1f\n", $0, us / ($2 * (seconds + 0.3)); next }
+      $1 == name { print $0 "," }' /tmp/round.csv
+  done
 }
 
 csv='' # where the rows of the set at hand go
 put() { # put WORKLOAD ROUND TARGET ROW
   [ -n "$4" ] || { echo "bench: no result of $3 at $1: $(tail -n 1 /tmp/fio.err)"; return 1; }
   echo "$1,$2,$3,$4" >> "$csv"
+}
+put_round() { # put_round WORKLOAD ROUND NAME=DEVICE..
+  local rows pair
+  rows=$(run_round "$1" "${@:3}")
+  for pair in "${@:3}"; do
+    put "$1" "$2" "${pair%%=*}" "$(sed -n "s/^${pair%%=*},//p" <<< "$rows")" || return 1
+  done
 }
 progress() { "$release/lunar-bench-report" progress "$csv" "$1"; }
 
@@ -240,15 +238,23 @@ each() { # each ROUND: the targets, the order turned by one each round
 }
 
 measure_fio() { # measure_fio LIST: all rounds of workloads
-  local workload round pair
+  local workload round order
   for workload in ${1//,/ }; do
     for ((round = 1; round <= rounds; round++)); do
-      for pair in $(each "$round"); do
-        put "$workload" "$round" "${pair%%=*}" "$(run_one "$workload" "${pair%%=*}" "${pair#*=}")" || return 1
-      done
+      mapfile -t order < <(each "$round")
+      put_round "$workload" "$round" "${order[@]}" || return 1
     done
     progress "$workload"
   done
+}
+measure_loop() { # fio as the loop does it: registered files and buffers, completions in batches
+  local round fio_extra=(--iodepth=128 --iodepth_batch_complete_min=1 --iodepth_batch_complete_max=128 --fixedbufs=1 --registerfiles=1)
+  for ((round = 1; round <= rounds; round++)); do
+    put read4k "$round" bench-loop "$("$release/ublk-target" bench-loop --depth 32 --seconds "$seconds" "${taken[@]}" 2> /tmp/fio.err \
+      | awk '{ printf "%d,%d,,,\n", $1, $1 * 4 }')" || return 1
+    put read4k "$round" fio "$(run_round read4k "${targets[1]}" | cut -d, -f2-)" || return 1
+  done
+  progress read4k
 }
 measure_linear() {
   local round
@@ -257,9 +263,9 @@ measure_linear() {
     put resident "$round" lunar "$(awk '/^VmRSS/ { print int($2 / 1024 + 0.5) }' "/proc/$(server_pid lunar)/status"),,,,"
     local pid before
     pid=$(server_pid lunar)
-    before=$(cpu_us "$pid")
-    sleep 10
-    put idle "$round" lunar "$((($(cpu_us "$pid") - before) / 10)),,,,"
+    before=$(cpu_now "$pid")
+    sleep 30
+    put idle "$round" lunar "$((($(cpu_now "$pid") - before) / 30)),,,,"
   done
   progress resident
   progress idle
@@ -292,8 +298,9 @@ measure_degraded() {
   measure_fio "$1"
 }
 measure_rebuild() { # the rate of a rebuild with nothing beside, and the p99 during one and without
-  local round pair name device of before workload
+  local round pair name device of before workload healthy
   local -A old=() new=()
+  healthy=$(printf '%s\n' "${targets[@]}" | sed -n 's/^lunar=//p')
   for pair in "${targets[@]}"; do
     take 1 || return 1
     read -ra of <<< "${members_of[${pair%%=*}]}"
@@ -312,8 +319,7 @@ measure_rebuild() { # the rate of a rebuild with nothing beside, and the p99 dur
   }
   for ((round = 1; round <= rounds; round++)); do
     for workload in read4k write4k; do
-      pair=$(printf '%s\n' "${targets[@]}" | grep '^lunar=')
-      put "$workload" "$round" healthy "$(run_one "$workload" lunar "${pair#*=}")" || return 1
+      put_round "$workload" "$round" "healthy=$healthy" || return 1
     done
     for pair in $(each "$round"); do
       name=${pair%%=*} device=${pair#*=}
@@ -322,7 +328,7 @@ measure_rebuild() { # the rate of a rebuild with nothing beside, and the p99 dur
       put rebuild "$round" "$name" "$(((mib * 1000000000) / ($(date +%s%N) - before))),,,," || return 1
       for workload in read4k write4k; do
         replace_one "$name" "$device" || return 1
-        put "$workload" "$round" "$name" "$(run_one "$workload" "$name" "$device")" || return 1
+        put_round "$workload" "$round" "$name=$device" || return 1
         is_rebuilding "$name" "$device" || echo "# $workload, round $round: the rebuild of $name ended before the run" >> "$csv"
         while is_rebuilding "$name" "$device"; do sleep 0.1; done
       done

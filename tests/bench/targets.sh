@@ -31,18 +31,18 @@ lunar_idle() { # waits until no job runs: a sync would be measured too
   return 1
 }
 lunar_make() { # lunar_make SYSTEM LEVEL DISKS..: prints the device; the members are zero, so their parity is right
-  local system=$1 level=$2 name=bench-$2 clean=() lu_args=()
+  local system=$1 level=$2 name=bench-$2 clean=() chunk=(--chunk 64KiB)
   shift 2
   [ -n "${mgmtd_pid[$system]:-}" ] || { echo 'lunar: not built. Try: cargo build --release' >&2; return 77; }
   case $level in
-    linear) level=raid0 ;; # of one member: the same layout
+    linear) chunk=() ;;
     raid0) ;;
     *) clean=(--assume-clean) ;;
   esac
   {
     lunar "$system" disk add "$@" \
-      && lunar "$system" group create "$name" --level "$level" --disks "$@" --chunk 64KiB "${clean[@]}" \
-      && lunar "$system" lu create "$name" --group "$name" --size max "${lu_args[@]}" && lunar_idle "$system"
+      && lunar "$system" group create "$name" --level "$level" --disks "$@" "${chunk[@]}" "${clean[@]}" \
+      && lunar "$system" lu create "$name" --group "$name" --size max && lunar_idle "$system"
   } > /tmp/lunar.log 2>&1 || { echo "lunar $level: $(tail -n 1 /tmp/lunar.log)" >&2; return 77; }
   readlink -f "/dev/lunar/$system/$name"
 }
@@ -111,21 +111,18 @@ make_rublk() { # make_rublk DISK
 
 of_lunar() { # the oldest ublk-target of a system: the others are its helpers
   local system=1
-  [ "$1" = lunar ] || system=2
+  [ "$1" != lunar-beside ] || system=2
   cat "/run/lunar/$system/target.pid" 2>/dev/null || pgrep -o -x ublk-target
 }
 server_pid() { # server_pid TARGET: the process behind it
   case $1 in
-    lunar | lunar-beside) of_lunar "$1" ;;
+    lunar | healthy | lunar-beside) of_lunar "$1" ;;
     kublk-*) pgrep -n -x kublk ;;
     rublk-*) pgrep -n -x rublk ;;
   esac
 }
-cpu_us() { # cpu_us PID: time on a CPU up to now, all threads
-  [ -n "$1" ] || { echo 0; return; }
-  if [ -r "/proc/$1/schedstat" ]; then
-    cat /proc/"$1"/task/*/schedstat 2>/dev/null | awk '{ ns += $1 } END { printf "%d\n", ns / 1000 }'
-  else
-    awk '{ print ($14 + $15) * 10000 }' "/proc/$1/stat"
-  fi
+cpu_command() { echo "cat /proc/$1/task/*/schedstat 2>/dev/null || cat /proc/$1/stat"; } # cpu_command PID: prints it for cpu_us
+cpu_us() { # cpu_us [FILE]: time on a CPU, all threads; 0 if there is no process
+  cat "$@" 2> /dev/null | awk 'NF == 3 { us += $1 / 1000 } NF > 3 { us = ($14 + $15) * 10000 } END { printf "%d\n", us }'
 }
+cpu_now() { sh -c "$(cpu_command "$1")" | cpu_us; } # cpu_now PID

@@ -22,7 +22,7 @@ use crate::buffers::{Mapping, PROBE_BYTES};
 use crate::control::api_error;
 use crate::crew;
 use crate::groups::{Common, open};
-use crate::owner::{self, Local, Owner};
+use crate::owner::{self, Local, Owner, World};
 use crate::queue::Report;
 use crate::thread::Thread;
 use crate::ublk::lifecycle::Lifecycle;
@@ -129,14 +129,13 @@ impl Group {
             move |happened| common.events.push(happened)
         };
         let name = format!("g-{:.8}", uuid.to_string());
-        let owner = owner::spawn(
-            &name,
-            Some(uuid),
-            move || Mapping::of_file(&file.into()),
-            events,
-        )?;
+        let owner = owner::spawn(&name, Some(uuid), move || Mapping::of_file(&file.into()))?;
         let begun = owner
-            .call(async move |local| begin_group(local, system, spec, members, fds).await)
+            .call(async move |local| {
+                let group = begin_group(&local, system, spec, members, fds).await?;
+                local.adopt(group, events);
+                Ok(())
+            })
             .flatten();
         if let Err(error) = begun {
             owner.end();
@@ -163,7 +162,7 @@ impl Group {
         devices: &[u32],
     ) -> Result<Self, ApiError> {
         let memory = || Mapping::anonymous(PROBE_BYTES);
-        let owner = owner::spawn("quarantine", None, memory, |_| ())?;
+        let owner = owner::spawn("quarantine", None, memory)?;
         tracing::warn!(group = %seen.group, reason = seen.reason, "a group is quarantined");
         let group = Self {
             uuid: seen.group,
@@ -516,17 +515,17 @@ impl Group {
 }
 
 async fn begin_group(
-    local: Rc<Local>,
+    local: &Rc<Local>,
     system: SystemUuid,
     spec: Spec,
     members: Vec<MemberSpec>,
     fds: Vec<OwnedFd>,
-) -> Result<(), ApiError> {
+) -> Result<Rc<RaidGroup<World>>, ApiError> {
     let given: Result<Vec<_>, ApiError> = members
         .into_iter()
         .zip(fds)
         .map(|(member, fd)| {
-            let disk = open(&local, &member.path, fd)?;
+            let disk = open(local, &member.path, fd)?;
             Ok(Given {
                 uuid: member.disk,
                 path: member.path,
@@ -542,14 +541,12 @@ async fn begin_group(
         front: local.front(),
         random: local.random()?,
     };
-    let group = match spec {
-        Spec::Create(spec) => RaidGroup::create(parts, spec).await?,
+    match spec {
+        Spec::Create(spec) => RaidGroup::create(parts, spec).await,
         Spec::Start(spec, (min, max)) => {
             let group = RaidGroup::start(parts, spec).await?;
             group.set_rebuild_rate(min, max);
-            group
+            Ok(group)
         }
-    };
-    local.adopt(group);
-    Ok(())
+    }
 }

@@ -281,7 +281,7 @@ impl Groups {
         let probe = match place.take() {
             Some(probe) => probe,
             None => Probing {
-                owner: owner::spawn("probe", None, || Mapping::anonymous(PROBE_BYTES), |_| ())?,
+                owner: owner::spawn("probe", None, || Mapping::anonymous(PROBE_BYTES))?,
                 stuck: 0,
             },
         };

@@ -18,7 +18,7 @@ use lunar_api::target::TargetEvent;
 use lunar_api::{ApiError, GroupUuid, LuUuid};
 use lunar_engine::pool::Pool;
 use lunar_engine::raid_group::{Errno, RaidGroup, WORKERS};
-use lunar_engine::traits::{Clock, Env, MILLISECOND};
+use lunar_engine::traits::Env;
 
 use crate::breadcrumb::Crumb;
 use crate::buffers::Mapping;
@@ -32,9 +32,6 @@ use crate::sandbox;
 use crate::thread::{Door, Lane, Thread, failed, gone};
 use crate::ublk::attached::Attached;
 use crate::ublk::device::{Shape, UblkFront};
-
-/// How often the group is asked what happened.
-const EVENTS_NS: u64 = 500 * MILLISECOND;
 
 /// The kinds of the real world.
 #[derive(Debug)]
@@ -81,19 +78,13 @@ impl fmt::Debug for Local {
 /// The handle that other threads have.
 pub(crate) type Owner = Thread<Local>;
 
-/// Starts an owner thread over a memory that `memory` makes on it; `events` gets what happens in its group. A crash of
-/// the thread names `group`.
+/// Starts an owner thread over a memory that `memory` makes on it. A crash of the thread names `group`.
 pub(crate) fn spawn(
     name: &str,
     group: Option<GroupUuid>,
     memory: impl FnOnce() -> Result<Mapping, crate::buffers::BufferError> + Send + 'static,
-    events: impl Fn(Vec<TargetEvent>) + Send + 'static,
 ) -> Result<Owner, ApiError> {
-    Thread::spawn(name, group, |crumb| {
-        let local = Local::new(memory, crumb)?;
-        local.executor.spawn(pass_events(Rc::clone(&local), events));
-        Ok(local)
-    })
+    Thread::spawn(name, group, |crumb| Local::new(memory, crumb))
 }
 
 impl Lane for Local {
@@ -181,7 +172,11 @@ impl Local {
     }
 
     /// Takes over a group that runs: spawns its workers and its background.
-    pub(crate) fn adopt(self: &Rc<Self>, group: Rc<RaidGroup<World>>) {
+    pub(crate) fn adopt(
+        self: &Rc<Self>,
+        group: Rc<RaidGroup<World>>,
+        events: impl Fn(Vec<TargetEvent>) + 'static,
+    ) {
         for _ in 0..WORKERS {
             let worker = self.until_ended(Rc::clone(&group).worker());
             self.executor.spawn_serving(worker);
@@ -190,6 +185,7 @@ impl Local {
         self.executor.spawn(background);
         let watch = self.until_ended(Rc::clone(&group).watch());
         self.executor.spawn(watch);
+        self.executor.spawn(pass_events(Rc::clone(&group), events));
         assert!(self.group.set(group).is_ok(), "one group a thread");
         self.executor.spawn(Rc::clone(self).show_views());
     }
@@ -200,6 +196,8 @@ impl Local {
         task: impl Future<Output = ()> + 'static,
     ) -> impl Future<Output = ()> + 'static {
         let local = Rc::clone(self);
+        // Boxed, as every `async` that a future goes through holds room for it again.
+        let task = Box::pin(task);
         async move { local.counted(task).await }
     }
 
@@ -360,15 +358,11 @@ impl Local {
     }
 }
 
-async fn pass_events(local: Rc<Local>, events: impl Fn(Vec<TargetEvent>)) {
+async fn pass_events(group: Rc<RaidGroup<World>>, events: impl Fn(Vec<TargetEvent>)) {
     loop {
-        local.clock.turn(EVENTS_NS).await;
-        if let Some(group) = local.group.get() {
-            let mut happened = Vec::new();
-            group.take_events(&mut happened);
-            if !happened.is_empty() {
-                events(happened);
-            }
-        }
+        group.wait_events().await;
+        let mut happened = Vec::new();
+        group.take_events(&mut happened);
+        events(happened);
     }
 }

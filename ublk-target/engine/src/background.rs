@@ -15,7 +15,7 @@ use crate::traits::{Clock, Disk, Env, MILLISECOND, SECOND, Tick};
 /// A member that has not answered for so long is failed (`--disk-limit`).
 pub(crate) const DISK_LIMIT: u64 = 30 * SECOND;
 /// Between two looks at the members.
-const LOOK: u64 = 500 * MILLISECOND;
+const LOOK: u64 = SECOND;
 /// Without a write for so long a group is marked clean.
 const CLEAN_AFTER: u64 = 5 * SECOND;
 /// The cursor is made durable after so many bytes of a member, or so long.

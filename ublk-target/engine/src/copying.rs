@@ -18,7 +18,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeSet, VecDeque};
 use std::rc::Rc;
 
-use lunar_api::target::{MemberState, SyncAction, SyncStatus, TargetEvent};
+use lunar_api::target::{MemberState, SyncAction, SyncStatus};
 
 use crate::background::Pace;
 use crate::inflight::Held;
@@ -98,7 +98,7 @@ impl<E: Env> RaidGroup<E> {
             "disk {} that was to replace slot {}: {why}; the group goes on without it",
             copying.to.path, copying.slot
         );
-        self.event_of("FailSpare", &copying.to, &text);
+        self.event_of("FailSpare", Some(copying.to.uuid), &text);
         self.advance();
     }
 
@@ -144,17 +144,6 @@ impl<E: Env> RaidGroup<E> {
         }));
         self.want_sync();
         true
-    }
-
-    pub(crate) fn event_of(&self, name: &str, member: &Member<E::Disk>, text: &str) {
-        self.events.borrow_mut().push(TargetEvent {
-            seq: 0,
-            name: name.to_owned(),
-            group: Some(self.id),
-            disk: Some(member.uuid),
-            lu: None,
-            text: text.to_owned(),
-        });
     }
 
     /// What is being copied, or waits to be.
@@ -205,7 +194,7 @@ impl<E: Env> RaidGroup<E> {
         if !is_again {
             let old = self.member(copying.slot);
             let text = format!("disk {} is copied to {}", old.path, copying.to.path);
-            self.event_of("RebuildStarted", &copying.to, &text);
+            self.event_of("RebuildStarted", Some(copying.to.uuid), &text);
         }
         let result = self
             .copy_stripes(&copying, again.into_iter(), range.end)
@@ -226,7 +215,7 @@ impl<E: Env> RaidGroup<E> {
         if !copying.lost.borrow().is_empty() {
             if !is_again {
                 let text = self.lost_text(&copying);
-                self.event_of("RebuildStopped", &copying.to, &text);
+                self.event_of("RebuildStopped", Some(copying.to.uuid), &text);
             }
             return Err(());
         }
@@ -361,7 +350,7 @@ impl<E: Env> RaidGroup<E> {
             self.views.advance();
             self.give_up(&new);
             let text = format!("disk {}: superblock could not be written", new.path);
-            self.event_of("FailSpare", &new, &text);
+            self.event_of("FailSpare", Some(new.uuid), &text);
             self.advance();
             return self.publish().await.map_err(|_| ());
         }
@@ -378,8 +367,12 @@ impl<E: Env> RaidGroup<E> {
             "disk {} has all of disk {}, and takes its place",
             new.path, old.path
         );
-        self.event_of("RebuildFinished", &new, &text);
-        self.event_of("SpareActive", &new, "it is filled, and in sync from now on");
+        self.event_of("RebuildFinished", Some(new.uuid), &text);
+        self.event_of(
+            "SpareActive",
+            Some(new.uuid),
+            "it is filled, and in sync from now on",
+        );
         self.set_free(&old).await;
         Ok(())
     }
@@ -439,7 +432,7 @@ impl<E: Env> RaidGroup<E> {
                 old.path, old.slot
             ),
         };
-        self.event_of("Removed", old, &text);
+        self.event_of("Removed", Some(old.uuid), &text);
         if failed {
             self.give_up(old);
         }

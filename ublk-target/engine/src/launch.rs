@@ -138,6 +138,7 @@ impl<E: Env> RaidGroup<E> {
             publishing: Cell::new(false),
             configuring: Cell::new(false),
             changed: Waiters::default(),
+            happened: Waiters::default(),
             lus: RefCell::default(),
             stripes: StripeTable::new(),
             log,

@@ -282,6 +282,8 @@ pub struct RaidGroup<E: Env> {
     pub(crate) rate_min: Cell<u64>,
     pub(crate) rate_max: Cell<Option<u64>>,
     pub(crate) events: RefCell<Vec<TargetEvent>>,
+    /// Woken by each of them.
+    pub(crate) happened: Waiters,
     pub(crate) views: Views,
 }
 
@@ -418,6 +420,11 @@ impl<E: Env> RaidGroup<E> {
 
     pub(crate) fn event(&self, name: &str, slot: Option<u16>, text: &str) {
         let disk = slot.map(|slot| self.members.borrow()[usize::from(slot)].uuid);
+        self.event_of(name, disk, text);
+    }
+
+    /// What happens to a disk that may have no slot yet.
+    pub(crate) fn event_of(&self, name: &str, disk: Option<DiskUuid>, text: &str) {
         self.events.borrow_mut().push(TargetEvent {
             seq: 0,
             name: name.to_owned(),
@@ -426,6 +433,7 @@ impl<E: Env> RaidGroup<E> {
             lu: None,
             text: text.to_owned(),
         });
+        self.happened.wake_all();
     }
 
     pub(crate) fn event_repaired(&self, slot: u16, at: u64, len: u64) {
@@ -433,6 +441,12 @@ impl<E: Env> RaidGroup<E> {
             "{len} bytes at byte {at} of the data of slot {slot} were read from redundancy and rewritten"
         );
         self.event("ReadErrorRepaired", Some(slot), &text);
+    }
+
+    /// Waits until something happened that `take_events` gives.
+    pub async fn wait_events(&self) {
+        let any = || (!self.events.borrow().is_empty()).then_some(());
+        self.happened.until(any).await;
     }
 
     /// Moves what happened since the last call to `to` (seq 0: the rim numbers them).
