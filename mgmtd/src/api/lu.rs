@@ -279,7 +279,12 @@ pub async fn set(daemon: &Daemon, ask: LuSet) -> Result<Changed, ApiError> {
     let status = lu_answer(answer.map_err(|e| name_openers(e, &ublks))?)?;
     absorb(daemon, status, "LuChanged", text.clone()).await?;
     let view = last_view(daemon);
-    let mut answer = plan.done(text);
+    let live = view.find_lu(&ask.lu).ok().and_then(|lu| view.lu_live(lu));
+    let served = live.map_or(queues, |live| live.queues_served);
+    let mut answer = plan.done(match served < queues {
+        true => format!("{text}; {served} are served now, as there are no more CPUs"),
+        false => text,
+    });
     answer.lu = view.find_lu(&ask.lu).ok().map(|l| view.lu_row(l));
     Ok(answer)
 }

@@ -151,7 +151,7 @@ fn on_members(level: &str, count: usize, bytes: u64) -> u64 {
     }
 }
 
-fn scrub_finds_nothing(rig: &Rig) -> Result<(), Failure> {
+pub(super) fn scrub_finds_nothing(rig: &Rig) -> Result<(), Failure> {
     let output = rig.run(&["group", "scrub", "data", "--wait"])?;
     let row = rig.json(&["group", "show", "data"])?["scrub"].clone();
     let is_right = row["bad"] == 0 && row["unreadable"] == 0 && text(&row["state"]) == "done";

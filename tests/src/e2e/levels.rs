@@ -96,7 +96,7 @@ fn reads_as_written(device: &str) -> Result<(), Failure> {
 
 /// Given a group full of data, when any two members are failed that may be, then all of it reads as written, degraded
 /// writes too; overwritten with something else, put back and rebuilt one after the other, they hold what they should:
-/// the next two are taken away.
+/// all reads as written meanwhile, and the next two are taken away.
 fn every_loss(
     level: &str,
     members: usize,
@@ -138,7 +138,14 @@ fn every_loss(
         let (state, _) = rig.state()?;
         ensure(state == "degraded", || format!("{what}: {state}"))?;
         for slot in lost {
-            put_back(&rig, &paths[slot], slot).map_err(|why| format!("{what}: {why}"))?;
+            // It is not read where it is not filled yet.
+            let early = turn < 2;
+            rate(&rig, if early { "4MiB" } else { "1GiB" })?;
+            put_back(&rig, &paths[slot], slot, || match early {
+                true => reads_as_written(&device).and_then(|()| rate(&rig, "1GiB")),
+                false => Ok(()),
+            })
+            .map_err(|why| format!("{what}: {why}"))?;
         }
         rig.wait_optimal(100)?;
         reads_as_written(&device).map_err(|why| format!("{what}, rebuilt: {why}"))?;
@@ -146,8 +153,21 @@ fn every_loss(
     Ok(())
 }
 
-/// Overwrites a failed member's data with something else, puts the disk back, and waits until it is rebuilt.
-fn put_back(rig: &Rig, path: &str, slot: usize) -> Result<(), Failure> {
+/// Bounds rebuilds.
+fn rate(rig: &Rig, rate: &str) -> Result<(), Failure> {
+    let bounds = ["--rebuild-min", rate, "--rebuild-max", rate];
+    rig.lunar(&[&["group", "set", "data"], &bounds[..]].concat())
+        .map(drop)
+}
+
+/// Overwrites a failed member's data with something else, puts the disk back, does something `meanwhile`, and waits until
+/// it is rebuilt.
+fn put_back(
+    rig: &Rig,
+    path: &str,
+    slot: usize,
+    meanwhile: impl FnOnce() -> Result<(), Failure>,
+) -> Result<(), Failure> {
     let_go(rig, path, identity(path)?)?;
     let group = rig.json(&["group", "show", "data"])?;
     let offset = group["members"][slot]["data_offset"].as_u64();
@@ -159,6 +179,7 @@ fn put_back(rig: &Rig, path: &str, slot: usize) -> Result<(), Failure> {
         30,
     )?;
     rig.lunar(&["disk", "replace", path, path])?;
+    meanwhile()?;
     until("the slot is in sync", 100, || {
         Ok(rig.state()?.1[slot] == "in_sync")
     })
@@ -180,7 +201,7 @@ fn rebuilt_is_relied_on(members: usize, two: (usize, usize)) -> Result<(), Failu
         rig.lunar(&["disk", "fail", &paths[slot], "--yes"])?;
     }
     for slot in [two.0, two.1] {
-        put_back(&rig, &paths[slot], slot)?;
+        put_back(&rig, &paths[slot], slot, || Ok(()))?;
     }
     rig.wait_optimal(100)?;
     let others: Vec<usize> = (0..members)
@@ -193,9 +214,9 @@ fn rebuilt_is_relied_on(members: usize, two: (usize, usize)) -> Result<(), Failu
             rig.lunar(&["disk", "fail", &paths[b], "--yes"])?;
             reads_as_written(&device)
                 .map_err(|why| format!("rebuilt, without {a} and {b}: {why}"))?;
-            put_back(&rig, &paths[b], b)?;
+            put_back(&rig, &paths[b], b, || Ok(()))?;
         }
-        put_back(&rig, &paths[a], a)?;
+        put_back(&rig, &paths[a], a, || Ok(()))?;
     }
     Ok(())
 }

@@ -29,6 +29,7 @@ pub(super) fn tests(to: &mut Vec<Test>) {
     }
     add(to, "queues_survive_a_kill_under_load", killed);
     add(to, "queues_are_set_on_a_lu_that_nobody_holds", set);
+    add(to, "queues_tell_of_errors_each", errors);
     add(to, format!("{LONG}queues_hang_on_no_member"), hung);
     add(to, "queues_of_two_lus_do_not_stall_each_other", two_lus);
     add(
@@ -262,6 +263,9 @@ fn set() -> Result<(), Failure> {
     }
     let same = rig.lunar(&["lu", "set", "vol", "--queues", "2"])?;
     ensure(same.contains("unchanged"), || same.clone())?;
+    let more = rig.lunar(&["lu", "set", "vol", "--queues", "64"])?;
+    ensure(more.contains("2 are served now"), || more.clone())?;
+    rig.lunar(&["lu", "set", "vol", "--queues", "2"])?;
     rig.shutdown()?;
     rig.start()?;
     until("the LU is up", 30, || {
@@ -271,6 +275,28 @@ fn set() -> Result<(), Failure> {
     sh("cmp -n $((8 << 20)) /tmp/queues /dev/lunar/vol")?;
     let (threads, _) = queue_threads(&rig)?;
     ensure(threads == 0, || format!("{threads} queue threads"))
+}
+
+/// Given two queues, when two members of a raid5 answer errors, then writes and reads from each CPU fail: what the owner
+/// answers is what the host is told.
+fn errors() -> Result<(), Failure> {
+    let (rig, _) = two_queues("dm", "raid5", 3)?;
+    let device = rig.device()?;
+    sh("dm_error member0; dm_error member1")?;
+    for cpu in [0, 1] {
+        for dd in [
+            format!("if=/dev/zero of={device} oflag=direct seek={cpu}"),
+            format!("if={device} of=/dev/null iflag=direct skip={cpu}"),
+        ] {
+            sh(&format!(
+                "! taskset -c {cpu} dd {dd} bs=1M count=1 2>/tmp/dd.out; grep -q 'Input/output error' /tmp/dd.out"
+            ))
+            .map_err(|why| format!("CPU {cpu}, dd {dd}: {why}"))?;
+        }
+    }
+    sh("dm_heal member0; dm_heal member1")?;
+    rig.lunar(&["group", "stop", "data"])?;
+    rig.lunar(&["group", "start", "data"]).map(drop)
 }
 
 /// Given two queues and reads from both CPUs alone, when a member hangs, then it is failed, and reads go on by

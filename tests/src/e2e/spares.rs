@@ -51,13 +51,20 @@ pub(super) fn events(rig: &Rig) -> Result<Vec<String>, Failure> {
     Ok(events.iter().map(|e| text(&e["name"])).collect())
 }
 
-/// Writes 48 MiB of random bytes to the LU, and to `/tmp/content`.
+/// Writes 48 MiB of random bytes to the LU, and to `/tmp/content`: half of them at its start, the others one by one from
+/// MiB 128 to its end, so that every part of every member has some. A small LU has all of them at its start.
 pub(super) fn fill(rig: &Rig) -> Result<(), Failure> {
     let device = rig.device()?;
     sh_in(
         &format!(
-            "dd if=/dev/urandom of=/tmp/content bs=1M count=48 2>/dev/null; \
-             dd if=/tmp/content of={device} bs=1M oflag=direct 2>/dev/null"
+            "mib=$(($(blockdev --getsize64 {device}) >> 20))
+             at=24; step=1; if [ $mib -ge 200 ]; then at=128; step=$(((mib - 129) / 23)); fi
+             (seq 0 23; seq $at $step $((at + 23 * step))) > /tmp/content.at
+             dd if=/dev/urandom of=/tmp/content bs=1M count=48 2>/dev/null
+             n=0; for at in $(cat /tmp/content.at); do
+               dd if=/tmp/content of={device} bs=1M skip=$n seek=$at count=1 oflag=direct 2>/dev/null
+               n=$((n + 1))
+             done"
         ),
         120,
     )?;
@@ -69,7 +76,10 @@ pub(super) fn compare(rig: &Rig, when: &str) -> Result<(), Failure> {
     let device = rig.device()?;
     sh_in(
         &format!(
-            "set -o pipefail; dd if={device} bs=1M count=48 iflag=direct 2>/dev/null | cmp - /tmp/content"
+            "set -o pipefail
+             for at in $(cat /tmp/content.at); do
+               dd if={device} bs=1M skip=$at count=1 iflag=direct 2>/dev/null
+             done | cmp - /tmp/content"
         ),
         120,
     )

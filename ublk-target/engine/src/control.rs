@@ -236,7 +236,14 @@ impl<E: Env> RaidGroup<E> {
         let handle = running().ok_or_else(missing)?.handle;
         if config != *self.config.borrow() {
             self.write_config(config).await?;
-            let old = running().ok_or_else(missing)?;
+        } else {
+            // One before may have ended with an error, and is done.
+            self.publish()
+                .await
+                .map_err(|_| failed("the LU was not resized", "too few members took it"))?;
+        }
+        let old = running().ok_or_else(missing)?;
+        if old.capacity != grown.capacity {
             self.lus.borrow_mut()[usize::from(handle)] = Some(Rc::new(Lu {
                 counters: Rc::clone(&old.counters),
                 ..Lu::new(handle, &grown)

@@ -340,8 +340,8 @@ impl<E: Env> RaidGroup<E> {
         self.renew_history();
         self.advance();
         let published = self.publish().await;
-        if published.is_err() && self.geometry.redundancy() == 0 && !old.to_blame.get() {
-            // NEW does not take a superblock, and OLD has had every write.
+        if published.is_err() && !self.failed.get() && !old.to_blame.get() {
+            // NEW does not take a superblock, the group cannot do without, and OLD has had every write.
             new.twin.take();
             new.counts.set(false);
             old.counts.set(true);
@@ -353,6 +353,9 @@ impl<E: Env> RaidGroup<E> {
             self.event_of("FailSpare", Some(new.uuid), &text);
             self.advance();
             return self.publish().await.map_err(|_| ());
+        }
+        if published.is_err() && self.geometry.redundancy() > 0 {
+            self.set_failed();
         }
         // Durable, and no queue thread reads the disk that leaves.
         published.map_err(|_| ())?;

@@ -277,7 +277,8 @@ impl<E: Env> RaidGroup<E> {
         self.views.confirmed().await;
         let failed = self.blamed(failed);
         if failed & self.in_sync.get() != 0 && !self.can_lose(failed) {
-            if self.geometry.redundancy() > 0 {
+            // While a disk takes a slot the one before it has all that it has: the copy decides.
+            if self.geometry.redundancy() > 0 && !self.is_handed_over.get() {
                 self.set_failed();
             }
             return Err(EIO);

@@ -431,3 +431,36 @@ fn linear_group_grows_by_its_last_member() {
     rig.check();
     rig.check_superblocks();
 }
+
+#[test]
+fn resize_that_ended_with_an_error_is_done_by_the_next() {
+    let rig = rig(95, Level::Raid0, 2, 65536, true);
+    let store = Rc::clone(&rig.stores[1]);
+    let resized = Rc::new(Cell::new(None));
+    let resize = || {
+        let (group, to) = (Rc::clone(&rig.group), Rc::clone(&resized));
+        to.set(None);
+        rig.world.spawn(async move {
+            let size = LuSize::Bytes(2 * LU_BYTES);
+            to.set(Some(group.lu_resize(LU, size).await.is_ok()));
+        });
+    };
+    // The configuration is on the disk, the superblock is not.
+    store.faults.slow.set(true);
+    resize();
+    let held = || rig.world.run_until(|| store.held() > 0);
+    held();
+    store.release(&rig.world);
+    held();
+    store.faults.write_errors.set(true);
+    store.faults.slow.set(false);
+    store.release(&rig.world);
+    rig.world.run_until(|| resized.get().is_some());
+    assert_eq!(resized.get(), Some(false));
+    store.faults.write_errors.set(false);
+    resize();
+    rig.world.run_until(|| resized.get().is_some());
+    assert_eq!(resized.get(), Some(true));
+    assert_eq!(rig.group.lus()[0].1.capacity, 2 * LU_BYTES);
+    assert!(rig.read(2 * LU_BYTES - 4096, 4096).is_ok());
+}

@@ -418,3 +418,32 @@ fn read_that_waits_for_room_does_not_go_on_with_a_disk_that_is_being_filled() {
         assert_eq!(wrong, None, "slot {slot}");
     }
 }
+
+#[test]
+fn new_disk_that_fails_as_it_takes_the_slot_leaves_it_to_the_old_one_that_cannot_be_missed() {
+    for (level, n) in [
+        (Level::Raid0, 2),
+        (Level::Raid1, 2),
+        (Level::Raid5, 3),
+        (Level::Raid10, 4),
+    ] {
+        let mut rig = rig(1130, level, n, 65536, true);
+        let mut state = GroupState::Optimal;
+        if level != Level::Raid0 {
+            rig.stores[0].faults.dead.set(true);
+            state = GroupState::Degraded;
+        }
+        assert_eq!(rig.storm(40, || ()), 0);
+        let fresh = rig.begin_replace(1);
+        for disk in [NEW, 1] {
+            let group = Rc::clone(&rig.group);
+            rig.world
+                .run_until(move || group.status().members[1].disk == uuid(disk));
+            fresh.faults.write_errors.set(true);
+        }
+        assert_eq!(rig.storm(40, || ()), 0);
+        rig.check();
+        let status = rig.group.status();
+        assert_eq!((status.state, status.replacement), (state, None));
+    }
+}
