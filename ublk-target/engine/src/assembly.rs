@@ -92,8 +92,11 @@ pub struct Plan {
     /// Parity or mirrors are to be made right again, from `synced_to` on.
     pub resync: bool,
     /// From here on (bytes of a member's data area): 0 after an unclean stop, else as recorded. A degraded raid5 is
-    /// resynced by the rebuild, a raid6 after it.
+    /// resynced by the rebuild, a raid6 after it, as is a raid5 that had been rebuilt in part.
     pub synced_to: u64,
+    /// What was rebuilt of a mirror is not believed: it and the copy that is read may differ in what was being written,
+    /// and who was told of one may not be shown the other later.
+    pub rebuild_anew: bool,
     /// The flag `torn` of the next superblock.
     pub torn: bool,
     /// Disks that were given but have no slot any more.
@@ -283,10 +286,17 @@ pub fn assemble(
         conditions,
         &mut reasons,
     )?;
+    let is_rebuilt_in_part = record
+        .members
+        .iter()
+        .zip(&slots)
+        .any(|(entry, slot)| matches!(slot, SlotPlan::Rebuilding(_)) && entry.rebuilt_to > 0);
     let synced_to = match (geometry.redundancy() > 0, parity) {
         (false, _) => geometry.member_bytes(),
         // P and Q may say different things of what is missing: nothing may be written that relies on both.
         (true, Parity::Accepted) if geometry.parities() > 1 => 0,
+        // What was rebuilt has all its data, and parity that may be torn: it is made right once the rest is rebuilt.
+        (true, Parity::Accepted) if is_rebuilt_in_part => 0,
         (true, _) if older_taken => 0,
         (true, Parity::Accepted) => record.synced_to,
         (true, Parity::Right | Parity::Torn) if is_unclean => {
@@ -320,6 +330,7 @@ pub fn assemble(
         resync: synced_to < geometry.member_bytes(),
         synced_to,
         torn: parity == Parity::Torn,
+        rebuild_anew: is_unclean && geometry.is_mirrored(),
         surplus: members
             .iter()
             .filter(|m| !is_used(m))
@@ -377,6 +388,13 @@ impl Plan {
         if let Some(new) = &mut record.replacement {
             // Right after a clean stop only, and from here on this is none.
             new.copied_to = 0;
+        }
+        if self.rebuild_anew {
+            for (entry, plan) in record.members.iter_mut().zip(&self.slots) {
+                if matches!(plan, SlotPlan::Rebuilding(_)) {
+                    entry.rebuilt_to = 0;
+                }
+            }
         }
         record.synced_to = self.synced_to;
         record.flags.torn = self.torn;

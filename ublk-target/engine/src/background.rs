@@ -481,14 +481,19 @@ impl<E: Env> RaidGroup<E> {
             // Whoever reads it from now on relies on data that is flushed; a crash before the publish only
             // repeats the end of the rebuild.
             self.in_sync.set(self.in_sync.get() | 1 << slot);
-            self.rebuild.set(None);
+            let from = self.rebuild.take().map_or(0, |rebuild| rebuild.from);
             self.member(slot).state.set(MemberState::InSync);
             self.member(slot).reason.borrow_mut().clear();
             let whole = self.in_sync.get().count_ones() == u32::from(self.geometry.members());
             if whole && self.geometry.parities() == 1 {
-                // Every row was read and written: parity is right wherever the rebuilt slot is. (Of two parities only
-                // one is sure to fit what was computed.)
-                self.synced.set(self.geometry.stripes());
+                // Every row from there on was read and written: parity is right wherever the rebuilt slot is. (Of two
+                // parities only one is sure to fit what was computed.)
+                if self.synced.get() >= from {
+                    self.synced.set(self.geometry.stripes());
+                } else {
+                    // Power that was lost since has torn rows below, it may be.
+                    self.record.borrow_mut().flags.torn = true;
+                }
             }
         }
         if self.synced.get() == self.geometry.stripes() {

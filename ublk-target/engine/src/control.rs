@@ -599,6 +599,7 @@ impl<E: Env> RaidGroup<E> {
         self.want_sync();
         self.rebuild.set(Some(Rebuild {
             slot,
+            from: 0,
             done: 0,
             window: 0,
         }));

@@ -139,6 +139,7 @@ impl<E: Env> RaidGroup<E> {
         self.durable_rebuild.set(0);
         self.rebuild.set(Some(Rebuild {
             slot: copying.slot,
+            from: copying.done.get(),
             done: copying.done.get(),
             window: copying.next.get(),
         }));
@@ -363,16 +364,19 @@ impl<E: Env> RaidGroup<E> {
         drop(quiet);
         new.twin.take();
         self.views.advance();
-        let text = format!(
-            "disk {} has all of disk {}, and takes its place",
-            new.path, old.path
-        );
-        self.event_of("RebuildFinished", Some(new.uuid), &text);
-        self.event_of(
-            "SpareActive",
-            Some(new.uuid),
-            "it is filled, and in sync from now on",
-        );
+        // One that failed meanwhile was told of as any other; OLD has missed what was written since.
+        if new.state.get() == MemberState::InSync {
+            let text = format!(
+                "disk {} has all of disk {}, and takes its place",
+                new.path, old.path
+            );
+            self.event_of("RebuildFinished", Some(new.uuid), &text);
+            self.event_of(
+                "SpareActive",
+                Some(new.uuid),
+                "it is filled, and in sync from now on",
+            );
+        }
         self.set_free(&old).await;
         Ok(())
     }

@@ -78,6 +78,7 @@ impl<E: Env> RaidGroup<E> {
                             let done = entry.rebuilt_to / unit;
                             rebuild = Some(Rebuild {
                                 slot: i,
+                                from: done,
                                 done,
                                 window: done,
                             });

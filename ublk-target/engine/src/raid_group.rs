@@ -100,6 +100,8 @@ pub const WORKERS: usize = 64;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Rebuild {
     pub slot: u16,
+    /// Stripes below were rebuilt before this process began; from here on every row is read and written.
+    pub from: u64,
     /// Stripes below are right on it: they are read there.
     pub done: u64,
     /// Stripes below may be under work: writes go there too.

@@ -7,6 +7,8 @@ mod erases;
 mod growing;
 #[path = "group/levels.rs"]
 mod levels;
+#[path = "group/power.rs"]
+mod power;
 #[path = "group/replacing.rs"]
 mod replacing;
 #[path = "group/rig.rs"]
@@ -161,6 +163,40 @@ fn unreadable_sector_is_rewritten_from_redundancy() {
         assert_eq!(status.state, GroupState::Optimal, "{}", status.reason);
         assert!(status.members[0].read_errors > 0);
         assert_eq!(rig.storm(100, || ()), 0);
+        rig.check();
+    }
+}
+
+#[test]
+fn bad_block_is_rewritten_whole_whatever_part_of_it_is_read() {
+    for (level, n) in [
+        (Level::Raid1, 2),
+        (Level::Raid5, 4),
+        (Level::Raid6, 4),
+        (Level::Raid10, 3),
+    ] {
+        let rig = rig(24, level, n, 65536, true);
+        assert_eq!(rig.storm(100, || ()), 0);
+        let first = rig.group.status().members[0].data_offset / 512;
+        let store = &rig.stores[0];
+        store.faults.coarse.set(true);
+        // Whole blocks, and parts of others: what can be read of those is what counts.
+        let blocks = (0..400).map(|i| first + i * 24);
+        let bad = blocks.flat_map(|block| block..block + [8, 3][block as usize / 24 % 2]);
+        store.faults.bad.borrow_mut().extend(bad);
+        let model = rig.model.borrow().clone();
+        for at in (0..LU_BYTES).step_by(512) {
+            let (from, len) = (at as usize, 512 * (1 + at / 512 % 3));
+            let len = len.min(LU_BYTES - at);
+            assert_eq!(
+                rig.read(at, len).as_deref(),
+                Ok(&model[from..from + len as usize])
+            );
+        }
+        let status = rig.group.status();
+        assert_eq!(status.state, GroupState::Optimal, "{}", status.reason);
+        assert!(status.members[0].read_errors > 0);
+        assert_eq!(status.members[0].write_errors, 0);
         rig.check();
     }
 }

@@ -15,6 +15,15 @@ use crate::raid_group::{EIO, Errno, RaidGroup};
 use crate::recipe::recipe;
 use crate::traits::{Buf, DiskVerb, Env, Piece};
 
+/// Where what a member does not give is taken from.
+#[derive(Clone, Copy)]
+enum Source {
+    /// Another copy of the chunk.
+    Copy(Spot),
+    /// The other chunks of a stripe, but for those of some slots.
+    Others(u64, u64),
+}
+
 /// The copies of a chunk.
 type Spots = ArrayVec<Spot, MEMBERS_MAX>;
 
@@ -69,7 +78,10 @@ impl<E: Env> RaidGroup<E> {
         self.reconstruct(stripe, (own, avoid), rows, (lease, to as usize), None)
             .await?;
         if readable & 1 << own != 0 {
-            self.rewrite(own, at, lease, whole, None).await?;
+            let chunk = self.chunk_at(stripe);
+            let source = Source::Others(stripe, avoid);
+            self.rewrite_span((own, chunk), span, (lease, to), source)
+                .await?;
         }
         Ok(())
     }
@@ -97,7 +109,9 @@ impl<E: Env> RaidGroup<E> {
                 .is_ok()
             {
                 for bad in bad.iter().filter(|bad| bad.slot != spot.slot) {
-                    self.rewrite(bad.slot, at(bad), lease, whole, None).await?;
+                    let place = (bad.slot, bad.member_at);
+                    self.rewrite_span(place, span, (lease, whole.offset), Source::Copy(*spot))
+                        .await?;
                 }
                 return Ok(());
             }
@@ -243,6 +257,81 @@ impl<E: Env> RaidGroup<E> {
         self.reconstruct(stripe, (slot, 0), rows, (lease, 0), Some((lease, len)))
             .await?;
         self.rewrite(slot, at, lease, piece(0, len), Some((lease, len)))
+            .await
+    }
+
+    /// Writes a span of a chunk (`at`: where that begins on the member) over what could not be read of it, in whole
+    /// grains: a disk cannot write less than its physical block anew.
+    async fn rewrite_span(
+        &self,
+        (slot, at): (u16, u64),
+        span: Span,
+        (lease, to): (&Lease, u32),
+        source: Source,
+    ) -> Result<(), Errno> {
+        let grains = span.grains();
+        let inner = span.start.next_multiple_of(GRAIN)..span.end / GRAIN * GRAIN;
+        if !inner.is_empty() {
+            let good = piece(
+                (to + inner.start - span.start) as usize,
+                (inner.end - inner.start) as usize,
+            );
+            self.rewrite(slot, at + u64::from(inner.start), lease, good, None)
+                .await?;
+        }
+        for grain in grains.filter(|grain| !inner.contains(&(grain * GRAIN))) {
+            self.rewrite_grain((slot, at), grain, source).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes a grain anew of which the host asked for a part: what the member still gives of it, else what others have.
+    async fn rewrite_grain(
+        &self,
+        (slot, at): (u16, u64),
+        grain: u32,
+        source: Source,
+    ) -> Result<(), Errno> {
+        const LEN: usize = GRAIN as usize;
+        const SECTOR: usize = 512;
+        let room = LEN * (1 + usize::from(self.geometry.members()));
+        let work = self.lease(Quota::Work, room).await?;
+        let start = grain * GRAIN;
+        let found = match source {
+            Source::Copy(spot) => {
+                let at = spot.member_at + u64::from(start);
+                self.read_one(spot.slot, at, &work, piece(0, LEN))
+                    .await
+                    .is_ok()
+            }
+            Source::Others(stripe, avoid) => {
+                let (rows, scratch) = (start..start + GRAIN, Some((&work, LEN)));
+                self.reconstruct(stripe, (slot, avoid), rows, (&work, 0), scratch)
+                    .await
+                    .is_ok()
+            }
+        };
+        if !found {
+            return Ok(()); // What was asked for was there; of the rest, nobody asked.
+        }
+        let at = at + u64::from(start);
+        for sector in (0..LEN).step_by(SECTOR) {
+            let own = piece(LEN, SECTOR);
+            if self
+                .read_one(slot, at + sector as u64, &work, own)
+                .await
+                .is_ok()
+            {
+                let (from, to) = (
+                    work.cells(LEN..LEN + SECTOR),
+                    work.cells(sector..sector + SECTOR),
+                );
+                to.iter()
+                    .zip(from)
+                    .for_each(|(to, from)| to.set(from.get()));
+            }
+        }
+        self.rewrite(slot, at, &work, piece(0, LEN), Some((&work, LEN)))
             .await
     }
 

@@ -47,14 +47,7 @@ impl Rig {
         if self.group.status().level == Level::Raid0 || self.group.status().level == Level::Linear {
             return;
         }
-        for (i, store) in self.stores.iter().enumerate() {
-            let is_member = i != usize::from(slot) && self.disks[i] != NEW;
-            if is_member {
-                *store.faults.bad.borrow_mut() = (16384..(DISK / 512) as u64).collect();
-                self.check();
-                store.faults.bad.borrow_mut().clear();
-            }
-        }
+        self.check_without_others(&[self.disks[usize::from(slot)]]);
     }
 }
 

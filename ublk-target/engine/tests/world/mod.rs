@@ -261,6 +261,8 @@ pub(crate) struct Faults {
     pub bad: RefCell<BTreeSet<u64>>,
     /// Reads of them fail even after a write.
     pub worn: Cell<bool>,
+    /// Its physical block is 4 KiB: a write of less over a bad sector fails, as it would have to read the rest.
+    pub coarse: Cell<bool>,
     pub write_errors: Cell<bool>,
     /// It zeroes but gives no space back; it does not even zero.
     pub keeps: Cell<bool>,
@@ -435,6 +437,20 @@ impl Disk for MemDisk {
                     store.writes.set(store.writes.get() + 1);
                     if store.faults.write_errors.get() {
                         return Err(DiskError::Errno(5));
+                    }
+                    if store.faults.coarse.get() {
+                        let bad = store.faults.bad.borrow();
+                        let is_bad = |edge: u64| {
+                            bad.range(edge / 4096 * 8..edge / 4096 * 8 + 8)
+                                .next()
+                                .is_some()
+                        };
+                        if [at, at + len]
+                            .into_iter()
+                            .any(|edge| edge % 4096 != 0 && is_bad(edge))
+                        {
+                            return Err(DiskError::Errno(5));
+                        }
                     }
                     if !store.faults.worn.get() {
                         let mut bad = store.faults.bad.borrow_mut();
