@@ -180,6 +180,12 @@ impl ConfigFile {
                 return Err(format!("line {line}: group {} is there twice", group.name));
             }
             check_name(&group.name).map_err(|error| format!("line {line}: {}", error.message))?;
+            if !are_rates(group.rebuild_min, group.rebuild_max) {
+                return Err(format!(
+                    "line {line}: rebuild_max of group {} is 0 or below its rebuild_min",
+                    group.name
+                ));
+            }
             if let Some(lost) = group
                 .members
                 .iter()
@@ -378,6 +384,11 @@ fn disks(view: &View, file: &ConfigFile, out: &mut Load) {
     }
 }
 
+/// Says whether a group can have these bounds of its rebuilds, in bytes a second of a member.
+pub fn are_rates(min: Option<u64>, max: Option<u64>) -> bool {
+    max != Some(0) && min.zip(max).is_none_or(|(min, max)| min <= max)
+}
+
 fn groups(view: &View, file: &ConfigFile, out: &mut Load) {
     let here: Vec<_> = view
         .tables
@@ -403,6 +414,15 @@ fn groups(view: &View, file: &ConfigFile, out: &mut Load) {
             if (row.rebuild_min, row.rebuild_max) != (old.rebuild_min, old.rebuild_max) {
                 out.steps
                     .push(format!("group {name} gets its rebuild rates"));
+                let is_given_back =
+                    |old: Option<u64>, new: Option<u64>| old.is_some() && new.is_none();
+                if is_given_back(old.rebuild_min, row.rebuild_min)
+                    || is_given_back(old.rebuild_max, row.rebuild_max)
+                {
+                    out.differs.push(format!(
+                        "group {name} keeps a rebuild rate that the file does not set until it is started again"
+                    ));
+                }
             }
             if *name != entry.name {
                 out.differs
@@ -458,6 +478,13 @@ fn lus(view: &View, file: &ConfigFile, out: &mut Load) {
                     out.differs.push(format!(
                         "LU {name} has {now} bytes, in the file {}",
                         entry.capacity
+                    ));
+                }
+                let queues = view.lu_live(old).map(|l| l.queues);
+                if let Some(now) = queues.filter(|now| *now != entry.queues) {
+                    out.differs.push(format!(
+                        "LU {name} has {now} queues, in the file {}",
+                        entry.queues
                     ));
                 }
             }
@@ -630,6 +657,11 @@ mod tests {
                 "\"chunk\": -1",
                 format!("line {}", line("chunk")),
             ),
+            (
+                "\"rebuild_max\": null",
+                "\"rebuild_max\": 0",
+                "rebuild_max of group".into(),
+            ),
         ] {
             assert!(text.contains(from), "{from}");
             let why = complaint(&text.replacen(from, to, 1));
@@ -682,6 +714,14 @@ mod tests {
         assert!(again.steps.is_empty(), "{again:?}");
         // What is in the file only.
         let mut more = saved();
+        more.groups[0].lus[0].queues = 3;
+        let load = compare(&view(), &more);
+        assert!(
+            load.differs
+                .iter()
+                .any(|d| d.contains("1 queues, in the file 3")),
+            "{load:?}"
+        );
         more.groups[0].lus[0].uuid = LuUuid::from_bytes([0x55; 16]);
         let load = compare(&view(), &more);
         assert!(

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use lunar_api::mgmt::{ConfigLoad, DiskAdd, GroupCreate, GroupSet, LuCreate, Role};
 use lunar_api::rows::{Changed, ConfigText};
-use lunar_api::target::LuSize;
+use lunar_api::target::{LuSize, TargetRequest};
 use lunar_api::units::format_size;
 use lunar_api::{ApiError, ErrorKind};
 
@@ -49,6 +49,21 @@ pub async fn load(daemon: &Daemon, ask: ConfigLoad) -> Result<Changed, ApiError>
             .text
             .extend(load.differs.iter().map(|d| format!("differs: {d}")));
         return Ok(*answer);
+    }
+    for row in &load.groups {
+        let old = view.tables.group(row.uuid);
+        let (rebuild_min_bytes, rebuild_max_bytes) = (row.rebuild_min, row.rebuild_max);
+        if old.map(|old| (old.rebuild_min, old.rebuild_max))
+            != Some((rebuild_min_bytes, rebuild_max_bytes))
+            && view.live.groups.contains_key(&row.uuid)
+        {
+            let request = TargetRequest::GroupSet {
+                group: row.uuid,
+                rebuild_min_bytes,
+                rebuild_max_bytes,
+            };
+            daemon.ask(&request, Vec::new()).await?;
+        }
     }
     load.apply(&mut daemon.tables());
     daemon.event(

@@ -19,6 +19,7 @@ use crate::boot::{
     How, OpenedMembers, check_barred, find_disks, inflight, look_again, members_of, open_members,
     probe_paths, start_group,
 };
+use crate::config_file::are_rates;
 use crate::daemon::{About, Daemon, Problem};
 use crate::limits::{CHUNK, PATHS_MAX};
 use crate::link::unexpected;
@@ -259,12 +260,7 @@ pub async fn set(daemon: &Daemon, ask: GroupSet) -> Result<Changed, ApiError> {
     if (ask.rebuild_min, ask.rebuild_max) == (None, None) {
         return Err(usage("nothing to set", "lunar group set --help"));
     }
-    if row.rebuild_max == Some(0)
-        || row
-            .rebuild_min
-            .zip(row.rebuild_max)
-            .is_some_and(|(a, b)| a > b)
-    {
+    if !are_rates(row.rebuild_min, row.rebuild_max) {
         return Err(usage(
             "--rebuild-max must be above 0 and not below --rebuild-min",
             "lunar group set --help",
