@@ -124,7 +124,8 @@ server_pid() { # server_pid TARGET: the process behind it
     rublk-*) pgrep -n -x rublk ;;
   esac
 }
-cpu_command() { echo "cat /proc/$1/task/*/schedstat 2>/dev/null || cat /proc/$1/stat"; } # cpu_command PID: prints it for cpu_us
+# In parentheses: fio puts a redirection behind it.
+cpu_command() { echo "(cat /proc/$1/task/*/schedstat 2>/dev/null || cat /proc/$1/stat)"; } # cpu_command PID: prints it for cpu_us
 cpu_us() { # cpu_us [FILE]: time on a CPU, all threads; 0 if there is no process
   cat "$@" 2> /dev/null | awk 'NF == 3 { us += $1 / 1000 } NF > 3 { us = ($14 + $15) * 10000 } END { printf "%d\n", us }'
 }
