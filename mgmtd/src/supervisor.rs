@@ -2,6 +2,7 @@
 //!
 //! ublk-target has its own session and, where possible, its own cgroup: the end of mgmtd is not its end.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
@@ -11,8 +12,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use lunar_api::DiskUuid;
 use lunar_api::target::{GroupStatus, TargetAnswer, TargetRequest};
+use lunar_api::{DiskUuid, GroupUuid};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
@@ -284,6 +285,7 @@ async fn follow(daemon: Arc<Daemon>) {
         return;
     };
     let mut after = 0;
+    let mut seen = BTreeSet::new();
     loop {
         let wait_ms = if daemon.live().groups.values().any(|g| g.sync.is_some()) {
             2000
@@ -301,6 +303,11 @@ async fn follow(daemon: Arc<Daemon>) {
                 failed.extend(event.disk.map(|disk| (disk, event.text.clone())));
             }
             after = after.max(event.seq);
+            if let Some(group) = event.group
+                && seen.insert(group)
+            {
+                named(&daemon, group).await;
+            }
             let about = About {
                 group: event.group,
                 disk: event.disk,
@@ -317,6 +324,17 @@ async fn follow(daemon: Arc<Daemon>) {
             note_failed(&daemon, failed);
         }
         let _ = daemon.save().await;
+    }
+}
+
+/// Waits until a group is in the tables: the first that happens to a new one is told before who makes it was answered.
+async fn named(daemon: &Daemon, group: GroupUuid) {
+    const LOOKS: u32 = 20;
+    for _ in 0..LOOKS {
+        if daemon.tables().group(group).is_some() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
 
