@@ -1,25 +1,26 @@
 //! The saved configuration: what no disk carries (numbers, roles, options), and a description of what there is, to compare
-//! with after a loss. JSON, a line a field. Pure but for the archive.
+//! with after a loss. JSON, a line a field.
+
+mod archive;
+mod load;
 
 use std::collections::BTreeSet;
-use std::io::Write;
-use std::path::{Path, PathBuf};
 
 use lunar_api::mgmt::Role;
 use lunar_api::target::{Consistency, Level};
 use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid, LuUuid, SystemUuid};
 use serde::{Deserialize, Serialize};
 
-use crate::limits::{ARCHIVE_MAX, NUMBER_MAX};
+use crate::limits::NUMBER_MAX;
 use crate::names::check_name;
-use crate::tables::{DiskSave, GroupSave, LuSave, Tables};
+use crate::tables::GroupSave;
 use crate::views::View;
+
+pub use archive::{archive, newest};
+pub use load::{Load, are_rates, compare, refill};
 
 /// Version of the file that this code reads and writes.
 pub const FORMAT: &str = "lunar.config/1";
-/// Directory in the state directory where the last ones lie.
-pub const ARCHIVE: &str = "archive";
-
 /// The file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -266,352 +267,10 @@ fn group_entry(view: &View, save: &GroupSave, old: Option<&GroupEntry>) -> Group
     }
 }
 
-/// What a load does.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Load {
-    /// Rows as they will be.
-    pub disks: Vec<DiskSave>,
-    pub groups: Vec<GroupSave>,
-    pub lus: Vec<LuSave>,
-    /// What changes, a line each.
-    pub steps: Vec<String>,
-    /// What differs and is not for a load to change.
-    pub differs: Vec<String>,
-}
-
-/// Decides which rows get which numbers, roles and options; compares the rest.
-pub fn compare(view: &View, file: &ConfigFile) -> Load {
-    let mut out = Load::default();
-    if file.system != view.tables.system {
-        out.differs.push(format!(
-            "the file is of system {}, this is {}",
-            file.system, view.tables.system
-        ));
-    }
-    disks(view, file, &mut out);
-    groups(view, file, &mut out);
-    lus(view, file, &mut out);
-    out
-}
-
-/// Numbers as wanted; who has one that is wanted by another, and no wish of its own, gets the next that is free.
-fn renumber<T: Copy + Ord>(here: &[(u32, T)], wanted: &[(u32, T)]) -> Vec<(u32, T)> {
-    let wish = |id: T| {
-        wanted
-            .iter()
-            .find(|(_, other)| *other == id)
-            .map(|(n, _)| *n)
-    };
-    let is_here = |id: T| here.iter().any(|(_, other)| *other == id);
-    let mut taken: BTreeSet<u32> = wanted
-        .iter()
-        .filter(|(_, id)| is_here(*id))
-        .map(|(n, _)| *n)
-        .collect();
-    let mut out = Vec::new();
-    for (number, id) in here {
-        let number = match wish(*id) {
-            Some(wish) => wish,
-            None if taken.insert(*number) => *number,
-            None => {
-                let highest = here
-                    .iter()
-                    .chain(wanted)
-                    .map(|(n, _)| *n)
-                    .max()
-                    .unwrap_or(0);
-                let next = (highest + 1..)
-                    .find(|n| !taken.contains(n))
-                    .unwrap_or(u32::MAX);
-                taken.insert(next);
-                next
-            }
-        };
-        out.push((number, *id));
-    }
-    out
-}
-
-fn disks(view: &View, file: &ConfigFile, out: &mut Load) {
-    let here: Vec<_> = view
-        .tables
-        .disks
-        .values()
-        .map(|d| (d.number, d.uuid))
-        .collect();
-    let wanted: Vec<_> = file.disks.iter().map(|d| (d.disk, d.uuid)).collect();
-    for (number, uuid) in renumber(&here, &wanted) {
-        let Some(old) = view.tables.disk(uuid) else {
-            continue;
-        };
-        let entry = file.disks.iter().find(|d| d.uuid == uuid);
-        let role = entry.map_or(old.role, |entry| entry.role);
-        if number != old.number {
-            out.steps.push(format!(
-                "disk {} ({}) gets number {number}",
-                old.number, old.path
-            ));
-        }
-        if role != old.role {
-            out.steps
-                .push(format!("disk {number} ({}) gets role {role:?}", old.path).to_lowercase());
-        }
-        match entry {
-            None => out
-                .differs
-                .push(format!("disk {number} ({}) is not in the file", old.path)),
-            Some(entry) if entry.capacity != old.capacity => out.differs.push(format!(
-                "disk {number} ({}) has {} bytes, in the file {}",
-                old.path, old.capacity, entry.capacity
-            )),
-            Some(_) => {}
-        }
-        out.disks.push(DiskSave {
-            number,
-            role,
-            ..old.clone()
-        });
-    }
-    for entry in file
-        .disks
-        .iter()
-        .filter(|d| view.tables.disk(d.uuid).is_none())
-    {
-        out.differs.push(format!(
-            "disk {} of the file ({}, {}) is not here",
-            entry.disk, entry.path, entry.uuid
-        ));
-    }
-}
-
-/// Says whether a group can have these bounds of its rebuilds, in bytes a second of a member.
-pub fn are_rates(min: Option<u64>, max: Option<u64>) -> bool {
-    max != Some(0) && min.zip(max).is_none_or(|(min, max)| min <= max)
-}
-
-fn groups(view: &View, file: &ConfigFile, out: &mut Load) {
-    let here: Vec<_> = view
-        .tables
-        .groups
-        .values()
-        .map(|g| (g.number, g.uuid))
-        .collect();
-    let wanted: Vec<_> = file.groups.iter().map(|g| (g.group, g.uuid)).collect();
-    for (number, uuid) in renumber(&here, &wanted) {
-        let Some(old) = view.tables.group(uuid) else {
-            continue;
-        };
-        let mut row = GroupSave {
-            number,
-            ..old.clone()
-        };
-        let name = &old.name_seen;
-        if number != old.number {
-            out.steps.push(format!("group {name} gets number {number}"));
-        }
-        if let Some(entry) = file.groups.iter().find(|g| g.uuid == uuid) {
-            (row.rebuild_min, row.rebuild_max) = (entry.rebuild_min, entry.rebuild_max);
-            if (row.rebuild_min, row.rebuild_max) != (old.rebuild_min, old.rebuild_max) {
-                out.steps
-                    .push(format!("group {name} gets its rebuild rates"));
-                let is_given_back =
-                    |old: Option<u64>, new: Option<u64>| old.is_some() && new.is_none();
-                if is_given_back(old.rebuild_min, row.rebuild_min)
-                    || is_given_back(old.rebuild_max, row.rebuild_max)
-                {
-                    out.differs.push(format!(
-                        "group {name} keeps a rebuild rate that the file does not set until it is started again"
-                    ));
-                }
-            }
-            if *name != entry.name {
-                out.differs
-                    .push(format!("group {} of the file is called {name}", entry.name));
-            }
-            let now = view.live.groups.get(&uuid);
-            let members: Option<Vec<_>> = now.map(|g| g.members.iter().map(|m| m.disk).collect());
-            if members.is_some_and(|members| members != entry.members) {
-                out.differs
-                    .push(format!("group {name} has other members than in the file"));
-            }
-        } else {
-            out.differs.push(format!("group {name} is not in the file"));
-        }
-        out.groups.push(row);
-    }
-    for entry in file
-        .groups
-        .iter()
-        .filter(|g| view.tables.group(g.uuid).is_none())
-    {
-        out.differs
-            .push(format!("group {} of the file is not here", entry.name));
-    }
-}
-
-fn lus(view: &View, file: &ConfigFile, out: &mut Load) {
-    let entries: Vec<&LuEntry> = file.groups.iter().flat_map(|g| &g.lus).collect();
-    let here: Vec<_> = view
-        .tables
-        .lus
-        .values()
-        .map(|l| (l.number, l.uuid))
-        .collect();
-    let wanted: Vec<_> = entries.iter().map(|l| (l.lu, l.uuid)).collect();
-    for (number, uuid) in renumber(&here, &wanted) {
-        let Some(old) = view.tables.lu(uuid) else {
-            continue;
-        };
-        let name = &old.name_seen;
-        if number != old.number {
-            out.steps.push(format!("LU {name} gets number {number}"));
-        }
-        match entries.iter().find(|l| l.uuid == uuid) {
-            None => out.differs.push(format!("LU {name} is not in the file")),
-            Some(entry) => {
-                if *name != entry.name {
-                    out.differs
-                        .push(format!("LU {} of the file is called {name}", entry.name));
-                }
-                let now = view.lu_live(old).map(|l| l.capacity);
-                if let Some(now) = now.filter(|now| *now != entry.capacity && entry.capacity != 0) {
-                    out.differs.push(format!(
-                        "LU {name} has {now} bytes, in the file {}",
-                        entry.capacity
-                    ));
-                }
-                let queues = view.lu_live(old).map(|l| l.queues);
-                if let Some(now) = queues.filter(|now| *now != entry.queues) {
-                    out.differs.push(format!(
-                        "LU {name} has {now} queues, in the file {}",
-                        entry.queues
-                    ));
-                }
-            }
-        }
-        out.lus.push(LuSave {
-            number,
-            ..old.clone()
-        });
-    }
-    for entry in entries.iter().filter(|l| view.tables.lu(l.uuid).is_none()) {
-        out.differs
-            .push(format!("LU {} of the file is not here", entry.name));
-    }
-}
-
-impl Load {
-    /// Puts the rows in place.
-    pub fn apply(&self, tables: &mut Tables) {
-        // All away first: numbers change hands.
-        let numbers: Vec<u32> = tables.disks.keys().copied().collect();
-        numbers.into_iter().for_each(|n| tables.drop_disk(n));
-        self.disks
-            .iter()
-            .cloned()
-            .for_each(|row| tables.put_disk(row));
-        let numbers: Vec<u32> = tables.groups.keys().copied().collect();
-        numbers.into_iter().for_each(|n| tables.drop_group(n));
-        self.groups
-            .iter()
-            .cloned()
-            .for_each(|row| tables.put_group(row));
-        let numbers: Vec<u32> = tables.lus.keys().copied().collect();
-        numbers.into_iter().for_each(|n| tables.drop_lu(n));
-        self.lus.iter().cloned().for_each(|row| tables.put_lu(row));
-    }
-}
-
-/// Gives tables that were lost the rows of the newest of the archive, if that is of the same system: the disks are then
-/// looked for, and have their numbers.
-pub fn refill(tables: &mut Tables, file: &ConfigFile) -> bool {
-    if file.system != tables.system || !tables.disks.is_empty() || !tables.groups.is_empty() {
-        return false;
-    }
-    for d in &file.disks {
-        tables.put_disk(DiskSave {
-            number: d.disk,
-            uuid: d.uuid,
-            path: d.path.clone(),
-            role: d.role,
-            capacity: d.capacity,
-            was: None,
-            sick: None,
-        });
-    }
-    for g in &file.groups {
-        tables.put_group(GroupSave {
-            number: g.group,
-            uuid: g.uuid,
-            name_seen: g.name.clone(),
-            witness: None,
-            stopped_in: None,
-            rebuild_min: g.rebuild_min,
-            rebuild_max: g.rebuild_max,
-        });
-        for lu in &g.lus {
-            tables.put_lu(LuSave {
-                number: lu.lu,
-                uuid: lu.uuid,
-                group: g.uuid,
-                name_seen: lu.name.clone(),
-            });
-        }
-    }
-    !file.disks.is_empty()
-}
-
-fn archive_number(path: &Path) -> Option<u64> {
-    path.file_name()?
-        .to_str()?
-        .strip_suffix(".json")?
-        .parse()
-        .ok()
-}
-
-/// Numbers and paths of the archive, oldest first.
-fn archived(state_dir: &Path) -> Vec<(u64, PathBuf)> {
-    let entries = std::fs::read_dir(state_dir.join(ARCHIVE))
-        .into_iter()
-        .flatten()
-        .flatten();
-    let numbered = |path: PathBuf| Some((archive_number(&path)?, path));
-    let mut all: Vec<_> = entries.filter_map(|entry| numbered(entry.path())).collect();
-    all.sort();
-    all
-}
-
-/// The newest of the archive that can be read.
-pub fn newest(state_dir: &Path) -> Option<(PathBuf, ConfigFile)> {
-    archived(state_dir).into_iter().rev().find_map(|(_, path)| {
-        let text = std::fs::read_to_string(&path).ok()?;
-        Some((path, ConfigFile::parse(&text).ok()?))
-    })
-}
-
-/// Keeps one more in the archive, and the last of them only. Blocks.
-///
-/// # Crash  a new file beside, durable, then renamed: the archive has it whole or not at all
-/// # Errors  the disk of the state directory failed
-pub fn archive(state_dir: &Path, file: &ConfigFile) -> std::io::Result<()> {
-    let dir = state_dir.join(ARCHIVE);
-    std::fs::create_dir_all(&dir)?;
-    let all = archived(state_dir);
-    let number = all.last().map_or(1, |(number, _)| number + 1);
-    let new = dir.join("new");
-    let mut to = std::fs::File::create(&new)?;
-    to.write_all(file.text().as_bytes())?;
-    to.sync_all()?;
-    std::fs::rename(&new, dir.join(format!("{number:08}.json")))?;
-    for (_, old) in all.iter().take((all.len() + 1).saturating_sub(ARCHIVE_MAX)) {
-        std::fs::remove_file(old)?;
-    }
-    std::fs::File::open(&dir)?.sync_all()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tables::{DiskSave, Tables};
     use crate::views::tests::view;
 
     fn saved() -> ConfigFile {
@@ -757,24 +416,5 @@ mod tests {
             &mut lost(SystemUuid::from_bytes([0x66; 16])),
             &file
         ));
-    }
-
-    #[test]
-    fn the_archive_keeps_the_last_ones_and_the_newest_that_is_whole_counts() {
-        let dir = std::env::temp_dir().join(format!("lunar-archive-{}", std::process::id()));
-        let _ = std::fs::remove_dir_all(&dir);
-        let mut file = saved();
-        for n in 1..=ARCHIVE_MAX + 3 {
-            file.disks[0].capacity = n as u64;
-            archive(&dir, &file).unwrap();
-        }
-        let all = archived(&dir);
-        assert_eq!(all.len(), ARCHIVE_MAX);
-        let (path, found) = newest(&dir).unwrap();
-        assert_eq!(found, file);
-        std::fs::write(path, "{").unwrap();
-        let (_, found) = newest(&dir).unwrap();
-        assert_eq!(found.disks[0].capacity, (ARCHIVE_MAX + 2) as u64);
-        std::fs::remove_dir_all(&dir).unwrap();
     }
 }

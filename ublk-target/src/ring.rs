@@ -8,6 +8,8 @@
 //!
 //! Buffer table: `[0, POOL_BUFFERS)` private memory, above it the requests of each device by tag.
 
+mod messages;
+
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::fmt;
@@ -17,7 +19,7 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::pin::Pin;
 use std::rc::{Rc, Weak};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use io_uring::squeue::{Flags, SubmissionQueue};
@@ -26,19 +28,18 @@ use lunar_engine::traits::{DiskError, RequestId};
 
 use crate::clock::Timers;
 use crate::executor::Executor;
-use crate::op::{Act, Limit, Place, Slab, Spec, State, Vectors};
+use crate::op::{Limit, Place, Slab, Spec, State, Vectors};
 use crate::ublk::device::Tags;
+
+pub(crate) use messages::{Address, MailBox};
+use messages::{MESSAGE, MESSAGES};
 
 /// Entries of the submission queue: what one turn hands over at once.
 const SUBMISSIONS: u32 = 1024;
 /// Entries of the completion queue: for every operation and every message.
 const COMPLETIONS: u32 = 16_384;
-/// Most messages that can be on their way here: the places of all boxes.
-const MESSAGES: u32 = 8192;
 /// Most operations in flight.
 const OPERATIONS: u32 = COMPLETIONS - MESSAGES;
-/// In the number of a completion: it is a message. Below are box and place, of 16 bits each.
-const MESSAGE: u64 = 1 << 63;
 /// Registered files: members and devices of a group.
 const FILES: u32 = 4096;
 /// Registered buffers: the kernel's most.
@@ -554,80 +555,6 @@ impl Ring {
         })
     }
 
-    #[expect(clippy::cast_possible_truncation, reason = "two of its quarters")]
-    fn deliver(&self, data: u64, value: i32) {
-        let (index, place) = ((data >> 16) as u16, data as u16);
-        let found = self.boxes.borrow().get(usize::from(index)).cloned();
-        // A box that is gone waits for nothing.
-        if let Some(mail_box) = found.and_then(|mail_box| mail_box.upgrade()) {
-            mail_box.put(place, value);
-        }
-    }
-
-    /// Makes a box for messages of other rings, of so many places.
-    pub(crate) fn add_box(&self, places: u16) -> Result<Rc<MailBox>, RingError> {
-        let mut boxes = self.boxes.borrow_mut();
-        let there = boxes.iter().filter_map(Weak::upgrade);
-        let taken: usize = there.map(|mail_box| mail_box.letters.borrow().len()).sum();
-        let free = boxes
-            .iter()
-            .position(|mail_box| mail_box.strong_count() == 0);
-        let index = free.unwrap_or(boxes.len());
-        if taken + usize::from(places) > MESSAGES as usize || index > usize::from(u16::MAX) {
-            return Err(RingError::Full(MESSAGES, "messages"));
-        }
-        let mail_box = Rc::new(MailBox {
-            index: u16::try_from(index).expect("checked above"),
-            letters: RefCell::new((0..places).map(|_| Letter::default()).collect()),
-            is_closed: Cell::new(false),
-        });
-        if index == boxes.len() {
-            boxes.push(Weak::new());
-        }
-        boxes[index] = Rc::downgrade(&mail_box);
-        Ok(mail_box)
-    }
-
-    /// Where other rings send to.
-    pub(crate) fn address(&self, mail_box: &MailBox) -> Address {
-        Address {
-            ring: self.uring.borrow().as_raw_fd(),
-            mail_box: mail_box.index,
-        }
-    }
-
-    /// Sends a message to another ring of this process.
-    ///
-    /// # Panics  if that ring is not there: whoever sends ends before those that he sends to
-    pub(crate) async fn send(self: &Rc<Self>, to: Address, place: u16, value: i32) {
-        let data = MESSAGE | u64::from(to.mail_box) << 16 | u64::from(place);
-        loop {
-            let spec = Spec {
-                who: 0,
-                file: 0,
-                act: Act::Message {
-                    ring: to.ring,
-                    data,
-                    value,
-                },
-                at: 0,
-                len: 0,
-                place: Place::None,
-                lease: None,
-            };
-            let sent = self.start(spec, std::iter::empty()).await;
-            match sent.map_or(-libc::EIO, |result| -result) {
-                result if result <= 0 => return,
-                // No memory for it just now.
-                libc::ENOMEM | libc::EAGAIN | libc::EINTR | libc::EOVERFLOW => {}
-                errno => panic!(
-                    "a ring of this process takes no message: {}",
-                    io::Error::from_raw_os_error(errno)
-                ),
-            }
-        }
-    }
-
     /// Turns since the start; with the operations of a run this gives the batch size.
     pub(crate) fn turns(&self) -> u64 {
         self.turns.get()
@@ -678,66 +605,6 @@ impl Drop for Ring {
         // Descriptors are given back at once, not when the kernel gets to it.
         let _ = self.uring.get_mut().submitter().unregister_files();
         let _ = self.uring.get_mut().submitter().unregister_buffers();
-    }
-}
-
-/// Where messages from other rings go: a ring of this process, and a box there.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Address {
-    ring: RawFd,
-    mail_box: u16,
-}
-
-#[derive(Debug, Default)]
-struct Letter {
-    value: Option<i32>,
-    waker: Option<Waker>,
-}
-
-/// Messages from other rings: at most one at a time in each place.
-#[derive(Debug)]
-pub(crate) struct MailBox {
-    index: u16,
-    letters: RefCell<Vec<Letter>>,
-    is_closed: Cell<bool>,
-}
-
-impl MailBox {
-    fn put(&self, place: u16, value: i32) {
-        let letter = &mut self.letters.borrow_mut()[usize::from(place)];
-        assert!(letter.value.is_none(), "a message before the last was read");
-        letter.value = Some(value);
-        if let Some(waker) = letter.waker.take() {
-            waker.wake();
-        }
-    }
-
-    /// Waits for the next message in a place; none when the box is closed.
-    pub(crate) async fn letter(&self, place: u16) -> Option<i32> {
-        std::future::poll_fn(|cx| {
-            let letter = &mut self.letters.borrow_mut()[usize::from(place)];
-            if let Some(value) = letter.value.take() {
-                return Poll::Ready(Some(value));
-            }
-            if self.is_closed.get() {
-                return Poll::Ready(None);
-            }
-            if !(letter.waker.as_ref()).is_some_and(|waker| waker.will_wake(cx.waker())) {
-                letter.waker = Some(cx.waker().clone());
-            }
-            Poll::Pending
-        })
-        .await
-    }
-
-    /// Nothing comes any more.
-    pub(crate) fn close(&self) {
-        self.is_closed.set(true);
-        for letter in self.letters.borrow_mut().iter_mut() {
-            if let Some(waker) = letter.waker.take() {
-                waker.wake();
-            }
-        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! One test a rule; each builds the superblocks as an update or its interruption would leave them.
 
 use lunar_api::SystemUuid;
+use lunar_api::error::ErrorKind;
 use lunar_api::target::Consistency;
 use lunar_api::units::{KIB, MIB};
 
