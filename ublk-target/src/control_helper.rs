@@ -1,12 +1,12 @@
 //! ublk control commands, out of the way of everything else.
 //!
 //! A control command can block for ever (a device whose server hangs holds a lock that every other command
-//! wants). So none runs in this process: a helper, forked before there are threads and descriptors, forks a
-//! child for each, and gives up on one that takes too long. It holds no device, so that it never stands in
-//! the way of a recovery.
+//! wants). So none runs in this process: a helper, forked before there are threads and descriptors, has children that
+//! run one at a time, forks another where all are at work, and gives up on one that takes too long. It holds no
+//! device, so that it never stands in the way of a recovery.
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
@@ -25,9 +25,10 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use crate::sandbox::{SandboxError, fork_single};
-use crate::ublk::{self, Command};
+use crate::ublk::{Command, Control};
 
-const CONTROL: &str = "/dev/ublk-control";
+/// Children that wait for the next command; others end with theirs.
+const IDLE_MAX: usize = 4;
 /// Longest message: a command with its parameters as JSON.
 const MESSAGE_MAX: usize = 16 << 10;
 /// Commands in one message: 64 bytes and their frame are under 300 bytes of JSON each.
@@ -263,24 +264,27 @@ impl ControlHelper {
 struct Child {
     pid: Pid,
     pidfd: OwnedFd,
-    id: u64,
-    /// None: given up, only to be reaped.
-    deadline: Option<Instant>,
+    /// None: it is to end.
+    socket: Option<OwnedFd>,
+    /// What it does, and how long it may.
+    work: Option<(u64, Instant)>,
 }
 
-/// Serves until the other side is gone. Children that still run then are left to the kernel.
+/// Serves until the other side is gone. Children that wait end with this; those that are at work are left to the kernel.
 fn serve(socket: &OwnedFd) {
     let mut children: Vec<Child> = Vec::new();
     let mut buffer = vec![0; MESSAGE_MAX];
     loop {
         let mut fds = vec![PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
-        fds.extend(
-            children
-                .iter()
-                .map(|c| PollFd::new(c.pidfd.as_fd(), PollFlags::POLLIN)),
-        );
+        for child in &children {
+            fds.push(PollFd::new(child.pidfd.as_fd(), PollFlags::POLLIN));
+            if let Some(socket) = &child.socket {
+                fds.push(PollFd::new(socket.as_fd(), PollFlags::POLLIN));
+            }
+        }
         let _ = poll(&mut fds, next_timeout(&children));
         let ordered = fds[0].any().unwrap_or(true);
+        take_reports(socket, &mut children, &mut buffer);
         children.retain(|child| !reaped(socket, child));
         give_up_late(socket, &mut children);
         if ordered {
@@ -293,21 +297,57 @@ fn serve(socket: &OwnedFd) {
 }
 
 fn next_timeout(children: &[Child]) -> PollTimeout {
-    let next = children.iter().filter_map(|child| child.deadline).min();
+    let next = children
+        .iter()
+        .filter_map(|child| child.work)
+        .map(|work| work.1)
+        .min();
     next.map_or(PollTimeout::NONE, |at| {
         let left = at.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
         PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
     })
 }
 
+/// Passes on what children report; who has is idle.
+fn take_reports(socket: &OwnedFd, children: &mut [Child], buffer: &mut [u8]) {
+    let mut idle = children.iter().filter(|child| child.is_idle()).count();
+    for child in children {
+        let Some(from) = child
+            .socket
+            .as_ref()
+            .filter(|socket| is_readable(socket.as_fd()))
+        else {
+            continue;
+        };
+        match receive::<Report>(from.as_fd(), buffer) {
+            Ok(Some(said)) => {
+                // One that came too late was reported already.
+                if child.work.take().is_some_and(|(id, _)| id == said.id) {
+                    report(socket, said.id, said.result, said.buffer);
+                }
+                idle += 1;
+                if idle > IDLE_MAX {
+                    child.socket = None;
+                }
+            }
+            // It ends, and is reaped.
+            Ok(None) | Err(_) => child.socket = None,
+        }
+    }
+}
+
+fn is_readable(socket: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::new(socket, PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::ZERO).is_ok() && fds[0].any().unwrap_or(true)
+}
+
 /// Reports for a child that died without doing so.
 fn reaped(socket: &OwnedFd, child: &Child) -> bool {
     match waitpid(child.pid, Some(WaitPidFlag::WNOHANG)) {
         Ok(WaitStatus::StillAlive) => false,
-        Ok(WaitStatus::Exited(_, 0)) => true,
         Ok(_) | Err(_) => {
-            if child.deadline.is_some() {
-                report(socket, child.id, Some(-libc::EIO), Vec::new());
+            if let Some((id, _)) = child.work {
+                report(socket, id, Some(-libc::EIO), Vec::new());
             }
             true
         }
@@ -317,9 +357,9 @@ fn reaped(socket: &OwnedFd, child: &Child) -> bool {
 fn give_up_late(socket: &OwnedFd, children: &mut [Child]) {
     let now = Instant::now();
     for child in children {
-        if child.deadline.is_some_and(|deadline| deadline <= now) {
-            child.deadline = None;
-            report(socket, child.id, None, Vec::new());
+        if let Some((id, _)) = child.work.filter(|(_, deadline)| *deadline <= now) {
+            (child.work, child.socket) = (None, None);
+            report(socket, id, None, Vec::new());
             // It may not die: the kernel waits uninterruptibly. Then it is left behind.
             let _ = kill(child.pid, Signal::SIGKILL);
         }
@@ -331,23 +371,62 @@ fn report(socket: &OwnedFd, id: u64, result: Option<i32>, buffer: Vec<u8>) {
     let _ = put(socket.as_fd(), &Report { id, result, buffer });
 }
 
-fn start(socket: &OwnedFd, order: &Order, children: &mut Vec<Child>) {
-    match fork_single() {
-        Ok(None) => {
-            let (result, buffer) = work(&order.job);
-            report(socket, order.id, Some(result), buffer);
-            std::process::exit(0);
+impl Child {
+    fn is_idle(&self) -> bool {
+        self.work.is_none() && self.socket.is_some()
+    }
+
+    /// Hands it an order; false if it cannot be had any more.
+    fn order(&mut self, order: &Order) -> bool {
+        let sent = (self.socket.as_ref()).is_some_and(|socket| put(socket.as_fd(), order).is_ok());
+        if sent {
+            let limit = Duration::from_millis(order.limit_ms);
+            self.work = Some((order.id, Instant::now() + limit));
+        } else {
+            self.socket = None;
         }
-        Ok(Some(pid)) => match open_pid(pid) {
-            Ok(pidfd) => children.push(Child {
-                pid,
-                pidfd,
-                id: order.id,
-                deadline: Some(Instant::now() + Duration::from_millis(order.limit_ms)),
-            }),
-            Err(_) => report(socket, order.id, Some(-libc::EIO), Vec::new()),
-        },
+        sent
+    }
+}
+
+fn start(socket: &OwnedFd, order: &Order, children: &mut Vec<Child>) {
+    for child in children.iter_mut().filter(|child| child.is_idle()) {
+        if child.order(order) {
+            return;
+        }
+    }
+    match new_child(children) {
+        Ok(mut child) => {
+            if !child.order(order) {
+                report(socket, order.id, Some(-libc::EIO), Vec::new());
+            }
+            children.push(child);
+        }
         Err(_) => report(socket, order.id, Some(-libc::EAGAIN), Vec::new()),
+    }
+}
+
+/// Forks a child, which does not come back from here.
+fn new_child(others: &mut Vec<Child>) -> io::Result<Child> {
+    let (ours, theirs) = pair().map_err(io::Error::other)?;
+    let Some(pid) = fork_single().map_err(io::Error::other)? else {
+        // Whoever holds the sockets of the others keeps them from ending.
+        others.clear();
+        drop(ours);
+        work_on(&theirs);
+        std::process::exit(0);
+    };
+    match open_pid(pid) {
+        Ok(pidfd) => Ok(Child {
+            pid,
+            pidfd,
+            socket: Some(ours),
+            work: None,
+        }),
+        Err(error) => {
+            // Its socket closes with `ours`: it ends, and is nobody's to wait for.
+            Err(error)
+        }
     }
 }
 
@@ -355,41 +434,51 @@ fn open_pid(pid: Pid) -> io::Result<OwnedFd> {
     crate::sandbox::pidfd(pid)
 }
 
-fn work(job: &Job) -> (i32, Vec<u8>) {
+/// Does what is ordered until there is nobody to order.
+fn work_on(socket: &OwnedFd) {
+    let mut buffer = vec![0; MESSAGE_MAX];
+    let mut control = None;
+    while let Ok(Some(order)) = receive::<Order>(socket.as_fd(), &mut buffer) {
+        let (result, buffer) = work(&mut control, order.job);
+        report(socket, order.id, Some(result), buffer);
+    }
+}
+
+fn work(control: &mut Option<Control>, job: Job) -> (i32, Vec<u8>) {
     let done = match job {
-        Job::Command(command) => run_command(command.clone()),
+        Job::Command(command) => run_command(control, command),
         Job::Commands(commands) => {
-            Ok((0, commands.iter().cloned().flat_map(read_command).collect()))
+            let mut read =
+                |command| run_command(control, command).map_or(Vec::new(), |read| read.1);
+            Ok((0, commands.into_iter().flat_map(&mut read).collect()))
         }
-        Job::StopUnheld(device) => stop_if_unheld(*device),
+        Job::StopUnheld(device) => stop_if_unheld(control, device),
     };
     done.unwrap_or_else(|error| (-error.raw_os_error().unwrap_or(libc::EIO), Vec::new()))
 }
 
-fn run_command(mut command: Command) -> io::Result<(i32, Vec<u8>)> {
-    let control = File::options().read(true).write(true).open(CONTROL)?;
-    let result = ublk::execute(&control, &mut command)?;
+fn run_command(control: &mut Option<Control>, mut command: Command) -> io::Result<(i32, Vec<u8>)> {
+    let control = match control {
+        Some(control) => control,
+        None => control.insert(Control::open()?),
+    };
+    let result = control.execute(&mut command)?;
     Ok((result, command.buffer))
 }
 
-fn read_command(command: Command) -> Vec<u8> {
-    run_command(command)
-        .map(|(_, buffer)| buffer)
-        .unwrap_or_default()
-}
-
-fn stop_if_unheld(device: u32) -> io::Result<(i32, Vec<u8>)> {
+fn stop_if_unheld(control: &mut Option<Control>, device: u32) -> io::Result<(i32, Vec<u8>)> {
     let path = format!("/dev/ublkb{device}");
     let held = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_EXCL)
         .open(path)?;
     drop(held);
-    run_command(Command {
+    let command = Command {
         op: sys::UBLK_U_CMD_STOP_DEV,
         name: "STOP_DEV".into(),
         device,
         data: 0,
         buffer: Vec::new(),
-    })
+    };
+    run_command(control, command)
 }

@@ -17,6 +17,7 @@ use lunar_api::LuUuid;
 use lunar_api::target::{Features, GroupStatus, Level};
 use lunar_engine::raid_group;
 
+const CONTROL: &str = "/dev/ublk-control";
 /// Largest request: what one private copy takes, and 1/16 of the pool's part for them.
 pub(crate) const IO_BYTES_MAX: u32 = 1 << 20;
 const _: () = assert!(IO_BYTES_MAX as u64 == lunar_engine::limits::MAX_IO);
@@ -234,38 +235,54 @@ pub(crate) struct Command {
     pub(crate) buffer: Vec<u8>,
 }
 
-/// Sends a control command and waits for its answer; blocks for as long as the kernel likes.
-///
-/// # Errors  the kernel's errno, negative numbers in the completion included
-pub(crate) fn execute(control: &File, command: &mut Command) -> io::Result<i32> {
-    let mut ring: IoUring<Entry128, cqueue::Entry> = IoUring::builder().dontfork().build(4)?;
-    let mut bytes = [0_u8; 80];
-    let mut put = |at: usize, part: &[u8]| bytes[at..at + part.len()].copy_from_slice(part);
-    let len = u16::try_from(command.buffer.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
-    let addr = command.buffer.as_mut_ptr().expose_provenance() as u64;
-    // struct ublksrv_ctrl_cmd: dev_id, queue_id (-1: none), len, addr, data.
-    put(0, &command.device.to_ne_bytes());
-    put(4, &u16::MAX.to_ne_bytes());
-    if len > 0 {
-        put(6, &len.to_ne_bytes());
-        put(8, &addr.to_ne_bytes());
+/// The way to the kernel's control device.
+pub(crate) struct Control {
+    device: File,
+    ring: IoUring<Entry128, cqueue::Entry>,
+}
+
+impl Control {
+    /// # Errors  `/dev/ublk-control` is not there, or no ring can be had
+    pub(crate) fn open() -> io::Result<Self> {
+        Ok(Self {
+            device: File::options().read(true).write(true).open(CONTROL)?,
+            ring: IoUring::builder().dontfork().build(4)?,
+        })
     }
-    put(16, &command.data.to_ne_bytes());
-    let fd = types::Fd(control.as_raw_fd());
-    let entry = opcode::UringCmd80::new(fd, command.op).cmd(bytes).build();
-    // SAFETY: the buffer outlives the command, which is waited for below; the descriptor is open.
-    unsafe { ring.submission().push(&entry) }.expect("an empty queue of 4");
-    while ring.completion().is_empty() {
-        match ring.submit_and_wait(1) {
-            Err(error) if error.raw_os_error() != Some(libc::EINTR) => return Err(error),
-            Ok(_) | Err(_) => {}
+
+    /// Sends a control command and waits for its answer; blocks for as long as the kernel likes.
+    ///
+    /// # Errors  the kernel's errno, negative numbers in the completion included
+    pub(crate) fn execute(&mut self, command: &mut Command) -> io::Result<i32> {
+        let mut bytes = [0_u8; 80];
+        let mut put = |at: usize, part: &[u8]| bytes[at..at + part.len()].copy_from_slice(part);
+        let len = u16::try_from(command.buffer.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let addr = command.buffer.as_mut_ptr().expose_provenance() as u64;
+        // struct ublksrv_ctrl_cmd: dev_id, queue_id (-1: none), len, addr, data.
+        put(0, &command.device.to_ne_bytes());
+        put(4, &u16::MAX.to_ne_bytes());
+        if len > 0 {
+            put(6, &len.to_ne_bytes());
+            put(8, &addr.to_ne_bytes());
         }
-    }
-    let result = ring.completion().next().expect("waited for").result();
-    if result < 0 {
-        Err(io::Error::from_raw_os_error(-result))
-    } else {
-        Ok(result)
+        put(16, &command.data.to_ne_bytes());
+        let fd = types::Fd(self.device.as_raw_fd());
+        let entry = opcode::UringCmd80::new(fd, command.op).cmd(bytes).build();
+        // SAFETY: the buffer outlives the command, which is waited for below; the descriptor is open.
+        unsafe { self.ring.submission().push(&entry) }.expect("an empty queue of 4");
+        while self.ring.completion().is_empty() {
+            match self.ring.submit_and_wait(1) {
+                // What may be under way has the buffer: this process ends, and is reported.
+                Err(error) if error.raw_os_error() != Some(libc::EINTR) => std::process::exit(1),
+                Ok(_) | Err(_) => {}
+            }
+        }
+        let result = self.ring.completion().next().expect("waited for").result();
+        if result < 0 {
+            Err(io::Error::from_raw_os_error(-result))
+        } else {
+            Ok(result)
+        }
     }
 }
 
