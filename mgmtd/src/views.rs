@@ -236,6 +236,8 @@ impl View {
                 .map(|g| g.generation)
                 .or(save.witness.map(|w| w.generation))
                 .unwrap_or(0),
+            rebuild_min: save.rebuild_min,
+            rebuild_max: save.rebuild_max,
             members: live.map_or_else(|| self.stopped_rows(save), |g| self.member_rows(g)),
             action: text::action(self, save),
             lus: lus.map(|l| l.number).collect(),

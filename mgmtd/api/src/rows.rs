@@ -258,6 +258,10 @@ rows! {
         allocations: u64,
         history: Option<History>,
         generation: u64,
+        /// Bytes a second of a member that rebuilds and scrubs get at least and take at most, as set; none: the
+        /// default, no limit.
+        rebuild_min: Option<u64>,
+        rebuild_max: Option<u64>,
         members: Vec<MemberRow>,
         /// Numbers of its LUs.
         lus: Vec<u32>,

@@ -246,7 +246,17 @@ fn or_none(text: String) -> String {
 
 /// One value; sizes as people say them.
 fn scalar(key: &str, value: &Value) -> String {
-    const SIZES: [&str; 6] = ["capacity", "free", "chunk", "done", "total", "rate"];
+    const SIZES: [&str; 9] = [
+        "capacity",
+        "free",
+        "chunk",
+        "done",
+        "total",
+        "rate",
+        "rate_max",
+        "rebuild_min",
+        "rebuild_max",
+    ];
     match value {
         Value::Number(number) if SIZES.contains(&key) || key.ends_with("_bytes") => {
             format_size(number.as_u64().unwrap_or_default())

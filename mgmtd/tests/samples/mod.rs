@@ -162,6 +162,8 @@ pub(crate) fn group_show() -> GroupShow {
         allocations: 0,
         history: Some(History::from_bytes([3; 16])),
         generation: 7,
+        rebuild_min: None,
+        rebuild_max: Some(200 << 20),
         members: vec![member()],
         lus: vec![1],
         sync: Some(sync()),
