@@ -1,5 +1,7 @@
 //! The command line on real devices: names, plans that change nothing, hooks, checks, metrics.
 
+use serde_json::Value;
+
 use super::rig::{Rig, members, text};
 use super::shell::{Failure, sh, until};
 use super::{Test, add, ensure};
@@ -310,14 +312,7 @@ fn hooks() -> Result<(), Failure> {
     heard("DegradedArray data  disk=")?;
     // The one that hangs holds up nobody.
     rig.lunar(&["group", "set", "data", "--rebuild-max", "64MiB"])?;
-    let events = || -> Result<Vec<(String, String)>, Failure> {
-        let all = rig.json(&["events"])?;
-        let all = all.as_array().cloned().unwrap_or_default();
-        Ok(all
-            .iter()
-            .map(|e| (text(&e["name"]), text(&e["text"])))
-            .collect())
-    };
+    let events = || pairs(&rig, "events", ["name", "text"]);
     until("the hang is ended and told", 60, || {
         Ok(events()?
             .iter()
@@ -343,19 +338,20 @@ fn hooks() -> Result<(), Failure> {
     )
 }
 
+/// Two fields of every row that `lunar NOUN` prints.
+fn pairs(rig: &Rig, noun: &str, keys: [&str; 2]) -> Result<Vec<(String, String)>, Failure> {
+    let all = rig.json(&[noun])?;
+    let all = all.as_array().cloned().unwrap_or_default();
+    let pair = |row: &Value| (text(&row[keys[0]]), text(&row[keys[1]]));
+    Ok(all.iter().map(pair).collect())
+}
+
 /// Given a degraded group, then `doctor` fails and says what to type, `metrics` and `stat` count what is written, and
 /// `report` has all of it; without mgmtd `doctor` still says what it sees.
 fn looks() -> Result<(), Failure> {
     let mut rig = Rig::new()?;
     rig.array("ram", 3, 256, &RAID5)?;
-    let checks = |rig: &Rig| -> Result<Vec<(String, String)>, Failure> {
-        let all = rig.json(&["doctor"])?;
-        let all = all.as_array().cloned().unwrap_or_default();
-        Ok(all
-            .iter()
-            .map(|c| (text(&c["check"]), text(&c["state"])))
-            .collect())
-    };
+    let checks = |rig: &Rig| pairs(rig, "doctor", ["check", "state"]);
     let has = |all: &[(String, String)], check: &str, state: &str| {
         ensure(all.iter().any(|(c, s)| c == check && s == state), || {
             format!("no {check} {state}: {all:?}")
