@@ -211,3 +211,35 @@ fn names_finds_whole_words_only() {
         assert_eq!(names(line, name), expected, "{line} / {name}");
     }
 }
+
+/// A test that no part of tests/run.sh has runs nowhere.
+#[test]
+fn every_end_to_end_test_is_in_a_part() {
+    let script = fs::read_to_string(root().join("tests/run.sh")).expect("tests/run.sh");
+    let groups = |part: &str| -> Vec<&str> {
+        let start = script.find(&format!("\npart_{part}() {{")).expect(part);
+        let body = script[start..].split("\n}").next().expect("an end");
+        let list = body.rsplit_once("e2e_groups").expect("its groups").1;
+        list.split([' ', '\n', '\\'])
+            .filter(|word| !word.is_empty())
+            .collect()
+    };
+    let (short, long) = (groups("e2e"), groups("matrix"));
+    assert!(short.len() > 20 && long.len() > 10, "{short:?} {long:?}");
+    let nowhere: Vec<String> = lunar_tests::e2e::tests()
+        .into_iter()
+        .map(|(name, _)| name)
+        .filter(|name| {
+            let of = if name.starts_with(lunar_tests::e2e::LONG) {
+                &long
+            } else {
+                &short
+            };
+            !of.iter().any(|group| name.contains(group))
+        })
+        .collect();
+    assert!(
+        nowhere.is_empty(),
+        "add their group to part_e2e or part_matrix of tests/run.sh: {nowhere:?}"
+    );
+}
