@@ -321,10 +321,9 @@ fn take_reports(socket: &OwnedFd, children: &mut [Child], buffer: &mut [u8]) {
         };
         match receive::<Report>(from.as_fd(), buffer) {
             Ok(Some(said)) => {
-                // One that came too late was reported already.
-                if child.work.take().is_some_and(|(id, _)| id == said.id) {
-                    report(socket, said.id, said.result, said.buffer);
-                }
+                // Who took too long has no socket any more: what is read here is waited for.
+                child.work = None;
+                report(socket, said.id, said.result, said.buffer);
                 idle += 1;
                 if idle > IDLE_MAX {
                     child.socket = None;
@@ -416,22 +415,14 @@ fn new_child(others: &mut Vec<Child>) -> io::Result<Child> {
         work_on(&theirs);
         std::process::exit(0);
     };
-    match open_pid(pid) {
-        Ok(pidfd) => Ok(Child {
-            pid,
-            pidfd,
-            socket: Some(ours),
-            work: None,
-        }),
-        Err(error) => {
-            // Its socket closes with `ours`: it ends, and is nobody's to wait for.
-            Err(error)
-        }
-    }
-}
-
-fn open_pid(pid: Pid) -> io::Result<OwnedFd> {
-    crate::sandbox::pidfd(pid)
+    // Without a descriptor of it nobody waits for it: it ends as `ours` closes.
+    let pidfd = crate::sandbox::pidfd(pid)?;
+    Ok(Child {
+        pid,
+        pidfd,
+        socket: Some(ours),
+        work: None,
+    })
 }
 
 /// Does what is ordered until there is nobody to order.

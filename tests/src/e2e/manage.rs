@@ -295,17 +295,7 @@ fn quarantined() -> Result<(), Failure> {
     let rig = Rig::new()?;
     rig.array("ram", 3, 256, &RAID5)?;
     rig.lunar(&["disk", "add", "/dev/ram4", "/dev/ram5"])?;
-    rig.lunar(&[
-        "group",
-        "create",
-        "other",
-        "--level",
-        "raid1",
-        "--disks",
-        "4,5",
-        "--assume-clean",
-    ])?;
-    rig.lunar(&["lu", "create", "well", "--group", "other", "--size", "max"])?;
+    rig.mirror("other", "4,5", "well")?;
     sh(
         "head -c 8M /dev/urandom > /tmp/sick; dd if=/tmp/sick of=/dev/lunar/vol bs=1M oflag=direct 2>/dev/null",
     )?;

@@ -179,6 +179,15 @@ impl Rig {
         Ok(())
     }
 
+    /// A raid1 of two disks, told by their numbers, and a LU of all its space.
+    pub fn mirror(&self, group: &str, disks: &str, lu: &str) -> Result<(), Failure> {
+        let level = ["--level", "raid1", "--assume-clean"];
+        let create = ["group", "create", group, "--disks", disks];
+        self.lunar(&[&create[..], &level].concat())?;
+        self.lunar(&["lu", "create", lu, "--group", group, "--size", "max"])
+            .map(drop)
+    }
+
     /// Waits until the LU `vol` has its device: after a start mgmtd answers before, and a write would make a file.
     pub fn wait_lu(&self) -> Result<(), Failure> {
         until("the LU is up", 60, || {

@@ -59,17 +59,7 @@ pub(super) fn generations() -> Result<(), Failure> {
 
 /// Two disks of a raid1, each used without the other.
 fn sides(rig: &mut Rig) -> Result<(), Failure> {
-    rig.lunar(&[
-        "group",
-        "create",
-        "data",
-        "--level",
-        "raid1",
-        "--disks",
-        "1,2",
-        "--assume-clean",
-    ])?;
-    rig.lunar(&["lu", "create", "vol", "--group", "data", "--size", "max"])?;
+    rig.mirror("data", "1,2", "vol")?;
     let paths = ["/dev/ram0", "/dev/ram1"].map(String::from);
     let hide = "blkdiscard /dev/ram";
     rig.shutdown()?;

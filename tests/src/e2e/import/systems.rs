@@ -28,17 +28,7 @@ pub(super) fn another_system() -> Result<(), Failure> {
         sh(&format!("mv {0} {0}.a; mkdir {0}", rig.state_dir()))?;
         rig.start()?;
         rig.lunar(&["disk", "add", &own[0], &own[1]])?;
-        rig.lunar(&[
-            "group",
-            "create",
-            "other",
-            "--level",
-            "raid1",
-            "--disks",
-            "1,2",
-            "--assume-clean",
-        ])?;
-        rig.lunar(&["lu", "create", "well", "--group", "other", "--size", "max"])?;
+        rig.mirror("other", "1,2", "well")?;
         rig.end_mgmtd("TERM")?;
         rig.start()?;
         status_says(
