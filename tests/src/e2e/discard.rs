@@ -139,6 +139,19 @@ fn taken(paths: &[String]) -> Result<u64, Failure> {
     text.parse().map_err(|_| text)
 }
 
+/// Bytes of a stripe's data, with chunks of 64 KiB.
+fn stripe_of(level: &str, count: usize) -> u64 {
+    let n = count as u64;
+    let chunks = match level {
+        "raid1" => 1,
+        "raid5" => n - 1,
+        "raid6" => n - 2,
+        _ if n.is_multiple_of(2) => n / 2,
+        _ => n,
+    };
+    chunks * 65536
+}
+
 /// Bytes of all members for so many of a LU.
 fn on_members(level: &str, count: usize, bytes: u64) -> u64 {
     let n = count as u64;
@@ -196,7 +209,8 @@ fn reads_as_asked_for(kind: &str, level: &str, count: usize) -> Result<(), Failu
         let grain = match level {
             // Every byte of it is passed on.
             "raid0" => sector,
-            _ => limit(&rig, "discard_granularity")?,
+            // What the kernel is told is the next power of two.
+            _ => stripe_of(level, count),
         };
         script += &discard(&rig, 25 * MIB + sector, 2 * MIB, grain)?;
         script += &discard(&rig, 28 * MIB + sector, 2 * sector, grain)?;
