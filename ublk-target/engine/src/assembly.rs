@@ -26,13 +26,17 @@ use lunar_api::{DiskUuid, GroupUuid, History};
 
 use crate::geometry::Geometry;
 use crate::limits::PARENTS_MAX;
-use crate::superblock::{GroupRecord, MemberEntry, Replacement, Superblock};
+use crate::superblock::{GroupRecord, Superblock};
 
 mod error;
+mod histories;
+mod seats;
 #[cfg(test)]
 mod tests;
 
 pub use error::{AssemblyError, Side};
+use histories::{find_kept, find_leader, side_of};
+use seats::{Older, is_replacement, missing, place, take_over};
 
 /// A disk that is there.
 #[derive(Debug, Clone, Copy)]
@@ -360,157 +364,6 @@ fn sorted(a: &str, b: &str) -> (String, String) {
     (a.to_owned(), b.to_owned())
 }
 
-/// Rule 2.
-fn find_leader<'a>(members: &[Found<'a>]) -> Result<Found<'a>, AssemblyError> {
-    let newest = |a: &Found<'a>, b: &Found<'a>| {
-        // Among equals the first: they are the same but for their slot.
-        if b.generation() > a.generation() {
-            *b
-        } else {
-            *a
-        }
-    };
-    let leads = |leader: &Found<'a>| {
-        // A proof is read from the newest of a history: who was in sync before may not be any more.
-        let same = members
-            .iter()
-            .filter(|m| m.group.history == leader.group.history);
-        let head = same.max_by_key(|m| m.generation()).unwrap_or(leader);
-        let behind = |other: &Found<'_>| is_ancestor(other, leader) || is_outlived(other, head);
-        members.iter().all(behind)
-    };
-    let leader = members
-        .iter()
-        .filter(|m| leads(m))
-        .copied()
-        .reduce(|a, b| newest(&a, &b));
-    let Some(leader) = leader else {
-        return Err(split(members));
-    };
-    let differs = |m: &&Found<'_>| m.generation() == leader.generation() && m.group != leader.group;
-    if let Some(other) = members.iter().find(differs) {
-        let (a, b) = sorted(leader.path, other.path);
-        return Err(AssemblyError::Differ {
-            a,
-            b,
-            generation: leader.generation(),
-        });
-    }
-    Ok(leader)
-}
-
-/// The side of a disk: the newest of its own history that counts it, and the members that are not behind that.
-fn find_kept<'a>(
-    members: &[Found<'a>],
-    disk: DiskUuid,
-) -> Result<(Found<'a>, Vec<Found<'a>>), AssemblyError> {
-    let kept = members.iter().find(|m| m.superblock.disk == disk);
-    let kept = kept.ok_or(AssemblyError::KeptNotThere { disk })?;
-    let counts_it = |m: &&Found<'_>| {
-        m.group.history == kept.group.history
-            && kept.generation() >= m.group.floor
-            && (m.generation() > kept.generation() || m.group == kept.group)
-    };
-    // Among equals the first, as without a choice.
-    let newest = |a: Found<'a>, b: Found<'a>| {
-        if b.generation() > a.generation() {
-            b
-        } else {
-            a
-        }
-    };
-    let leader = members.iter().filter(counts_it).copied().reduce(newest);
-    let leader = leader.unwrap_or(*kept);
-    let is_behind = |m: &&Found<'_>| match m.group.history == leader.group.history {
-        true => m.generation() < leader.generation() || m.group == leader.group,
-        false => is_ancestor(m, &leader) || is_outlived(m, &leader),
-    };
-    let given_up = members.iter().filter(|m| !is_behind(m)).copied().collect();
-    Ok((leader, given_up))
-}
-
-/// Says whether what `old` says may have come before what `new` says. A former history ended when the next
-/// began: one that is as far as `new` went on by itself, and is another side.
-fn is_ancestor(old: &Found<'_>, new: &Found<'_>) -> bool {
-    if old.group.history == new.group.history {
-        return true;
-    }
-    new.group.parents.contains(&old.group.history) && old.generation() < new.generation()
-}
-
-/// Says whether `old` is proven to be of a history so old that `new` does not remember it: a disk that left long ago,
-/// and no other side of a split.
-///
-/// When `old` was written every slot was in sync, so all that was ever acknowledged with it is on the others too; and
-/// so many of those others as hold all the data are in sync in `new`, which is later. Another side shows itself:
-/// to go on without the others it had to write that they are not in sync, under a history of its own; and one
-/// that branched off from a history that `new` remembers has that among its parents.
-fn is_outlived(old: &Found<'_>, new: &Found<'_>) -> bool {
-    let (was, is) = (old.group, new.group);
-    let Ok(geometry) = is.geometry() else {
-        return false;
-    };
-    let forgets = is.parents.len() == PARENTS_MAX;
-    let remembered = |history: &History| *history == is.history || is.parents.contains(history);
-    let branched = remembered(&was.history) || was.parents.iter().any(remembered);
-    let in_sync = |entry: &&MemberEntry| entry.state == MemberState::InSync;
-    let was_whole = was.members.iter().all(|entry| in_sync(&entry));
-    let others = was.members.iter().map(|entry| entry.disk);
-    let has = |disk: &DiskUuid| is.members.iter().filter(in_sync).any(|e| e.disk == *disk);
-    let gone = others
-        .zip(0..)
-        .filter(|(disk, _)| *disk == old.superblock.disk || !has(disk))
-        .fold(0, |set, (_, slot)| set | 1_u64 << slot);
-    let is_older = old.generation() < new.generation();
-    is_older && forgets && !branched && was_whole && geometry.survives(gone)
-}
-
-/// Names two sides of which neither is the other's ancestor.
-fn split(members: &[Found<'_>]) -> AssemblyError {
-    let mut sides: Vec<Side> = Vec::new();
-    for member in members {
-        let history = member.group.history;
-        match sides.iter_mut().find(|side| side.history == history) {
-            Some(side) => {
-                side.generation = side.generation.max(member.generation());
-                side.paths.push(member.path.to_owned());
-            }
-            None => sides.push(side_of(member)),
-        }
-    }
-    let is_old = |side: &Side| {
-        members.iter().any(|m| {
-            m.group.history != side.history
-                && m.group.parents.contains(&side.history)
-                && m.generation() > side.generation
-        })
-    };
-    let mut newest: Vec<Side> = sides.iter().filter(|side| !is_old(side)).cloned().collect();
-    // An ancestor that went on is a side too.
-    if newest.len() < 2 {
-        newest = sides;
-    }
-    newest.sort_by(|a, b| {
-        b.generation
-            .cmp(&a.generation)
-            .then(a.history.cmp(&b.history))
-    });
-    let mut newest = newest.into_iter();
-    match (newest.next(), newest.next()) {
-        (Some(a), Some(b)) => AssemblyError::Split { a, b },
-        // One history always leads itself, so there are two; without a panic all the same.
-        _ => AssemblyError::NobodyThere,
-    }
-}
-
-fn side_of(member: &Found<'_>) -> Side {
-    Side {
-        history: member.group.history,
-        generation: member.generation(),
-        paths: vec![member.path.to_owned()],
-    }
-}
-
 /// Rule 3. Returns whether the witness was overruled.
 fn check_witness(
     members: &[Found<'_>],
@@ -537,139 +390,6 @@ fn check_witness(
         witness.generation, witness.history
     ));
     Ok(true)
-}
-
-/// Rule 4, where a disk was to be replaced: whoever of the two is there. The one that is filled is in no slot while the
-/// other is there; without the other it is what a rebuild goes on with.
-fn take_over(
-    said: &GroupRecord,
-    members: &[Found<'_>],
-    given_up: &[Found<'_>],
-    older: Older,
-) -> GroupRecord {
-    let mut record = said.clone();
-    let Some(new) = record.replacement.take() else {
-        return record;
-    };
-    let entry = &mut record.members[usize::from(new.slot)];
-    let is_kept = |m: &&Found<'_>| !given_up.iter().any(|g| g.index == m.index);
-    let is_fresh = |m: &Found<'_>| m.generation() >= said.floor;
-    let is_old = |m: &&Found<'_>| m.superblock.disk == entry.disk && m.slot == new.slot;
-    let has_new = members
-        .iter()
-        .filter(is_kept)
-        .any(|m| is_replacement(m, new) && is_fresh(m));
-    match members.iter().filter(is_kept).find(is_old) {
-        Some(old) if is_fresh(old) => record.replacement = has_new.then_some(new),
-        // What was copied is not what this older copy of it has.
-        Some(_) if older == Older::Taken => {}
-        _ => {
-            let is_rebuilt = |entry: &MemberEntry| entry.state == MemberState::Rebuilding;
-            if has_new && !said.members.iter().any(is_rebuilt) {
-                entry.disk = new.disk;
-                entry.state = MemberState::Rebuilding;
-                entry.rebuilt_to = new.copied_to;
-            }
-        }
-    }
-    record
-}
-
-fn is_replacement(member: &Found<'_>, new: Replacement) -> bool {
-    member.superblock.disk == new.disk && member.slot == new.slot
-}
-
-/// What is done with members that are older than the leader knew them.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Older {
-    Stale,
-    /// A person said so, and without them there is nothing.
-    Taken,
-}
-
-/// What is done with a slot, and what there is to say about it.
-struct Seat {
-    plan: SlotPlan,
-    /// Why it does not count, if it does not.
-    lost: Option<String>,
-    reason: Option<String>,
-}
-
-/// Rule 4.
-fn place(
-    record: &GroupRecord,
-    members: &[Found<'_>],
-    given_up: &[Found<'_>],
-    older: Older,
-) -> Vec<Seat> {
-    let mut seats = Vec::new();
-    for (slot, entry) in record.members.iter().enumerate() {
-        let found = members.iter().find(|m| m.superblock.disk == entry.disk);
-        let counts = matches!(entry.state, MemberState::InSync | MemberState::Rebuilding);
-        let in_place = found.filter(|m| counts && usize::from(m.slot) == slot);
-        let is_given_up = found.is_some_and(|m| given_up.iter().any(|g| g.index == m.index));
-        let below = in_place.filter(|m| m.generation() < record.floor);
-        let is_taken = older == Older::Taken && entry.state == MemberState::InSync;
-        let in_place = in_place.filter(|_| !is_given_up && (below.is_none() || is_taken));
-        let plan = match (entry.state, found, in_place) {
-            (MemberState::Rebuilding, _, Some(m)) => SlotPlan::Rebuilding(m.index),
-            (_, _, Some(m)) => SlotPlan::InSync(m.index),
-            (_, Some(m), None) => SlotPlan::Stale(m.index),
-            (MemberState::Faulty, None, None) => SlotPlan::Faulty,
-            (_, None, None) => SlotPlan::Missing,
-        };
-        let path = found.map_or("", |m| m.path);
-        let said = match (below, plan) {
-            _ if is_given_up => format!("{path} (slot {slot}) is of the side that was given up"),
-            (Some(m), _) => format!(
-                "{path} (slot {slot}) is an older copy of itself: it says generation {}, it had {} at least",
-                m.generation(),
-                record.floor
-            ),
-            (None, SlotPlan::Stale(_)) => {
-                format!("{path} (slot {slot}) missed writes: it needs a rebuild")
-            }
-            (None, plan) => describe(slot, entry.disk, plan),
-        };
-        let is_lost = !matches!(plan, SlotPlan::InSync(_));
-        let forced = || below.map(|_| format!("forced: {said}"));
-        seats.push(Seat {
-            plan,
-            lost: is_lost.then(|| match (below, is_given_up) {
-                (None, false) => describe(slot, entry.disk, plan),
-                _ => said.clone(),
-            }),
-            reason: if is_lost {
-                Some(said.clone())
-            } else {
-                forced()
-            },
-        });
-    }
-    seats
-}
-
-/// The slots that are not in sync, as bits.
-fn missing(seats: &[Seat]) -> u64 {
-    let lost = seats
-        .iter()
-        .zip(0..)
-        .filter(|(seat, _)| seat.lost.is_some());
-    lost.fold(0, |set, (_, slot)| set | 1 << slot)
-}
-
-fn describe(slot: usize, disk: DiskUuid, plan: SlotPlan) -> String {
-    let state = match plan {
-        SlotPlan::InSync(_) => "is in sync",
-        SlotPlan::Stale(_) => "is stale",
-        SlotPlan::Rebuilding(_) => "is being rebuilt",
-        SlotPlan::Faulty => "has failed",
-        SlotPlan::Missing => "is not there",
-    };
-    if disk.is_nil() {
-        return format!("slot {slot} is empty");
-    }
-    format!("slot {slot} (disk {disk}) {state}")
 }
 
 /// Rule 5.
