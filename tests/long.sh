@@ -13,6 +13,7 @@ parts=("$@")
 [ ${#parts[@]} -gt 0 ] || parts=(unit storms lab e2e matrix demo stock)
 target=${CARGO_TARGET_DIR:-target}
 proof=tests/PROOF.md
+mkdir -p "$target"
 [ -e "$proof" ] || printf '# Proof\n\nThe last full run of each part of `tests/long.sh`, written by it.\n' > "$proof"
 
 failed=0
@@ -20,7 +21,10 @@ for part in "${parts[@]}"; do
   commit=$(git rev-parse --short=12 HEAD)
   [ -z "$(git status --porcelain | grep -v " $proof$")" ] || commit+=' with changes that are not committed'
   started=$(date -u +'%Y-%m-%d %H:%M UTC') start=$SECONDS
+  rm -f "$target/test-results.tsv"
   tests/run.sh "$part" || failed=1
+  # What did not begin (nothing could be installed, or no kernel built) says nothing: its section stays.
+  [ -s "$target/test-results.tsv" ] || { echo "long: $part did not begin"; continue; }
   awk -v part="$part" '/^## / { skip = $2 == part } !skip' "$proof" > "$target/proof.md"
   {
     printf '\n## %s\n\n' "$part"
