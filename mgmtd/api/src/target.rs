@@ -61,6 +61,9 @@ impl Level {
     }
 }
 
+/// Most disks of a group: a superblock has no room for more.
+pub const MEMBERS_MAX: usize = 64;
+
 /// What is done so that redundancy is right again after a power loss (md's word).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]

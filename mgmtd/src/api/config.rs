@@ -40,7 +40,7 @@ pub async fn load(daemon: &Daemon, ask: ConfigLoad) -> Result<Changed, ApiError>
         Plan::unchanged("numbers, roles and options are those of the file")
     } else {
         Plan {
-            steps: load.steps.clone(),
+            steps: load.steps.iter().map(|s| format!("change: {s}")).collect(),
             ..Plan::default()
         }
     };

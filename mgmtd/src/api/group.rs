@@ -10,8 +10,8 @@ use lunar_api::mgmt::{
 };
 use lunar_api::rows::{Changed, DiskState, GroupList, GroupOne, JobState};
 use lunar_api::target::{
-    Consistency, GroupState, GroupStatus, Level, MemberSpec, ScrubOrder, ScrubState, TargetAnswer,
-    TargetRequest,
+    Consistency, GroupState, GroupStatus, Level, MEMBERS_MAX, MemberSpec, ScrubOrder, ScrubState,
+    TargetAnswer, TargetRequest,
 };
 use lunar_api::units::format_size;
 use lunar_api::{ApiError, ErrorKind, GroupUuid};
@@ -22,7 +22,7 @@ use crate::boot::{
 };
 use crate::config_file::are_rates;
 use crate::daemon::{About, Daemon, Problem};
-use crate::limits::{CHUNK, PATHS_MAX};
+use crate::limits::CHUNK;
 use crate::link::unexpected;
 use crate::names::check_name;
 use crate::opener::open_patiently;
@@ -154,9 +154,9 @@ fn usage(why: &str, hint: &str) -> ApiError {
 /// Checks level, chunk and number of members.
 fn check_shape(level: Level, chunk: u64, members: usize) -> Result<(), ApiError> {
     let least = level.members_min();
-    if members < least || members > PATHS_MAX {
+    if members < least || members > MEMBERS_MAX {
         let word = level_word(level);
-        let why = format!("{word} takes {least} to {PATHS_MAX} disks, {members} are named");
+        let why = format!("{word} takes {least} to {MEMBERS_MAX} disks, {members} are named");
         return Err(usage(&why, "lunar disk list"));
     }
     if !chunk.is_power_of_two() || !(4096..=1 << 20).contains(&chunk) {
@@ -575,6 +575,8 @@ mod tests {
             (Level::Raid10, 4096, 1, false),
             (Level::Raid10, 4096, 3, true),
             (Level::Linear, 4096, 1, true),
+            (Level::Raid6, 4096, 64, true),
+            (Level::Raid0, 4096, 65, false),
         ] {
             assert_eq!(
                 check_shape(level, chunk, members).is_ok(),

@@ -3,7 +3,7 @@
 use lunar_api::units::{KIB, MIB};
 
 /// Most members of a group: 64 slots of 32 bytes are the second half of the 4 KiB superblock.
-pub const MEMBERS_MAX: usize = 64;
+pub const MEMBERS_MAX: usize = lunar_api::target::MEMBERS_MAX;
 
 /// Smallest unit the engine reads or writes on a member, in bytes: a page, and the physical block of every
 /// disk made today. What is smaller is read, merged and written back.
