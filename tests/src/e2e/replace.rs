@@ -203,6 +203,8 @@ fn old_fails() -> Result<(), Failure> {
     rate(&rig, "20MiB")?;
     rig.lunar(&["disk", "replace", &old_number, &new_number])?;
     wait_copied(&rig, 60 << 20)?;
+    // So slow that it is still copied when the disk fails, however busy the machine is.
+    rate(&rig, "2MiB")?;
     sh("dm_error member1")?;
     until("the new disk is rebuilt", 60, || {
         let group = rig.json(&["group", "show", "data"])?;
