@@ -57,7 +57,7 @@ fn numbers() -> Result<(), Failure> {
     rig.lunar(&["lu", "rename", "vol", "now"])?;
     let said = rig.lunar(&["config", "load", "/tmp/saved.json", "--dry-run"])?;
     ensure(
-        said.contains("would disk") && disks(&rig)? != before,
+        said.contains("would change: disk") && disks(&rig)? != before,
         || said.clone(),
     )?;
     let said = rig.lunar(&["config", "load", "/tmp/saved.json"])?;

@@ -206,6 +206,11 @@ fn old_fails() -> Result<(), Failure> {
     // So slow that it is still copied when the disk fails, however busy the machine is.
     rate(&rig, "2MiB")?;
     sh("dm_error member1")?;
+    // What it cannot read is had from the others; what it does not take fails it.
+    sh(&format!(
+        "dd if={0} of=/tmp/again bs=64k count=12 iflag=direct && dd if=/tmp/again of={0} bs=64k oflag=direct conv=notrunc",
+        rig.device()?
+    ))?;
     until("the new disk is rebuilt", 60, || {
         let group = rig.json(&["group", "show", "data"])?;
         Ok(text(&group["sync"]["action"]) == "recover" && disks_of(&rig, "data")?[1] == new_number)

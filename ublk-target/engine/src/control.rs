@@ -10,7 +10,7 @@ use crate::limits::CONFIG_PIECE;
 use crate::member::Member;
 use crate::parity;
 use crate::pool::{Lease, Quota};
-use crate::raid_group::{EIO, Errno, Given, Lu, MemberPlace, RaidGroup, Rebuild};
+use crate::raid_group::{EIO, Errno, Given, Lu, MemberPlace, RaidGroup, Rebuild, WORKERS};
 use crate::reserve::lay_out;
 use crate::serve::bits;
 use crate::superblock::BYTES;
@@ -184,6 +184,9 @@ impl<E: Env> RaidGroup<E> {
         let requests = |lu: &Rc<Lu>| usize::from(lu.depth) * usize::from(lu.queues.get());
         let all: usize = lus.iter().flatten().map(requests).sum();
         self.stripes.reserve(512 + all);
+        self.changed.reserve(all + WORKERS);
+        self.pool.reserve(all + WORKERS);
+        self.log.reserve(WORKERS);
     }
 
     /// Gives a LU whose device is down another number of queues.

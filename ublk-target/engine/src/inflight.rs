@@ -95,6 +95,11 @@ fn barrier() {
 }
 
 impl InflightLog {
+    /// Makes room for so many who wait for an entry.
+    pub(crate) fn reserve(&self, tasks: usize) {
+        self.waiters.reserve(tasks);
+    }
+
     /// Starts a new log. It says something to a successor only after `begin`, or if it goes on that of a
     /// process that died (`died`): that stays valid throughout, with what its replay could not write.
     pub(crate) fn start(pool: &Rc<Pool>, group: GroupUuid, generation: u64, died: bool) -> Self {

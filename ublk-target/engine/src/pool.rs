@@ -97,6 +97,13 @@ impl fmt::Debug for Pool {
 }
 
 impl Pool {
+    /// Makes room for so many who wait.
+    pub(crate) fn reserve(&self, tasks: usize) {
+        for waiters in &self.waiters {
+            waiters.reserve(tasks);
+        }
+    }
+
     /// Takes a memory; a third of what follows the prefix is kept for `Work`.
     ///
     /// # Panics  if the memory is not the prefix and at least two of the largest blocks, whole

@@ -12,6 +12,7 @@ use arrayvec::ArrayVec;
 
 use crate::plan::{Span, WRITES_MAX};
 use crate::pool::Lease;
+use crate::raid_group::WORKERS;
 use crate::sync::Waiters;
 use crate::traits::RequestId;
 
@@ -133,6 +134,7 @@ impl StripeTable {
             stopped: Cell::new(false),
         };
         table.grow(512);
+        table.work.reserve(WORKERS);
         table
     }
 

@@ -14,6 +14,13 @@ pub struct Waiters {
 }
 
 impl Waiters {
+    /// Makes room for so many at once: who waits then allocates nothing.
+    pub fn reserve(&self, tasks: usize) {
+        let mut wakers = self.wakers.borrow_mut();
+        let has = wakers.len();
+        wakers.reserve(tasks.saturating_sub(has));
+    }
+
     /// Wakes all. The list keeps its room.
     pub fn wake_all(&self) {
         let mut wakers = self.wakers.borrow_mut();
