@@ -68,6 +68,8 @@ impl Level {
 pub enum Consistency {
     /// md's `resync`: everything is resynced after a power loss; the write hole is open.
     None,
+    /// md's `bitmap`: regions that were being written are resynced after a power loss; the write hole is open there.
+    Bitmap,
 }
 
 /// State of one slot of a group, as its superblocks say it.
