@@ -10,8 +10,7 @@ use lunar_api::mgmt::{
 };
 use lunar_api::rows::{Changed, DiskState, GroupList, GroupOne, JobState};
 use lunar_api::target::{
-    GroupState, GroupStatus, Level, MemberSpec, ScrubOrder, ScrubState, TargetAnswer,
-    TargetRequest,
+    GroupState, GroupStatus, Level, MemberSpec, ScrubOrder, ScrubState, TargetAnswer, TargetRequest,
 };
 use lunar_api::units::format_size;
 use lunar_api::{ApiError, ErrorKind, GroupUuid};
