@@ -26,7 +26,7 @@ impl Rig {
 
     /// As [`Self::new`], with variables.
     pub fn with_env(env: &'static [(&'static str, &'static str)]) -> Result<Self, Failure> {
-        Self::of(sh("mktemp -d /tmp/lunar.XXXXXX")?, env)
+        Self::of(sh("mktemp -d -p /tmp")?, env)
     }
 
     /// As [`Self::new`], with a state directory that is there.
