@@ -71,6 +71,8 @@ pub const MEMBERS_MAX: usize = 64;
 pub enum Consistency {
     /// md's `resync`: everything is resynced after a power loss; the write hole is open.
     None,
+    /// md's `bitmap`: regions that were being written are resynced after a power loss; the write hole is open there.
+    Bitmap,
 }
 
 /// State of one slot of a group, as its superblocks say it.

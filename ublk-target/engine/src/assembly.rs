@@ -12,7 +12,7 @@
 //!    itself (a snapshot put back, a disk that lied about its writes): stale too. Only where it cannot be done without, and with
 //!    `force`, it is taken as it is.
 //! 5. No more members are missing than the level can do without. `force` does not help: there is no data.
-//! 6. Parity, not cleanly stopped and degraded: parity may not match, and the missing member cannot be told from it:
+//! 6. Parity, not cleanly stopped (under policy `bitmap`: and with any region marked) and degraded: parity may not match, and the missing member cannot be told from it:
 //!    refused without `force`. Not so after the mere death of the process, whose in-flight log is there.
 //!    Mirrors need no parity: every copy holds old or new.
 //!
@@ -21,7 +21,7 @@
 //!
 //! Invariant: the same superblocks in another order give the same plan.
 
-use lunar_api::target::{Level, MemberState, Witness};
+use lunar_api::target::{Consistency, Level, MemberState, Witness};
 use lunar_api::{DiskUuid, GroupUuid, History};
 
 use crate::geometry::Geometry;
@@ -44,6 +44,8 @@ pub struct Present<'a> {
     pub superblock: &'a Superblock,
     /// For messages.
     pub path: &'a str,
+    /// Its intent map has marks, or it has none.
+    pub is_marked: bool,
 }
 
 /// Under which conditions a group starts.
@@ -68,8 +70,11 @@ pub enum SlotPlan {
     InSync(usize),
     /// There, but it missed writes: it needs a rebuild from the start.
     Stale(usize),
-    /// There, and right below the cursor of its entry.
+    /// There, and right below the cursor of its entry; or, where that says since when it was away, but for what is in the
+    /// missed map.
     Rebuilding(usize),
+    /// There again: it has all but what is in the missed map, and is caught up.
+    Returning(usize),
     /// Failed, and not there.
     Faulty,
     /// Nobody there.
@@ -101,11 +106,15 @@ pub struct Plan {
     /// From here on (bytes of a member's data area): 0 after an unclean stop, else as recorded. A degraded raid5 is
     /// resynced by the rebuild, a raid6 after it, as is a raid5 that had been rebuilt in part.
     pub synced_to: u64,
+    /// Regions that are marked are to be made right again.
+    pub marked_unsynced: bool,
     /// What was rebuilt of a mirror is not believed: it and the copy that is read may differ in what was being written,
     /// and who was told of one may not be shown the other later.
     pub rebuild_anew: bool,
     /// The flag `torn` of the next superblock.
     pub torn: bool,
+    /// It is known what who is not there any more will have missed: nothing but what is written, and what is marked.
+    pub notes_missed: bool,
     /// Disks that were given but have no slot any more.
     pub surplus: Vec<usize>,
     /// What a person should know, a sentence each.
@@ -133,7 +142,14 @@ pub fn assemble(
     let overruled = check_witness(&members, leader, conditions, &mut reasons)?;
     let geometry = said.geometry().map_err(AssemblyError::Geometry)?;
     let seat = |older| {
-        let record = take_over(said, &members, &given_up, older);
+        let mut record = take_over(said, &members, &given_up, older);
+        if overruled || older == Older::Taken || !given_up.is_empty() {
+            // Who was away may have more than what counts from here on: what it misses is not known.
+            record
+                .members
+                .iter_mut()
+                .for_each(|entry| entry.left_at = 0);
+        }
         let seats = place(&record, &members, &given_up, older);
         (record, seats)
     };
@@ -163,14 +179,11 @@ pub fn assemble(
     check_redundancy(&geometry, missing(&seats), &lost)?;
 
     let is_unclean = record.flags.dirty && !conditions.process_death_only;
-    let parity = check_parity(
-        &geometry,
-        record,
-        &lost,
-        is_unclean,
-        conditions,
-        &mut reasons,
-    )?;
+    let is_bitmap = record.consistency == Consistency::Bitmap;
+    let in_sync = |m: &&Found<'_>| slots.contains(&SlotPlan::InSync(m.index));
+    let is_marked = !is_bitmap || members.iter().filter(in_sync).any(|m| m.is_marked);
+    let is_doubted = (record.flags.torn || is_unclean) && is_marked;
+    let parity = check_parity(&geometry, &lost, is_doubted, conditions, &mut reasons)?;
     let is_rebuilt_in_part = record
         .members
         .iter()
@@ -184,7 +197,7 @@ pub fn assemble(
         (true, Parity::Accepted) if is_rebuilt_in_part => 0,
         (true, _) if older_taken => 0,
         (true, Parity::Accepted) => record.synced_to,
-        (true, Parity::Right | Parity::Torn) if is_unclean => {
+        (true, Parity::Right | Parity::Torn) if is_unclean && !is_bitmap => {
             reasons.push("it was not stopped cleanly: all of it is resynced".to_owned());
             0
         }
@@ -214,7 +227,13 @@ pub fn assemble(
         given_up: given_up.iter().map(|m| m.group.history).collect(),
         resync: synced_to < geometry.member_bytes(),
         synced_to,
-        torn: parity == Parity::Torn,
+        notes_missed: record.maps
+            && !overruled
+            && !older_taken
+            && given_up.is_empty()
+            && (is_bitmap || !record.flags.dirty),
+        torn: parity == Parity::Torn || is_bitmap && is_doubted && parity != Parity::Accepted,
+        marked_unsynced: is_bitmap && is_doubted && parity != Parity::Accepted,
         rebuild_anew: is_unclean && geometry.is_mirrored(),
         surplus: members
             .iter()
@@ -257,15 +276,25 @@ impl Plan {
             record.parents.truncate(PARENTS_MAX);
         }
         record.flags.deleted = false;
+        let (floor, notes_missed) = (record.floor, self.notes_missed);
         for (entry, plan) in record.members.iter_mut().zip(&self.slots) {
             let is_held = match plan {
                 SlotPlan::InSync(_) | SlotPlan::Rebuilding(_) | SlotPlan::Faulty => true,
+                SlotPlan::Returning(_) => {
+                    entry.state = MemberState::Rebuilding;
+                    true
+                }
                 SlotPlan::Stale(_) => {
                     matches!(entry.state, MemberState::Faulty | MemberState::Missing)
                 }
                 SlotPlan::Missing => false,
             };
             if !is_held {
+                entry.left_at = match (plan, entry.state) {
+                    (SlotPlan::Missing, MemberState::InSync) if notes_missed => floor,
+                    (SlotPlan::Missing, _) => entry.left_at,
+                    _ => 0,
+                };
                 entry.state = MemberState::Missing;
                 entry.rebuilt_to = 0;
             }
@@ -291,7 +320,7 @@ impl SlotPlan {
     /// Returns the number of the disk that the running group works with: a stale one waits for its rebuild.
     pub fn used(self) -> Option<usize> {
         match self {
-            Self::InSync(disk) | Self::Rebuilding(disk) => Some(disk),
+            Self::InSync(disk) | Self::Rebuilding(disk) | Self::Returning(disk) => Some(disk),
             Self::Stale(_) | Self::Faulty | Self::Missing => None,
         }
     }
@@ -299,7 +328,10 @@ impl SlotPlan {
     /// Returns the number of the disk that is in the slot.
     pub fn disk(self) -> Option<usize> {
         match self {
-            Self::InSync(disk) | Self::Stale(disk) | Self::Rebuilding(disk) => Some(disk),
+            Self::InSync(disk)
+            | Self::Stale(disk)
+            | Self::Rebuilding(disk)
+            | Self::Returning(disk) => Some(disk),
             Self::Faulty | Self::Missing => None,
         }
     }
@@ -313,6 +345,7 @@ struct Found<'a> {
     superblock: &'a Superblock,
     slot: u16,
     group: &'a GroupRecord,
+    is_marked: bool,
 }
 
 impl Found<'_> {
@@ -327,7 +360,12 @@ fn check_members<'a>(
     present: &[Present<'a>],
 ) -> Result<Vec<Found<'a>>, AssemblyError> {
     let mut members: Vec<Found<'a>> = Vec::new();
-    for (index, Present { superblock, path }) in present.iter().copied().enumerate() {
+    for (index, one) in present.iter().enumerate() {
+        let Present {
+            superblock,
+            path,
+            is_marked,
+        } = *one;
         let member = superblock
             .member
             .as_ref()
@@ -349,6 +387,7 @@ fn check_members<'a>(
             superblock,
             slot: member.slot,
             group: &member.group,
+            is_marked,
         });
     }
     if members.is_empty() {
@@ -414,13 +453,12 @@ fn check_redundancy(
 /// Rule 6.
 fn check_parity(
     geometry: &Geometry,
-    record: &GroupRecord,
     lost: &[String],
-    is_unclean: bool,
+    is_doubted: bool,
     conditions: Conditions,
     reasons: &mut Vec<String>,
 ) -> Result<Parity, AssemblyError> {
-    if geometry.parities() == 0 || !(record.flags.torn || is_unclean) {
+    if geometry.parities() == 0 || !is_doubted {
         return Ok(Parity::Right);
     }
     if lost.is_empty() || conditions.process_death_only {

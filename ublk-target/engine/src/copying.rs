@@ -138,10 +138,8 @@ impl<E: Env> RaidGroup<E> {
         }
         self.durable_rebuild.set(0);
         self.rebuild.set(Some(Rebuild {
-            slot: copying.slot,
-            from: copying.done.get(),
-            done: copying.done.get(),
             window: copying.next.get(),
+            ..Rebuild::new(copying.slot, copying.done.get())
         }));
         self.want_sync();
         true

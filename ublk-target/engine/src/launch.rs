@@ -11,11 +11,12 @@ use crate::config::GroupConfig;
 use crate::geometry::Geometry;
 use crate::growing::Shape;
 use crate::inflight::InflightLog;
-use crate::member::Member;
+use crate::member::{META_BYTES, Member};
 use crate::pool::{Pool, Quota};
 use crate::raid_group::{Given, MemberPlace, Parts, RaidGroup, Rebuild};
+use crate::regions::{Maps, MapsFound};
 use crate::stripe_table::StripeTable;
-use crate::superblock::{BYTES, GroupRecord, Replacement};
+use crate::superblock::{GroupRecord, Replacement};
 use crate::sync::Waiters;
 use crate::traits::Env;
 use crate::view::Views;
@@ -54,7 +55,7 @@ pub(crate) struct Seated<D> {
 
 impl<E: Env> RaidGroup<E> {
     /// Puts a group together in memory. States are those of the record, but who is not there is not believed.
-    /// `died`: a process of the group died here, and its log goes on.
+    /// `maps`: what its maps say, if it has any. `died`: a process of the group died here, and its log goes on.
     pub(crate) async fn launch(
         rest: Rest<E>,
         geometry: Geometry,
@@ -62,6 +63,7 @@ impl<E: Env> RaidGroup<E> {
         config: GroupConfig,
         generation: u64,
         seated: Seated<E::Disk>,
+        maps: Option<MapsFound>,
         died: bool,
     ) -> Rc<Self> {
         rest.pool.set_aside();
@@ -76,17 +78,16 @@ impl<E: Env> RaidGroup<E> {
                         MemberState::InSync => in_sync |= 1 << i,
                         MemberState::Rebuilding => {
                             let done = entry.rebuilt_to / unit;
-                            rebuild = Some(Rebuild {
-                                slot: i,
-                                from: done,
-                                done,
-                                window: done,
+                            rebuild = Some(match entry.left_at {
+                                0 => Rebuild::new(i, done),
+                                _ => Rebuild::catching_up(i),
                             });
                         }
                         MemberState::Faulty | MemberState::Missing => {}
                     }
-                    let meta = rest.pool.lease(Quota::Work, BYTES).await;
+                    let meta = rest.pool.lease(Quota::Work, META_BYTES).await;
                     let member = Member::present(i, state, (given, place), meta);
+                    member.left_at.set(entry.left_at);
                     members.push(Rc::new(member));
                 }
                 None => {
@@ -94,18 +95,21 @@ impl<E: Env> RaidGroup<E> {
                         state = MemberState::Missing;
                     }
                     let path = format!("(was disk {})", entry.disk);
-                    members.push(Rc::new(Member::new(i, entry.disk, path, state)));
+                    let member = Member::new(i, entry.disk, path, state);
+                    member.left_at.set(entry.left_at);
+                    members.push(Rc::new(member));
                 }
             }
         }
         let mut copied = None;
         if let Some((Some(seat), new)) = seated.new {
-            let meta = rest.pool.lease(Quota::Work, BYTES).await;
+            let meta = rest.pool.lease(Quota::Work, META_BYTES).await;
             let member = Member::present(new.slot, MemberState::Rebuilding, seat, meta);
             copied = Some((Rc::new(member), new));
         }
         let synced = record.synced_to / unit;
         let log = InflightLog::start(&rest.pool, record.uuid, generation, died);
+        let maps = maps.map(|found| Maps::new(&record, found));
         let lus = config.lus.clone();
         let group = Rc::new(Self {
             id: record.uuid,
@@ -142,6 +146,7 @@ impl<E: Env> RaidGroup<E> {
             happened: Waiters::default(),
             lus: RefCell::default(),
             stripes: StripeTable::new(),
+            maps,
             log,
             hung: RefCell::default(),
             kept: RefCell::default(),

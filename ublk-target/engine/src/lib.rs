@@ -25,6 +25,8 @@ pub mod pool;
 mod publish;
 pub mod raid_group;
 pub mod recipe;
+pub mod region_map;
+mod regions;
 pub mod reserve;
 mod scrub;
 mod serve;

@@ -40,6 +40,10 @@ impl<E: Env> RaidGroup<E> {
         }
         self.in_sync.set(self.in_sync.get() & !slots);
         self.views.advance();
+        let catches_up = self.rebuild.get().is_some_and(|rebuild| rebuild.catches_up);
+        if let Some(maps) = self.maps.as_ref().filter(|_| slots & !rebuilding != 0) {
+            maps.begin_missed();
+        }
         if rebuilding & slots != 0 {
             self.rebuild.set(None);
             self.durable_rebuild.set(0);
@@ -48,6 +52,13 @@ impl<E: Env> RaidGroup<E> {
         for slot in bits(slots) {
             let member = self.member(slot);
             member.state.set(MemberState::Faulty);
+            member.left_at.set(match rebuilding & 1 << slot {
+                // What every member has on its disk: it does not come back as an older copy of itself.
+                0 if self.maps.is_some() => self.floor.get(),
+                0 => 0,
+                _ if catches_up => member.left_at.get(),
+                _ => 0,
+            });
             *member.reason.borrow_mut() = why.to_owned();
             self.give_up(&member);
             // md's words: a disk that was being filled was a spare until then.
@@ -118,7 +129,7 @@ impl<E: Env> RaidGroup<E> {
     }
 
     /// Those of the slots whose failure was that of the disk which is there now.
-    fn blamed(&self, slots: u64) -> u64 {
+    pub(crate) fn blamed(&self, slots: u64) -> u64 {
         bits(slots)
             .filter(|slot| self.member(*slot).to_blame.get())
             .fold(0, |set, slot| set | 1 << slot)
@@ -220,6 +231,8 @@ impl<E: Env> RaidGroup<E> {
     }
 
     async fn publish_once(&self) -> Result<(), Errno> {
+        // A superblock that says that a member has left relies on what is noted of it.
+        self.write_maps().await?;
         let generation = self.generation.get();
         let dirty = self.dirty.get();
         // From here on the disks may say that it is clean.
@@ -324,6 +337,7 @@ impl<E: Env> RaidGroup<E> {
                         MemberState::Rebuilding => self.durable_rebuild.get() * unit,
                         MemberState::InSync | MemberState::Faulty | MemberState::Missing => 0,
                     },
+                    left_at: member.left_at.get(),
                 })
                 .collect(),
             replacement: self.copying().map(|copying| Replacement {

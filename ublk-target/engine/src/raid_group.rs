@@ -23,6 +23,7 @@ use crate::growing::Shape;
 use crate::inflight::InflightLog;
 use crate::member::Member;
 use crate::pool::{Closed, Lease, Pool, Quota};
+use crate::regions::Maps;
 use crate::reserve::Reserve;
 use crate::stripe_ops::scrub::Finding;
 use crate::stripe_table::StripeTable;
@@ -106,6 +107,30 @@ pub(crate) struct Rebuild {
     pub done: u64,
     /// Stripes below may be under work: writes go there too.
     pub window: u64,
+    /// It has all but what it missed while it was away: only that is filled, and it is not read before the end.
+    pub catches_up: bool,
+}
+
+impl Rebuild {
+    /// Of a disk of which so many stripes are right.
+    pub(crate) fn new(slot: u16, done: u64) -> Self {
+        Self {
+            slot,
+            from: done,
+            done,
+            window: done,
+            catches_up: false,
+        }
+    }
+
+    /// Of a disk that has been away.
+    pub(crate) fn catching_up(slot: u16) -> Self {
+        Self {
+            window: u64::MAX,
+            catches_up: true,
+            ..Self::new(slot, 0)
+        }
+    }
 }
 
 /// Counters of a LU, as cells.
@@ -243,6 +268,8 @@ pub struct RaidGroup<E: Env> {
 
     pub(crate) lus: RefCell<Vec<Option<Rc<Lu>>>>,
     pub(crate) stripes: StripeTable,
+    /// None where there is no redundancy, and of a group from before there were maps.
+    pub(crate) maps: Option<Maps>,
     pub(crate) log: InflightLog,
     /// Members that were given up while I/O of theirs was not over; they hold memory until it is.
     pub(crate) hung: RefCell<Vec<Rc<E::Disk>>>,
@@ -306,7 +333,9 @@ impl<E: Env> RaidGroup<E> {
     /// Slots whose chunk of this stripe can be believed, as bits.
     pub(crate) fn readable(&self, stripe: u64) -> u64 {
         match self.rebuild.get() {
-            Some(rebuild) if stripe < rebuild.done && !self.is_hole(stripe) => {
+            Some(rebuild)
+                if stripe < rebuild.done && !rebuild.catches_up && !self.is_hole(stripe) =>
+            {
                 self.in_sync.get() | 1 << rebuild.slot
             }
             _ => self.in_sync.get(),
@@ -340,7 +369,7 @@ impl<E: Env> RaidGroup<E> {
 
     /// Says whether the redundancy of a stripe is right where nobody is writing.
     pub(crate) fn is_synced(&self, stripe: u64) -> bool {
-        stripe < self.synced.get() && !self.is_hole(stripe)
+        stripe < self.synced.get() && !self.is_hole(stripe) && !self.is_unsynced(stripe)
     }
 
     pub(crate) fn rebuilding(&self) -> Option<u16> {

@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use lunar_api::target::{Level, MemberState};
+use lunar_api::target::{Consistency, Level, MemberState};
 use lunar_api::{ApiError, DiskUuid, ErrorKind, History};
 
 use crate::assembly::{self, Conditions, Plan, Present, SlotPlan};
@@ -15,6 +15,8 @@ use crate::limits::{CONFIG_PIECE, MEMBERS_MAX};
 use crate::parity;
 use crate::pool::{Lease, Pool, Quota};
 use crate::raid_group::{CreateSpec, Given, MemberPlace, Parts, RaidGroup, StartSpec};
+use crate::region_map::{Kind, RegionSet};
+use crate::regions::{MapsFound, read_map, regions};
 use crate::reserve::{Reserve, lay_out, region_bytes};
 use crate::serve::bits;
 use crate::superblock::{BYTES, ConfigVersion, Flags, GroupRecord, MemberEntry, Superblock};
@@ -56,6 +58,13 @@ impl<E: Env> RaidGroup<E> {
         let n = u16::try_from(members.len()).expect("MEMBERS_MAX is below 2^16");
         let geometry = shape(&spec, &reserves).map_err(|error| refuse(error.to_string()))?;
         let config = GroupConfig::new(&spec.name).map_err(|error| refuse(error.to_string()))?;
+        if spec.consistency == Consistency::Bitmap && geometry.redundancy() == 0 {
+            let why = format!(
+                "a {:?} has no redundancy to be made right again",
+                spec.level
+            );
+            return Err(refuse(why.to_lowercase()).hint("leave --consistency away"));
+        }
         let clean = spec.assume_clean || geometry.redundancy() == 0;
         let record = GroupRecord {
             uuid: spec.group,
@@ -71,6 +80,7 @@ impl<E: Env> RaidGroup<E> {
             logical_block,
             physical_block: 4096,
             member_bytes: geometry.member_bytes(),
+            maps: geometry.redundancy() > 0,
             region_bytes: region_bytes(geometry.member_bytes()),
             synced_to: if clean { geometry.member_bytes() } else { 0 },
             log_lanes: 1,
@@ -83,6 +93,7 @@ impl<E: Env> RaidGroup<E> {
                     disk: m.uuid,
                     state: MemberState::InSync,
                     rebuilt_to: 0,
+                    left_at: 0,
                     data_bytes: match spec.level {
                         Level::Linear => geometry.data_bytes(slot),
                         _ => 0,
@@ -99,6 +110,7 @@ impl<E: Env> RaidGroup<E> {
             };
             slots.push(Some((given, place)));
         }
+        let maps = record.maps.then(|| MapsFound::none(&record));
         let group = Self::launch(
             rest,
             geometry,
@@ -106,9 +118,17 @@ impl<E: Env> RaidGroup<E> {
             config.clone(),
             generation,
             Seated { slots, new: None },
+            maps,
             false,
         )
         .await;
+        if let Some(turn) = group.maps_turn().await {
+            let lease = group.pool.lease(Quota::Work, CONFIG_PIECE).await;
+            let members = group.members.borrow().clone();
+            if group.put_maps(&turn, &lease, &members).await != 0 {
+                return Err(failed(what, "a disk does not take writes"));
+            }
+        }
         group.write_config(config).await?;
         if group.in_sync.get().count_ones() < u32::from(n) {
             return Err(failed(what, group.reason()));
@@ -184,6 +204,10 @@ impl<E: Env> RaidGroup<E> {
         // A log of another time of the group says nothing about these disks.
         let left = inflight::read(&rest.pool, spec.group, memory)
             .filter(|left| generation.is_some_and(|generation| left.generation >= generation));
+        let mut maps = Vec::new();
+        for (superblock, given) in superblocks.iter().zip(&readable) {
+            maps.push(read_maps(superblock, &given.disk, (&whole, page)).await);
+        }
         let conditions = Conditions {
             witness: spec.witness,
             force: spec.force,
@@ -194,9 +218,11 @@ impl<E: Env> RaidGroup<E> {
         let present: Vec<Present<'_>> = superblocks
             .iter()
             .zip(&readable)
-            .map(|(superblock, given)| Present {
+            .zip(&maps)
+            .map(|((superblock, given), maps)| Present {
                 superblock,
                 path: &given.path,
+                is_marked: maps.as_ref().is_none_or(|maps| !maps.intent.is_empty()),
             })
             .collect();
         let plan = assembly::assemble(spec.group, &present, conditions)
@@ -230,6 +256,7 @@ impl<E: Env> RaidGroup<E> {
             .filter(|disk| record.slot_of(**disk).is_some())
             .map(left_out)
             .collect();
+        let found = find_maps(&plan, &record, maps);
         let seated = seat(&plan, readable, &superblocks, &record);
         // Replay comes first: what is read from here on may take the memory that it writes from.
         let mut unreplayed = 0;
@@ -248,12 +275,16 @@ impl<E: Env> RaidGroup<E> {
             config,
             generation,
             seated,
+            found,
             left.is_some(),
         )
         .await;
         group.floor.set(floor.unwrap_or(0).min(generation));
         for reason in plan.reasons.iter().chain(&unreadable).chain(&without) {
             group.event("Assembled", None, reason);
+        }
+        if let Some(text) = group.unsynced_text() {
+            group.event("Assembled", None, &text);
         }
         if group.in_sync.get().count_ones() < u32::from(group.geometry.members()) {
             group.event("DegradedArray", None, &group.reason());
@@ -286,6 +317,66 @@ impl<E: Env> RaidGroup<E> {
         }
         Ok(group)
     }
+}
+
+/// What a member has of the maps.
+struct MemberMaps {
+    intent: RegionSet,
+    missed: RegionSet,
+}
+
+/// Reads the maps of a member whose group keeps them.
+async fn read_maps<D: Disk>(
+    superblock: &Superblock,
+    disk: &D,
+    memory: (&Lease, usize),
+) -> Option<MemberMaps> {
+    let member = superblock.member.as_ref()?;
+    let (layout, group) = (&member.layout, &member.group);
+    if !group.maps {
+        return None;
+    }
+    let (intent, missed) = (layout.intent.offset, layout.missed.offset);
+    Some(MemberMaps {
+        intent: read_map(disk, intent, (Kind::Intent, group), memory).await,
+        missed: read_map(disk, missed, (Kind::Missed, group), memory).await,
+    })
+}
+
+/// Joins what the members have of the maps: marked is what any member in sync has marked; on all members is what every member
+/// in use has marked.
+fn find_maps(
+    plan: &Plan,
+    record: &GroupRecord,
+    maps: Vec<Option<MemberMaps>>,
+) -> Option<MapsFound> {
+    if !record.maps {
+        return None;
+    }
+    let mut found = MapsFound::none(record);
+    found.is_unsynced = plan.marked_unsynced;
+    let mut is_first = true;
+    let used = plan.slots.iter().filter_map(|slot| slot.used());
+    for disk in used.chain(plan.replacement) {
+        let in_sync = plan.slots.contains(&SlotPlan::InSync(disk));
+        // One that has none yet says nothing, and takes what the others have with the next page.
+        let none = RegionSet::new(regions(record));
+        let (intent, missed) = match &maps[disk] {
+            Some(maps) => (&maps.intent, &maps.missed),
+            None => (&none, &none),
+        };
+        for (to, from) in [(&mut found.intent, intent), (&mut found.missed, missed)] {
+            match is_first {
+                true => to.all.clone_from(from),
+                false => to.all.keep_all(from),
+            }
+            if in_sync {
+                to.any.add_all(from);
+            }
+        }
+        is_first = false;
+    }
+    Some(found)
 }
 
 fn foreign(path: &str, superblock: &Superblock) -> ApiError {

@@ -70,6 +70,12 @@ pub(super) fn place(
     older: Older,
 ) -> Vec<Seat> {
     let mut seats = Vec::new();
+    // One after the other.
+    let mut is_filled = record.replacement.is_some()
+        || record
+            .members
+            .iter()
+            .any(|e| e.state == MemberState::Rebuilding);
     for (slot, entry) in record.members.iter().enumerate() {
         let found = members.iter().find(|m| m.superblock.disk == entry.disk);
         let counts = matches!(entry.state, MemberState::InSync | MemberState::Rebuilding);
@@ -78,8 +84,18 @@ pub(super) fn place(
         let below = in_place.filter(|m| m.generation() < record.floor);
         let is_taken = older == Older::Taken && entry.state == MemberState::InSync;
         let in_place = in_place.filter(|_| !is_given_up && (below.is_none() || is_taken));
+        let returns = found.filter(|m| {
+            let was = m.group.history;
+            let is_ours = was == record.history || record.parents.contains(&was);
+            let knows = entry.left_at != 0 && m.generation() >= entry.left_at && is_ours;
+            entry.state == MemberState::Missing && knows && usize::from(m.slot) == slot
+        });
         let plan = match (entry.state, found, in_place) {
             (MemberState::Rebuilding, _, Some(m)) => SlotPlan::Rebuilding(m.index),
+            (MemberState::Missing, Some(m), _) if returns.is_some() && !is_filled => {
+                is_filled = true;
+                SlotPlan::Returning(m.index)
+            }
             (_, _, Some(m)) => SlotPlan::InSync(m.index),
             (_, Some(m), None) => SlotPlan::Stale(m.index),
             (MemberState::Faulty, None, None) => SlotPlan::Faulty,
@@ -95,6 +111,9 @@ pub(super) fn place(
             ),
             (None, SlotPlan::Stale(_)) => {
                 format!("{path} (slot {slot}) missed writes: it needs a rebuild")
+            }
+            (None, SlotPlan::Returning(_)) => {
+                format!("{path} (slot {slot}) is back: it is caught up with what it has missed")
             }
             (None, plan) => describe(slot, entry.disk, plan),
         };
@@ -130,6 +149,7 @@ fn describe(slot: usize, disk: DiskUuid, plan: SlotPlan) -> String {
         SlotPlan::InSync(_) => "is in sync",
         SlotPlan::Stale(_) => "is stale",
         SlotPlan::Rebuilding(_) => "is being rebuilt",
+        SlotPlan::Returning(_) => "is caught up",
         SlotPlan::Faulty => "has failed",
         SlotPlan::Missing => "is not there",
     };

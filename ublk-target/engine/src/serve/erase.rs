@@ -174,6 +174,7 @@ impl<E: Env> RaidGroup<E> {
         // Leased before an entry of the log is taken: who has one waits for disks only.
         let zeroes = self.lease(Quota::Work, ZEROES_BYTES).await?;
         parity::zero(zeroes.cells(0..ZEROES_BYTES));
+        let _entered = self.enter(first..first + count).await?;
         let unit = self.geometry.stripe_on_member();
         let mut from = first;
         while from < first + count {

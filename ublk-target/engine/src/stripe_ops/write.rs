@@ -43,6 +43,7 @@ impl<E: Env> RaidGroup<E> {
     /// # Crash  process: the in-flight log has every write of a pass before the first of them is issued. Power:
     /// data and parity may be torn; policy `none` resyncs the group (write hole open)
     pub(super) async fn write_parity(&self, stripe: u64, batch: &[Item]) -> Result<(), Errno> {
+        let _entered = self.enter(stripe..stripe + 1).await?;
         let (mut next, mut attempts, mut is_first) = (0, 0, true);
         'again: loop {
             attempts += 1;
@@ -297,6 +298,7 @@ impl<E: Env> RaidGroup<E> {
         if self.failed.get() {
             return Err(EIO);
         }
+        let _entered = self.enter(stripe..stripe + 1).await?;
         let copies = usize::from(self.geometry.copies_of_each());
         for part in batch.chunks(SEGMENTS_MAX / copies) {
             let mut fua = false;

@@ -54,7 +54,15 @@ pub(crate) fn rig_on(
     assume_clean: bool,
 ) -> Rig {
     let n = stores.len() as u8;
-    eprintln!("{level:?} of {n}, chunk {chunk}, assume_clean {assume_clean}, seed {seed}");
+    // Every test runs with one of the policies; its seed says with which.
+    let consistency = match level {
+        Level::Raid0 | Level::Linear => Consistency::None,
+        _ if seed % 2 == 0 => Consistency::Bitmap,
+        _ => Consistency::None,
+    };
+    eprintln!(
+        "{level:?} of {n}, chunk {chunk}, {consistency:?}, assume_clean {assume_clean}, seed {seed}"
+    );
     let world = World::new(seed);
     let members = stores
         .iter()
@@ -63,9 +71,11 @@ pub(crate) fn rig_on(
         .collect();
     let memory = memory();
     let parts = parts(&world, members, &memory);
-    let group = world
-        .block_on(RaidGroup::create(parts, spec(level, chunk, assume_clean)))
-        .unwrap();
+    let spec = CreateSpec {
+        consistency,
+        ..spec(level, chunk, assume_clean)
+    };
+    let group = world.block_on(RaidGroup::create(parts, spec)).unwrap();
     run(&world, &group);
     let g = Rc::clone(&group);
     let handle =
