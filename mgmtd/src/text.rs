@@ -240,8 +240,14 @@ fn group_text(
         if live.level.is_striped() {
             let _ = write!(head, ", chunk {}", format_size(live.chunk));
         }
+        if live.level.is_redundant() {
+            head += match live.consistency {
+                Consistency::None => ", none",
+                Consistency::Bitmap => ", bitmap",
+            };
+        }
         if is_write_hole_open(live) {
-            head += ", none (write hole open)";
+            head += " (write hole open)";
         }
     }
     let state = match group.state {

@@ -443,7 +443,9 @@ pub fn member_state(state: MemberState) -> DiskState {
 
 /// Parity without a log: a power loss while degraded can damage old data.
 pub fn is_write_hole_open(group: &GroupStatus) -> bool {
-    group.level.has_parity() && group.consistency == Consistency::None
+    match group.consistency {
+        Consistency::None | Consistency::Bitmap => group.level.has_parity(),
+    }
 }
 
 /// Command lines that make file systems of the group's geometry.

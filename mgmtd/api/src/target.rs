@@ -55,6 +55,19 @@ impl Level {
         }
     }
 
+    /// Says whether a member may fail without loss.
+    pub fn is_redundant(self) -> bool {
+        !matches!(self, Self::Linear | Self::Raid0)
+    }
+
+    /// What a new group of this level does after a power loss, unless something else is asked for.
+    pub fn consistency(self) -> Consistency {
+        match self {
+            Self::Raid1 | Self::Raid10 => Consistency::Bitmap,
+            Self::Linear | Self::Raid0 | Self::Raid5 | Self::Raid6 => Consistency::None,
+        }
+    }
+
     /// Says whether it has parity.
     pub fn has_parity(self) -> bool {
         matches!(self, Self::Raid5 | Self::Raid6)
