@@ -400,7 +400,8 @@ impl<E: Env> RaidGroup<E> {
     }
 
     fn take_turn<'a>(&self, maps: &'a Maps) -> Option<MapsTurn<'a>> {
-        (!maps.writing.replace(true)).then_some(MapsTurn(maps))
+        // Made only where it is had: to drop it gives it back.
+        (!maps.writing.replace(true)).then(|| MapsTurn(maps))
     }
 
     /// Waits for the right to write maps: nobody else does until it is given back.

@@ -95,6 +95,14 @@ impl Rig {
         self.known.borrow_mut().fill(true);
     }
 
+    /// After a few I/Os of the sync that runs, or at its end.
+    fn lose_power_in_the_sync(&self) {
+        self.world.crash_in.set(Some(1 + self.world.random(40)));
+        let group = Rc::clone(&self.group);
+        self.world.run_until(move || group.status().sync.is_none());
+        self.world.kill();
+    }
+
     fn slot(&self, slot: u16) -> MemberState {
         self.group.status().members[usize::from(slot)].state
     }
@@ -131,11 +139,8 @@ fn power_lost_again_in_the_resync_loses_no_mark() {
         rig.storm_until_power_is_lost(600);
         for _ in 0..3 {
             rig.restart(&memory(), false).unwrap();
-            assert!(rig.group.status().sync.is_some());
             rig.check();
-            rig.world.crash_in.set(Some(1 + rig.world.random(60)));
-            rig.world.run_until(|| false);
-            rig.world.kill();
+            rig.lose_power_in_the_sync();
         }
         rig.restart(&memory(), false).unwrap();
         rig.wait_synced();
@@ -247,9 +252,7 @@ fn member_that_was_not_there_for_some_starts_is_caught_up_by_itself() {
         rig.check();
         // Power is lost while it is caught up: it is caught up all the same.
         if i % 3 == 0 && matches!(level, Level::Raid1 | Level::Raid10) {
-            rig.world.crash_in.set(Some(1 + rig.world.random(40)));
-            rig.world.run_until(|| false);
-            rig.world.kill();
+            rig.lose_power_in_the_sync();
             rig.restart(&memory(), false).unwrap();
             rig.check();
         }
@@ -322,7 +325,7 @@ fn an_older_copy_of_a_member_is_filled_from_the_start() {
 
 #[test]
 fn members_that_were_away_are_caught_up_one_after_the_other() {
-    let mut rig = rig(seed_of(310), Level::Raid6, 6, 65536, true);
+    let rig = rig(seed_of(310), Level::Raid6, 6, 65536, true);
     assert_eq!(rig.storm(40, || ()), 0);
     for slot in [1, 4] {
         rig.stores[slot].faults.dead.set(true);
