@@ -32,12 +32,12 @@ impl Rig {
     /// Many writes, and power is lost in the midst of them: each sector of those under way is old or new.
     fn storm_until_power_is_lost(&mut self, most: u64) {
         let before = self.model.borrow().clone();
-        let known = self.known.borrow().clone();
         let mut busy: Vec<(u64, u64, Rc<Cell<bool>>)> = Vec::new();
+        let mut tags: Vec<Rc<Cell<bool>>> = vec![Rc::new(Cell::new(true)); 60];
         self.world.crash_in.set(Some(1 + self.world.random(most)));
-        let mut tag = 0;
         while !self.world.crashed() {
-            tag = (tag + 1) % 60;
+            let free = tags.iter().position(|done| done.get());
+            let tag = free.expect("at most 24 are under way");
             let sectors = 1 + self
                 .world
                 .random([1, 8, 300][self.world.random(3) as usize]);
@@ -53,6 +53,7 @@ impl Rig {
                 self.world.pages.borrow_mut()[tag] = bytes;
                 let done = Rc::new(Cell::new(false));
                 busy.push((at, len, Rc::clone(&done)));
+                tags[tag] = Rc::clone(&done);
                 let request = Self::request(tag as u16, HostVerb::Write { fua: false }, at, len);
                 let group = Rc::clone(&self.group);
                 self.world.spawn(async move {
@@ -85,7 +86,6 @@ impl Rig {
                 self.known.borrow_mut()[place].fill(false);
             }
         }
-        drop(known);
     }
 
     /// The bytes of what nobody can know are what is read now: from here on they do not change by themselves.
