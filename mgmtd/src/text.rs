@@ -7,7 +7,7 @@ use lunar_api::rows::{
     DiskState, GroupHealth, Health, LuHealth, MemberHealth, ScrubRow, StatusData, StatusReply,
     Stranger, StrangerKind,
 };
-use lunar_api::target::{GroupState, Level, ScrubState, SyncAction, SyncStatus};
+use lunar_api::target::{Consistency, GroupState, Level, ScrubState, SyncAction, SyncStatus};
 use lunar_api::units::format_size;
 
 use crate::jobs::left_text;
