@@ -244,6 +244,8 @@ fn group_text(
             head += match live.consistency {
                 Consistency::None => ", none",
                 Consistency::Bitmap => ", bitmap",
+                Consistency::Ppl => ", ppl",
+                Consistency::Journal => ", journal",
             };
         }
         if is_write_hole_open(live) {

@@ -445,6 +445,7 @@ pub fn member_state(state: MemberState) -> DiskState {
 pub fn is_write_hole_open(group: &GroupStatus) -> bool {
     match group.consistency {
         Consistency::None | Consistency::Bitmap => group.level.has_parity(),
+        Consistency::Ppl | Consistency::Journal => false,
     }
 }
 

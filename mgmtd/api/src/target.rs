@@ -64,7 +64,19 @@ impl Level {
     pub fn consistency(self) -> Consistency {
         match self {
             Self::Raid1 | Self::Raid10 => Consistency::Bitmap,
-            Self::Linear | Self::Raid0 | Self::Raid5 | Self::Raid6 => Consistency::None,
+            Self::Raid5 => Consistency::Ppl,
+            Self::Raid6 => Consistency::Journal,
+            Self::Linear | Self::Raid0 => Consistency::None,
+        }
+    }
+
+    /// Says whether a group of this level can have that policy.
+    pub fn allows(self, consistency: Consistency) -> bool {
+        match consistency {
+            Consistency::None => true,
+            Consistency::Bitmap => self.is_redundant(),
+            Consistency::Ppl => self == Self::Raid5,
+            Consistency::Journal => self == Self::Raid6,
         }
     }
 
@@ -86,6 +98,18 @@ pub enum Consistency {
     None,
     /// md's `bitmap`: regions that were being written are resynced after a power loss; the write hole is open there.
     Bitmap,
+    /// md's `ppl` (raid5): what is not modified of a stripe is logged first; what a power loss tore is made right from that, also
+    /// without a member.
+    Ppl,
+    /// raid6: what is written of a stripe is logged first, on the members that have its parity.
+    Journal,
+}
+
+impl Consistency {
+    /// Says whether writes are logged on the members.
+    pub fn has_log(self) -> bool {
+        matches!(self, Self::Ppl | Self::Journal)
+    }
 }
 
 /// State of one slot of a group, as its superblocks say it.

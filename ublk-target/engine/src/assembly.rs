@@ -12,7 +12,8 @@
 //!    itself (a snapshot put back, a disk that lied about its writes): stale too. Only where it cannot be done without, and with
 //!    `force`, it is taken as it is.
 //! 5. No more members are missing than the level can do without. `force` does not help: there is no data.
-//! 6. Parity, not cleanly stopped (under policy `bitmap`: and with any region marked) and degraded: parity may not match, and the missing member cannot be told from it:
+//! 6. Parity, not cleanly stopped (under policy `bitmap`: and with any region marked; with a log: and one of the logs
+//!    cannot be read) and degraded: parity may not match, and the missing member cannot be told from it:
 //!    refused without `force`. Not so after the mere death of the process, whose in-flight log is there.
 //!    Mirrors need no parity: every copy holds old or new.
 //!
@@ -46,6 +47,8 @@ pub struct Present<'a> {
     pub path: &'a str,
     /// Its intent map has marks, or it has none.
     pub is_marked: bool,
+    /// Its log, where the policy has one, cannot be read.
+    pub is_log_lost: bool,
 }
 
 /// Under which conditions a group starts.
@@ -109,7 +112,7 @@ pub struct Plan {
     /// Regions that are marked are to be made right again.
     pub marked_unsynced: bool,
     /// What was rebuilt of a mirror is not believed: it and the copy that is read may differ in what was being written,
-    /// and who was told of one may not be shown the other later.
+    /// and who was told of one may not be shown the other later. Nor what was rebuilt on a member whose log is lost.
     pub rebuild_anew: bool,
     /// The flag `torn` of the next superblock.
     pub torn: bool,
@@ -181,8 +184,20 @@ pub fn assemble(
     let is_unclean = record.flags.dirty && !conditions.process_death_only;
     let is_bitmap = record.consistency == Consistency::Bitmap;
     let in_sync = |m: &&Found<'_>| slots.contains(&SlotPlan::InSync(m.index));
-    let is_marked = !is_bitmap || members.iter().filter(in_sync).any(|m| m.is_marked);
-    let is_doubted = (record.flags.torn || is_unclean) && is_marked;
+    let is_marked = members.iter().filter(in_sync).any(|m| m.is_marked);
+    let lost_log = members.iter().filter(in_sync).find(|m| m.is_log_lost);
+    let lost_log = lost_log.filter(|_| record.consistency.has_log());
+    // What tells of what was being written, if anything does.
+    let is_all_torn = is_unclean
+        && match record.consistency {
+            Consistency::None => true,
+            Consistency::Bitmap => false,
+            Consistency::Ppl | Consistency::Journal => lost_log.is_some(),
+        };
+    let is_doubted = match is_bitmap {
+        true => (record.flags.torn || is_unclean) && is_marked,
+        false => record.flags.torn || is_all_torn,
+    };
     let parity = check_parity(&geometry, &lost, is_doubted, conditions, &mut reasons)?;
     let is_rebuilt_in_part = record
         .members
@@ -197,8 +212,14 @@ pub fn assemble(
         (true, Parity::Accepted) if is_rebuilt_in_part => 0,
         (true, _) if older_taken => 0,
         (true, Parity::Accepted) => record.synced_to,
-        (true, Parity::Right | Parity::Torn) if is_unclean && !is_bitmap => {
-            reasons.push("it was not stopped cleanly: all of it is resynced".to_owned());
+        (true, Parity::Right | Parity::Torn) if is_all_torn => {
+            reasons.push(match lost_log {
+                Some(member) => format!(
+                    "it was not stopped cleanly, and the log on {} cannot be read: all of it is resynced",
+                    member.path
+                ),
+                None => "it was not stopped cleanly: all of it is resynced".to_owned(),
+            });
             0
         }
         (true, Parity::Right | Parity::Torn) => record.synced_to,
@@ -231,10 +252,17 @@ pub fn assemble(
             && !overruled
             && !older_taken
             && given_up.is_empty()
-            && (is_bitmap || !record.flags.dirty),
+            && (is_bitmap
+                || record.consistency.has_log() && lost_log.is_none()
+                || !record.flags.dirty),
         torn: parity == Parity::Torn || is_bitmap && is_doubted && parity != Parity::Accepted,
         marked_unsynced: is_bitmap && is_doubted && parity != Parity::Accepted,
-        rebuild_anew: is_unclean && geometry.is_mirrored(),
+        rebuild_anew: is_unclean
+            && (geometry.is_mirrored()
+                || record.consistency.has_log()
+                    && members
+                        .iter()
+                        .any(|m| m.is_log_lost && slots.contains(&SlotPlan::Rebuilding(m.index)))),
         surplus: members
             .iter()
             .filter(|m| !is_used(m))
@@ -346,6 +374,7 @@ struct Found<'a> {
     slot: u16,
     group: &'a GroupRecord,
     is_marked: bool,
+    is_log_lost: bool,
 }
 
 impl Found<'_> {
@@ -365,6 +394,7 @@ fn check_members<'a>(
             superblock,
             path,
             is_marked,
+            is_log_lost,
         } = *one;
         let member = superblock
             .member
@@ -388,6 +418,7 @@ fn check_members<'a>(
             slot: member.slot,
             group: &member.group,
             is_marked,
+            is_log_lost,
         });
     }
     if members.is_empty() {

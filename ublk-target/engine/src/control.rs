@@ -7,12 +7,14 @@ use lunar_api::{ApiError, DiskUuid, ErrorKind, LuUuid};
 
 use crate::config::{ConfigError, GroupConfig, LuConfig, Queues};
 use crate::label::read_superblock;
+use crate::lanes::Lane;
 use crate::limits::CONFIG_PIECE;
 use crate::member::{META_BYTES, Member};
 use crate::parity;
 use crate::pool::{Lease, Quota};
 use crate::raid_group::{EIO, Errno, Given, Lu, MemberPlace, RaidGroup, Rebuild, WORKERS};
 use crate::regions::MapsTurn;
+use crate::replay::read_log;
 use crate::reserve::{Reserve, lay_out};
 use crate::serve::bits;
 use crate::traits::{Buf, Clock, Disk, DiskVerb, Env, MILLISECOND, Piece, SECOND, Tick};
@@ -542,6 +544,11 @@ impl<E: Env> RaidGroup<E> {
             false => self.returns_to(slot, &with).await,
             true => None,
         };
+        // What its log says that it misses is noted before that is emptied.
+        let returns = match (returns, &self.lanes) {
+            (Some(place), Some(_)) => self.note_log(&with, &place).await?.then_some(place),
+            (returns, _) => returns,
+        };
         let place = match &returns {
             Some(place) => place.clone(),
             None => MemberPlace {
@@ -583,6 +590,10 @@ impl<E: Env> RaidGroup<E> {
         let meta = memory(META_BYTES).await?;
         let state = MemberState::Rebuilding;
         let member = Rc::new(Member::present(slot, state, (with, place), meta));
+        if self.lanes.is_some() {
+            let pages = memory(Lane::PAGES).await?;
+            member.lane.replace(Some(Lane::new(pages, 0)));
+        }
         if returns.is_some() {
             member.left_at.set(self.member(slot).left_at.get());
         }
@@ -603,6 +614,9 @@ impl<E: Env> RaidGroup<E> {
             return Err(failed(what, "it does not take writes"));
         }
         drop(pages);
+        if !self.empty_log(&member).await {
+            return Err(failed(what, "it does not take writes"));
+        }
         serves()?;
         if is_copied {
             if is_out() {
@@ -668,6 +682,24 @@ impl<E: Env> RaidGroup<E> {
                 end_copy: said.end_copy,
             },
         })
+    }
+
+    /// Notes what a member that is back was to have the parity of as it left; false if its log cannot be read.
+    async fn note_log(&self, with: &Given<E::Disk>, place: &MemberPlace) -> Result<bool, ApiError> {
+        let what = "the disk was not put into the group";
+        let memory = self.config_memory(CONFIG_PIECE).await;
+        let memory = memory.map_err(|why| failed(what, why))?;
+        let (at, scratch) = (place.reserve.layout.logs.offset, (&memory, 0..CONFIG_PIECE));
+        let log = read_log(&with.disk, at, self.id, &scratch, true).await;
+        if log.newest.is_none() {
+            return Ok(false);
+        }
+        if let Some(maps) = &self.maps {
+            maps.note_missed(|missed| log.mark(&self.record.borrow(), missed));
+        }
+        let noted = self.write_maps().await;
+        noted.map_err(|_| failed(what, "too few members are left"))?;
+        Ok(true)
     }
 
     /// Has a disk filled by copying the one in a slot, which stays until it is whole.

@@ -11,6 +11,7 @@ use crate::config::GroupConfig;
 use crate::geometry::Geometry;
 use crate::growing::Shape;
 use crate::inflight::InflightLog;
+use crate::lanes::{Lane, Lanes};
 use crate::member::{META_BYTES, Member};
 use crate::pool::{Pool, Quota};
 use crate::raid_group::{Given, MemberPlace, Parts, RaidGroup, Rebuild};
@@ -53,9 +54,18 @@ pub(crate) struct Seated<D> {
     pub new: Option<(Slot<D>, Replacement)>,
 }
 
+/// What is known of the logs on the members.
+#[derive(Debug, Default)]
+pub(crate) struct LogsFound {
+    /// Of the newest unit of the group.
+    pub number: u64,
+    /// The slot of each member's next unit.
+    pub next: Vec<u64>,
+}
+
 impl<E: Env> RaidGroup<E> {
     /// Puts a group together in memory. States are those of the record, but who is not there is not believed.
-    /// `maps`: what its maps say, if it has any. `died`: a process of the group died here, and its log goes on.
+    /// `maps`, `logs`: what they say, where it has them. `died`: a process of the group died here, and its log goes on.
     pub(crate) async fn launch(
         rest: Rest<E>,
         geometry: Geometry,
@@ -64,8 +74,10 @@ impl<E: Env> RaidGroup<E> {
         generation: u64,
         seated: Seated<E::Disk>,
         maps: Option<MapsFound>,
+        logs: LogsFound,
         died: bool,
     ) -> Rc<Self> {
+        let has_log = record.consistency.has_log();
         rest.pool.set_aside();
         let unit = geometry.stripe_on_member();
         let (mut in_sync, mut rebuild) = (0, None);
@@ -87,6 +99,11 @@ impl<E: Env> RaidGroup<E> {
                     }
                     let meta = rest.pool.lease(Quota::Work, META_BYTES).await;
                     let member = Member::present(i, state, (given, place), meta);
+                    if has_log {
+                        let next = logs.next.get(usize::from(i)).copied().unwrap_or(0);
+                        let pages = rest.pool.lease(Quota::Work, Lane::PAGES).await;
+                        member.lane.replace(Some(Lane::new(pages, next)));
+                    }
                     member.left_at.set(entry.left_at);
                     members.push(Rc::new(member));
                 }
@@ -110,6 +127,7 @@ impl<E: Env> RaidGroup<E> {
         let synced = record.synced_to / unit;
         let log = InflightLog::start(&rest.pool, record.uuid, generation, died);
         let maps = maps.map(|found| Maps::new(&record, found));
+        let lanes = Lanes::new(&record, &rest.pool, logs.number);
         let lus = config.lus.clone();
         let group = Rc::new(Self {
             id: record.uuid,
@@ -148,6 +166,7 @@ impl<E: Env> RaidGroup<E> {
             stripes: StripeTable::new(),
             maps,
             log,
+            lanes,
             hung: RefCell::default(),
             kept: RefCell::default(),
             requests: Cell::new(0),

@@ -9,6 +9,7 @@ use std::task::{Context, Poll};
 use lunar_api::DiskUuid;
 use lunar_api::target::{MemberState, MemberStatus};
 
+use crate::lanes::Lane;
 use crate::pool::Lease;
 use crate::raid_group::{Given, MemberPlace};
 use crate::superblock::BYTES;
@@ -29,6 +30,8 @@ pub(crate) struct Member<D> {
     /// A place for its superblock, and one for a page of a map, held for as long as it or a write of it: publishing never
     /// waits for memory.
     pub meta: Option<Lease>,
+    /// The log on it, where the group has one.
+    pub lane: RefCell<Option<Rc<Lane>>>,
     /// Bytes from the start of the disk to the group's data.
     pub data_offset: u64,
     /// A write or flush of it failed. Whoever waited for that comes to `RaidGroup::fail` later: perhaps when
@@ -73,6 +76,7 @@ impl<D: Disk> Member<D> {
             disk: RefCell::default(),
             place: None,
             meta: None,
+            lane: RefCell::default(),
             data_offset: 0,
             to_blame: Cell::new(false),
             no_zeroing: Default::default(),

@@ -21,6 +21,7 @@ use crate::extents::ExtentMap;
 use crate::geometry::{Geometry, Piece};
 use crate::growing::Shape;
 use crate::inflight::InflightLog;
+use crate::lanes::Lanes;
 use crate::member::Member;
 use crate::pool::{Closed, Lease, Pool, Quota};
 use crate::regions::Maps;
@@ -271,6 +272,8 @@ pub struct RaidGroup<E: Env> {
     /// None where there is no redundancy, and of a group from before there were maps.
     pub(crate) maps: Option<Maps>,
     pub(crate) log: InflightLog,
+    /// The logs on the members, where the policy has them.
+    pub(crate) lanes: Option<Lanes>,
     /// Members that were given up while I/O of theirs was not over; they hold memory until it is.
     pub(crate) hung: RefCell<Vec<Rc<E::Disk>>>,
     /// What entries of the log name that stay for a successor.

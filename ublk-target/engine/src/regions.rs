@@ -243,6 +243,12 @@ impl Maps {
         self.missed.mark_all(&self.intent.marked.borrow());
     }
 
+    /// Marks what a member misses that is away.
+    pub(crate) fn note_missed(&self, mark: impl FnOnce(&mut RegionSet)) {
+        mark(&mut self.missed.marked.borrow_mut());
+        self.missed.pages.set(self.missed.all_pages());
+    }
+
     /// What a member that has come back is caught up with: from here on it gets what is written.
     pub(crate) fn begin_behind(&self) {
         let missed = self.missed.marked.borrow();

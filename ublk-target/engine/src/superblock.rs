@@ -15,10 +15,12 @@ use crate::limits::{
     CONFIG_MAX, GRAIN, MEMBER_BYTES_MAX, MEMBER_MIN, MEMBERS_MAX, PARENTS_MAX, REGION_MIN,
     REGIONS_MAX,
 };
+use crate::ppl::LANE_BYTES;
 use crate::region_map::MAP_BYTES;
 use crate::reserve::{Area, COPY_0_AT, Layout, SUPERBLOCK_BYTES};
 
 mod raw;
+use raw::consistency_to_byte;
 #[cfg(test)]
 mod tests;
 
@@ -389,11 +391,17 @@ impl Member {
                 check_area(name, area, device_size)?;
             }
         }
-        for (name, area) in [
-            ("intent map", self.layout.intent),
-            ("missed map", self.layout.missed),
+        for (name, area, is_used, least) in [
+            ("intent map", self.layout.intent, group.maps, MAP_BYTES),
+            ("missed map", self.layout.missed, group.maps, MAP_BYTES),
+            (
+                "log lanes",
+                self.layout.logs,
+                group.consistency.has_log(),
+                LANE_BYTES,
+            ),
         ] {
-            if group.maps && area.len < MAP_BYTES {
+            if is_used && area.len < least {
                 return Err(SuperblockError::Area {
                     area: name,
                     offset: area.offset,
@@ -528,10 +536,13 @@ impl GroupRecord {
             (
                 "maps",
                 self.maps.into(),
-                match self.consistency {
-                    Consistency::None => !self.maps || geometry.redundancy() > 0,
-                    Consistency::Bitmap => self.maps && geometry.redundancy() > 0,
-                },
+                self.maps <= (geometry.redundancy() > 0),
+            ),
+            (
+                "consistency",
+                consistency_to_byte(self.consistency).into(),
+                self.level.allows(self.consistency)
+                    && (self.maps || self.consistency == Consistency::None),
             ),
             (
                 "config slot",

@@ -7,6 +7,8 @@ mod erases;
 mod growing;
 #[path = "group/levels.rs"]
 mod levels;
+#[path = "group/logs.rs"]
+mod logs;
 #[path = "group/maps.rs"]
 mod maps;
 #[path = "group/power.rs"]

@@ -112,7 +112,7 @@ pub(crate) struct Create {
     /// Contiguous piece on one member; default 64KiB
     #[arg(long, value_parser = size)]
     pub(crate) chunk: Option<u64>,
-    /// What is done after a power loss; default bitmap for raid1 and raid10, else none
+    /// What is done after a power loss; default: ppl for raid5, journal for raid6, bitmap for raid1 and raid10
     #[arg(long)]
     pub(crate) consistency: Option<ConsistencyArg>,
     /// The members are known to be zero: no first sync
@@ -178,6 +178,10 @@ pub(crate) enum ConsistencyArg {
     None,
     /// Only regions that were being written are resynced after a power loss; default of raid1 and raid10
     Bitmap,
+    /// raid5: partial parity is logged before each write, so that nothing is lost with the power and a disk at once
+    Ppl,
+    /// raid6: each write is logged first, so that nothing is lost with the power and two disks at once
+    Journal,
 }
 
 impl From<ConsistencyArg> for Consistency {
@@ -185,6 +189,8 @@ impl From<ConsistencyArg> for Consistency {
         match consistency {
             ConsistencyArg::None => Self::None,
             ConsistencyArg::Bitmap => Self::Bitmap,
+            ConsistencyArg::Ppl => Self::Ppl,
+            ConsistencyArg::Journal => Self::Journal,
         }
     }
 }

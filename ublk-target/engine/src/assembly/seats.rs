@@ -88,7 +88,9 @@ pub(super) fn place(
             let was = m.group.history;
             let is_ours = was == record.history || record.parents.contains(&was);
             let knows = entry.left_at != 0 && m.generation() >= entry.left_at && is_ours;
-            entry.state == MemberState::Missing && knows && usize::from(m.slot) == slot
+            // Of what had its parity on it, and was being written as it left, its own log knows.
+            let has_log = !(record.consistency.has_log() && m.is_log_lost);
+            entry.state == MemberState::Missing && knows && has_log && usize::from(m.slot) == slot
         });
         let plan = match (entry.state, found, in_place) {
             (MemberState::Rebuilding, _, Some(m)) => SlotPlan::Rebuilding(m.index),

@@ -29,6 +29,8 @@ struct World {
     superblocks: Vec<Superblock>,
     /// Slots whose intent map has marks, as bits.
     marked: u64,
+    /// Slots whose log cannot be read, as bits.
+    lost_logs: u64,
 }
 
 impl World {
@@ -83,6 +85,7 @@ impl World {
         Self {
             superblocks: (0..members).map(superblock).collect(),
             marked: 0,
+            lost_logs: 0,
         }
     }
 
@@ -118,6 +121,7 @@ impl World {
                 superblock: &self.superblocks[*slot],
                 path,
                 is_marked: self.marked & 1 << slot != 0,
+                is_log_lost: self.lost_logs & 1 << slot != 0,
             })
             .collect();
         let result = assemble(GROUP, &present, conditions);
@@ -265,6 +269,7 @@ fn nobody_strangers_and_twins_are_refused() {
         superblock: &world.superblocks[1],
         path: ["/dev/a", "/dev/b"][i],
         is_marked: false,
+        is_log_lost: false,
     });
     let refused = assemble(GROUP, &twins, FORCE).unwrap_err();
     let (a, b) = ("/dev/a".to_owned(), "/dev/b".to_owned());

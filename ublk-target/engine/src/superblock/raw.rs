@@ -163,10 +163,7 @@ fn encode_group(group: &GroupRecord, raw: &mut Raw) {
     raw.flags = flags_to_bits(group.flags).into();
     raw.level = level_to_byte(group.level);
     raw.chunk = group.chunk.into();
-    raw.consistency = match group.consistency {
-        Consistency::None => 1,
-        Consistency::Bitmap => 2,
-    };
+    raw.consistency = consistency_to_byte(group.consistency);
     raw.logical_block = group.logical_block.into();
     raw.physical_block = group.physical_block.into();
     raw.member_bytes = group.member_bytes.into();
@@ -347,6 +344,8 @@ fn decode_group(raw: &Raw) -> Result<GroupRecord, SuperblockError> {
         consistency: match raw.consistency {
             1 => Consistency::None,
             2 => Consistency::Bitmap,
+            3 => Consistency::Ppl,
+            4 => Consistency::Journal,
             other => {
                 return Err(SuperblockError::Field {
                     field: "consistency",
@@ -473,6 +472,15 @@ fn flags_from_bits(bits: u32) -> Result<Flags, SuperblockError> {
         deleted: bits & DELETED != 0,
         torn: bits & TORN != 0,
     })
+}
+
+pub(super) fn consistency_to_byte(consistency: Consistency) -> u8 {
+    match consistency {
+        Consistency::None => 1,
+        Consistency::Bitmap => 2,
+        Consistency::Ppl => 3,
+        Consistency::Journal => 4,
+    }
 }
 
 fn level_to_byte(level: Level) -> u8 {

@@ -423,7 +423,22 @@ fn one_broken_thing_is_refused() {
             m.group.maps = true;
             m.layout.missed.len = 4096;
         }),
-        ("maps", |_, m| m.group.consistency = Consistency::Bitmap),
+        ("maps", |_, m| {
+            m.group.maps = true;
+            m.group.level = Level::Raid0;
+        }),
+        ("consistency", |_, m| {
+            m.group.consistency = Consistency::Bitmap
+        }),
+        ("consistency", |_, m| {
+            m.group.maps = true;
+            m.group.consistency = Consistency::Journal;
+        }),
+        ("log lanes", |_, m| {
+            m.group.maps = true;
+            m.group.consistency = Consistency::Ppl;
+            m.layout.logs.len = 4096;
+        }),
         ("history", |_, m| m.group.history = History::NIL),
         ("parents", |_, m| {
             m.group.parents = vec![History::from_bytes(uuid(4)); 9]
@@ -662,9 +677,11 @@ fn superblocks() -> impl Strategy<Value = Superblock> {
         group.member_bytes = member_bytes;
         group.region_bytes = region_bytes(member_bytes);
         group.maps = maps;
-        group.consistency = match maps && generation % 3 == 1 {
-            true => Consistency::Bitmap,
-            false => Consistency::None,
+        group.consistency = match (maps, generation % 3, level) {
+            (true, 1, _) => Consistency::Bitmap,
+            (true, 2, Level::Raid5) => Consistency::Ppl,
+            (true, 2, Level::Raid6) => Consistency::Journal,
+            _ => Consistency::None,
         };
         group.synced_to = cursor;
         group.config.current = current;

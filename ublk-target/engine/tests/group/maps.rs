@@ -29,72 +29,6 @@ fn marked_most(level: Level, n: u8) -> u64 {
 }
 
 impl Rig {
-    /// Many writes, and power is lost in the midst of them: each sector of those under way is old or new.
-    fn storm_until_power_is_lost(&mut self, most: u64) {
-        let before = self.model.borrow().clone();
-        let mut busy: Vec<(u64, u64, Rc<Cell<bool>>)> = Vec::new();
-        let mut tags: Vec<Rc<Cell<bool>>> = vec![Rc::new(Cell::new(true)); 60];
-        self.world.crash_in.set(Some(1 + self.world.random(most)));
-        while !self.world.crashed() {
-            let free = tags.iter().position(|done| done.get());
-            let tag = free.expect("at most 24 are under way");
-            let sectors = 1 + self
-                .world
-                .random([1, 8, 300][self.world.random(3) as usize]);
-            let at = self.world.random(LU_BYTES / 512 - sectors) * 512;
-            let len = sectors * 512;
-            // Nothing is written twice: what was there before is known of all that is under way.
-            let overlaps = busy.iter().any(|b| at < b.0 + b.1 && b.0 < at + len);
-            if !overlaps && busy.iter().filter(|b| !b.2.get()).count() < 24 {
-                let bytes: Vec<u8> = (0..len).map(|_| self.world.random(256) as u8).collect();
-                let place = at as usize..(at + len) as usize;
-                self.model.borrow_mut()[place.clone()].copy_from_slice(&bytes);
-                self.known.borrow_mut()[place].fill(true);
-                self.world.pages.borrow_mut()[tag] = bytes;
-                let done = Rc::new(Cell::new(false));
-                busy.push((at, len, Rc::clone(&done)));
-                tags[tag] = Rc::clone(&done);
-                let request = Self::request(tag as u16, HostVerb::Write { fua: false }, at, len);
-                let group = Rc::clone(&self.group);
-                self.world.spawn(async move {
-                    if group.serve(0, request).await == Ok(()) {
-                        done.set(true);
-                    }
-                });
-            }
-            let count = || busy.iter().filter(|b| b.2.get()).count();
-            let seen = count();
-            if busy.iter().filter(|b| !b.2.get()).count() >= 24 || overlaps {
-                let all = busy.len();
-                self.world.run_until(|| count() > seen || count() == all);
-            }
-            if busy.len() > 200 {
-                let all = busy.len();
-                self.world.run_until(|| count() == all);
-            }
-            if busy.len() > 200 {
-                break;
-            }
-        }
-        self.world.crash_in.set(Some(0));
-        self.world.kill();
-        // What was not answered is what it was, or what it should be: nobody knows.
-        for (at, len, done) in busy {
-            if !done.get() {
-                let place = at as usize..(at + len) as usize;
-                self.model.borrow_mut()[place.clone()].copy_from_slice(&before[place.clone()]);
-                self.known.borrow_mut()[place].fill(false);
-            }
-        }
-    }
-
-    /// The bytes of what nobody can know are what is read now: from here on they do not change by themselves.
-    fn settle(&self) {
-        let now = self.read_all();
-        *self.model.borrow_mut() = now;
-        self.known.borrow_mut().fill(true);
-    }
-
     /// After a few I/Os of the sync that runs, or at its end.
     fn lose_power_in_the_sync(&self) {
         self.world.crash_in.set(Some(1 + self.world.random(40)));
@@ -105,13 +39,6 @@ impl Rig {
 
     fn slot(&self, slot: u16) -> MemberState {
         self.group.status().members[usize::from(slot)].state
-    }
-
-    fn stop(&self) {
-        let group = Rc::clone(&self.group);
-        let stopped = self.world.block_on(async move { group.stop(false).await });
-        assert_eq!(stopped, Ok(()));
-        self.world.kill();
     }
 }
 
