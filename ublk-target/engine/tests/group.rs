@@ -278,7 +278,7 @@ fn killed_process_loses_nothing_healthy_or_degraded() {
 
 #[test]
 fn clean_stop_starts_without_resync_unclean_with_and_degraded_not_at_all() {
-    let mut rig = rig(41, Level::Raid5, 4, 65536, true);
+    let mut rig = rig_of(41, Level::Raid5, 4, 65536, Consistency::None);
     rig.storm(30, || ());
     let group = Rc::clone(&rig.group);
     assert_eq!(
