@@ -80,7 +80,10 @@ pub(crate) struct Lane {
     is_good: Cell<bool>,
     /// Passes that have not left it.
     open: Cell<u32>,
+    /// Somebody is about to write the next unit, or does.
     is_writing: Cell<bool>,
+    /// That one takes nobody more.
+    is_sealed: Cell<bool>,
     /// The slot that comes next.
     slot: Cell<u64>,
     changed: Waiters,
@@ -164,6 +167,7 @@ impl Lane {
             is_good: Cell::new(true),
             open: Cell::new(0),
             is_writing: Cell::new(false),
+            is_sealed: Cell::new(false),
             slot: Cell::new(next % SLOTS),
             changed: Waiters::default(),
         };
@@ -174,7 +178,7 @@ impl Lane {
 
     /// The unit that forms.
     fn next(&self) -> u64 {
-        self.last.get() + 1 + u64::from(self.is_writing.get())
+        self.last.get() + 1 + u64::from(self.is_sealed.get())
     }
 
     /// Where the header of a unit is in the pages: by turns.
@@ -288,7 +292,7 @@ impl<E: Env> RaidGroup<E> {
                 .until(|| {
                     if lane.last.get() >= unit {
                         Some(Turn::Over)
-                    } else if lane.open.get() == 0 && !lane.is_writing.get() {
+                    } else if lane.open.get() == 0 && !lane.is_writing.replace(true) {
                         Some(Turn::Write)
                     } else {
                         None
@@ -304,10 +308,12 @@ impl<E: Env> RaidGroup<E> {
 
     /// Writes the unit that has formed to the member in a slot, and to the disk that is filled to replace it.
     async fn write_unit(&self, lanes: &Lanes, (slot, lane): (u16, &Rc<Lane>)) {
+        // What the unit before covers may lie in caches: as long as it does, that one is needed. Who comes meanwhile still
+        // joins.
+        let is_flushed = !self.has_volatile_cache() || self.flush().await.is_ok();
         let unit = lane.next();
         let mut pieces: ArrayVec<Piece, { ENTRIES_MAX + 1 }> = ArrayVec::new();
-        let passes;
-        {
+        let passes = {
             let mut forming = lane.forming.borrow_mut();
             let at = Lane::header(unit);
             let cells = lane.pages.cells(at..at + HEADER);
@@ -321,16 +327,11 @@ impl<E: Env> RaidGroup<E> {
                 len: u32::try_from(HEADER as u64).expect("4096"),
             });
             pieces.extend(forming.pieces.drain(..));
-            passes = forming.passes;
-            (forming.entries, forming.payload, forming.passes) = (0, 0, 0);
-        }
+            std::mem::take(&mut *forming).passes
+        };
         // Who joins from here on is in the next one.
-        lane.is_writing.set(true);
-        let mut is_good = self.is_lane_of(slot, lane);
-        // What the unit before covers may lie in caches: as long as it does, that one is needed.
-        if is_good && self.has_volatile_cache() {
-            is_good = self.flush().await.is_ok() && self.is_lane_of(slot, lane);
-        }
+        lane.is_sealed.set(true);
+        let mut is_good = is_flushed && self.is_lane_of(slot, lane);
         if is_good {
             let member = self.member(slot);
             let twin = member.twin.borrow().as_ref().map(|t| Rc::clone(&t.member));
@@ -341,6 +342,7 @@ impl<E: Env> RaidGroup<E> {
         lane.is_good.set(is_good);
         lane.open.set(passes);
         lane.last.set(unit);
+        lane.is_sealed.set(false);
         lane.is_writing.set(false);
         lane.changed.wake_all();
     }
