@@ -18,9 +18,9 @@
 //!    are replayed as they were written, also from the logs of two members. raid5: parity = payload ^ the data that was being
 //!    modified; where that is not all there, what is there stays. raid6: the copies are written again. A log of which neither
 //!    slot can be read says nothing: all is resynced; a group that is degraded as well is refused.
-//! 6. What a power loss *and* the loss of a member cost: of writes that were not acknowledged and modified two or more
-//!    data chunks of the same rows (raid6: all of them), those sectors may hold anything. Any other is old or new, and one
-//!    that nobody wrote is what it was.
+//! 6. What a power loss *and* the loss of a member cost: of writes that were not durable (not answered, or with a volatile
+//!    cache not flushed since) and modified two or more data chunks of the same rows (raid6: all of them), those sectors may
+//!    hold anything. Any other is old or new, and one that nobody wrote is what it was.
 //! 7. The area is laid out in lanes; one is used.
 //!
 //! This file is the format (`FORMAT.md` has the bytes); `lanes` writes it, `replay` reads it.
