@@ -53,6 +53,10 @@ impl Run {
         for disk in &self.disks {
             disk.faults.write_errors.set(0);
             disk.faults.slow.set(0);
+            if self.is_torn {
+                // Parity is not believed before the resync, and that needs all data.
+                disk.faults.bad.borrow_mut().clear();
+            }
             disk.go_on(&self.world);
         }
         for _ in 0..12 {

@@ -15,6 +15,8 @@
 )]
 
 mod boot;
+#[cfg(feature = "planted")]
+pub mod bugs;
 mod check;
 pub mod disk;
 pub mod host;
@@ -23,6 +25,7 @@ pub mod pages;
 pub mod plan;
 pub mod random;
 pub mod run;
+pub mod shrink;
 pub mod states;
 pub mod sweep;
 pub mod tally;

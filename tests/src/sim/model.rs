@@ -365,6 +365,25 @@ impl Model {
         }
     }
 
+    /// Sectors of a member cannot be read: in rows in doubt they are lost. `start`: where its data begins.
+    pub fn unreadable(&mut self, slot: u16, start: u64, bad: &BTreeSet<u64>) {
+        for (stripe, row) in &self.doubt {
+            let d = self.geometry.part_of(*stripe, slot);
+            if d >= self.geometry.data_slots() {
+                continue;
+            }
+            let in_chunk = row * GRAIN * SECTOR;
+            let first = (start + stripe * self.geometry.chunk() + in_chunk) / SECTOR;
+            if bad.range(first..first + GRAIN).next().is_none() {
+                continue;
+            }
+            let at = self.geometry.address(*stripe, d, in_chunk as u32);
+            for sector in self.sectors_at(at, GRAIN) {
+                self.sectors[sector as usize].is_any = true;
+            }
+        }
+    }
+
     /// Sectors of the LU from an address of the group on.
     fn sectors_at(&self, at: u64, count: u64) -> std::ops::Range<u64> {
         let end = self.extents.capacity();

@@ -259,18 +259,49 @@ fn draw_aim(random: &Random, config: &Config) -> State {
             | State::StartReads
             | State::StartReplays
             | State::StartPublishes => true,
-            // Those last, and are hit by chance; or cannot be aimed at.
-            State::LogLive
-            | State::Resync
-            | State::Rebuild
-            | State::CatchUp
-            | State::Copying
-            | State::Scrub
-            | State::LaneWritten => false,
+            State::Resync | State::Rebuild | State::CatchUp | State::Scrub => {
+                config.level.is_redundant()
+            }
+            State::Copying => true,
+            State::LogLive | State::LaneWritten => false,
         };
         if fits {
             return state;
         }
+    }
+}
+
+/// What has to be done so that a state arises.
+fn ways_to(state: State, slot: u16) -> Vec<Deed> {
+    let vanish = Deed::Vanish {
+        slot,
+        is_cut: slot.is_multiple_of(2),
+    };
+    match state {
+        State::IntentCleared | State::CleanMark => vec![Deed::Pause { seconds: 17 }],
+        State::DirtyMark => vec![Deed::Pause { seconds: 12 }],
+        State::MissedSet | State::DegradeMark | State::HistoryRenewed => vec![vanish],
+        State::MissedCleared | State::InSyncMark | State::CatchUp => vec![vanish, Deed::Return],
+        State::Rebuild => vec![vanish, Deed::Replace],
+        State::CursorSaved => vec![vanish, Deed::Replace, Deed::Pause { seconds: 12 }],
+        State::Configuration => vec![Deed::Resize],
+        State::Copying => vec![Deed::ReplaceHealthy { slot }],
+        State::Scrub => vec![Deed::Scrub { repair: true }],
+        State::DataWrite
+        | State::BetweenDataAndParity
+        | State::BetweenCopies
+        | State::LogLive
+        | State::IntentSet
+        | State::GenerationBump
+        | State::FirstCopy
+        | State::SecondCopy
+        | State::Flush
+        | State::Erase
+        | State::Resync
+        | State::StartReads
+        | State::StartReplays
+        | State::StartPublishes
+        | State::LaneWritten => Vec::new(),
     }
 }
 
@@ -279,7 +310,6 @@ fn draw_boot(random: &Random, config: &Config, is_last: bool) -> Boot {
     let mut deeds: Vec<(u64, Deed)> = (0..random.below(5))
         .map(|_| (random.below(requests), draw_deed(random, config)))
         .collect();
-    deeds.sort_by_key(|deed| deed.0);
     let end = match random.below(20) {
         0..=8 => End::Kill,
         9..=18 => End::Power,
@@ -287,13 +317,20 @@ fn draw_boot(random: &Random, config: &Config, is_last: bool) -> Boot {
     };
     let when = match random.below(10) {
         _ if is_last => When::Quiet,
-        0..=4 => When::Events(1 + random.below(*random.of(&[60, 600, 3000]))),
-        5..=8 => When::Arises(
-            draw_aim(random, config),
-            1 + random.below(*random.of(&[1, 2, 6, 30])),
-        ),
+        0..=3 => When::Events(1 + random.below(*random.of(&[60, 600, 3000]))),
+        4..=8 => {
+            let state = draw_aim(random, config);
+            let slot = random.below(config.members.into()) as u16;
+            let mut at = 0;
+            for deed in ways_to(state, slot) {
+                at += random.below((requests - at) / 2 + 1);
+                deeds.push((at, deed));
+            }
+            When::Arises(state, 1 + random.below(*random.of(&[1, 2, 6, 30])))
+        }
         _ => When::Quiet,
     };
+    deeds.sort_by_key(|deed| deed.0);
     let mut between = Vec::new();
     let slot = random.below(config.members.into()) as u16;
     match random.below(20) {

@@ -375,6 +375,17 @@ impl Run {
         if !self.geometry.survives(self.troubled()) {
             self.is_exhausted = true;
         }
+        self.eye.watch(&status, &self.world);
+        for (slot, (number, _)) in (0..).zip(self.seats.clone()) {
+            let disk = Rc::clone(self.disk(number));
+            let bad = disk.faults.bad.borrow();
+            if let Some(start) = status.members.get(usize::from(slot)).map(|m| m.data_offset)
+                && !bad.is_empty()
+            {
+                let models = self.host.models.iter_mut();
+                models.for_each(|model| model.unreadable(slot, start, &bad));
+            }
+        }
         let is_synced = now == 0 && status.sync.is_none() && status.replacement.is_none();
         if is_synced {
             self.is_torn = false;

@@ -139,6 +139,13 @@ impl Eye {
         self.aim.set(at);
     }
 
+    /// What goes on in the background is looked at now and then.
+    pub fn watch(&self, status: &GroupStatus, world: &World) {
+        for state in background(status) {
+            self.arises(state, world);
+        }
+    }
+
     fn arises(&self, state: State, world: &World) {
         if let Some((aimed, left)) = self.aim.get()
             && aimed == state

@@ -26,6 +26,7 @@ use lunar_api::{DiskUuid, GroupUuid, History};
 
 use crate::geometry::Geometry;
 use crate::limits::PARENTS_MAX;
+use crate::planted::{self, Bug};
 use crate::superblock::{GroupRecord, Superblock};
 
 mod error;
@@ -458,7 +459,7 @@ fn check_parity(
     conditions: Conditions,
     reasons: &mut Vec<String>,
 ) -> Result<Parity, AssemblyError> {
-    if geometry.parities() == 0 || !is_doubted {
+    if geometry.parities() == 0 || !is_doubted || planted::is(Bug::WriteHoleAccepted) {
         return Ok(Parity::Right);
     }
     if lost.is_empty() || conditions.process_death_only {

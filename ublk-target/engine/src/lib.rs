@@ -21,6 +21,7 @@ pub mod limits;
 mod member;
 pub mod parity;
 pub mod plan;
+pub mod planted;
 pub mod pool;
 mod publish;
 pub mod raid_group;

@@ -22,6 +22,7 @@ use crate::geometry::{Geometry, Piece};
 use crate::growing::Shape;
 use crate::inflight::InflightLog;
 use crate::member::Member;
+use crate::planted::{self, Bug};
 use crate::pool::{Closed, Lease, Pool, Quota};
 use crate::regions::Maps;
 use crate::reserve::Reserve;
@@ -345,6 +346,7 @@ impl<E: Env> RaidGroup<E> {
     /// Slots that a write of this stripe goes to, as bits.
     pub(crate) fn writable(&self, stripe: u64) -> u64 {
         match self.rebuild.get() {
+            Some(_) if planted::is(Bug::RebuildMissesWrites) => self.in_sync.get(),
             Some(rebuild) if stripe < rebuild.window => self.in_sync.get() | 1 << rebuild.slot,
             _ => self.in_sync.get(),
         }
@@ -369,7 +371,9 @@ impl<E: Env> RaidGroup<E> {
 
     /// Says whether the redundancy of a stripe is right where nobody is writing.
     pub(crate) fn is_synced(&self, stripe: u64) -> bool {
-        stripe < self.synced.get() && !self.is_hole(stripe) && !self.is_unsynced(stripe)
+        let is_proven =
+            stripe < self.synced.get() && !self.is_hole(stripe) && !self.is_unsynced(stripe);
+        is_proven || planted::is(Bug::UnsyncedBelieved)
     }
 
     pub(crate) fn rebuilding(&self) -> Option<u16> {

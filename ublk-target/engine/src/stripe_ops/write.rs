@@ -10,6 +10,7 @@ use crate::inflight::{SEGMENTS_MAX, Segment};
 use crate::limits::MEMBERS_MAX;
 use crate::member::add;
 use crate::plan::{BANDS_MAX, Band, GRAIN, Mode, Span, WRITES_MAX, cut, plan_band};
+use crate::planted::{self, Bug};
 use crate::pool::{Lease, Quota};
 use crate::raid_group::{EIO, Errno, RaidGroup};
 use crate::serve::bits;
@@ -245,7 +246,9 @@ impl<E: Env> RaidGroup<E> {
                 from: write.from,
             }
         }));
-        self.log.commit(&entry, &logged);
+        if !planted::is(Bug::LogAfterData) {
+            self.log.commit(&entry, &logged);
+        }
         let mut ios: Ios<E> = ArrayVec::new();
         for write in writes {
             let lease = match (write.source, work) {
@@ -266,12 +269,16 @@ impl<E: Env> RaidGroup<E> {
                 offset: write.from - absolute(lease, 0),
                 len: write.len,
             };
+            let fua = fua && !planted::is(Bug::FuaIgnored);
             let (verb, len) = (DiskVerb::Write { fua }, u64::from(write.len));
             let member = self.member(write.slot);
             let io = member.submit(verb, write.at, len, Buf::Pool(lease), &[piece]);
             ios.push((write.slot, Some(io)));
         }
         let failed = self.finish(&mut ios).await;
+        if planted::is(Bug::LogAfterData) {
+            self.log.commit(&entry, &logged);
+        }
         if failed != 0
             && let Err(errno) = self.fail(failed, "write failed").await
         {
