@@ -64,8 +64,9 @@ fn command() -> Result<bool, String> {
 }
 
 fn run_one(seed: u64) -> bool {
-    let plan = Plan::draw(seed);
+    let mut plan = Plan::draw(seed);
     println!("{plan:#?}");
+    plan.is_loud = true;
     let outcome = run_plan(&plan, None);
     print!("{}", outcome.tally);
     println!("trace {:x}", outcome.hash);

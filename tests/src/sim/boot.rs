@@ -47,6 +47,8 @@ impl Run {
                 undelete: false,
             };
             let members = numbers.iter().map(|n| self.given(*n)).collect();
+            self.world
+                .tell(|| format!("start from {numbers:?}, force {force}"));
             self.eye.is_start.set(true);
             let parts = self.parts(members);
             let started = self
@@ -92,13 +94,16 @@ impl Run {
     }
 
     fn has_lost_disks(&self) -> bool {
-        let is_lost = |n: u8| self.disk(n).faults.is_gone.get() && !self.retired.contains(&n);
+        let is_lost = |n: u8| {
+            let faults = &self.disk(n).faults;
+            faults.is_gone.get() && !faults.is_unseen.get() && !self.retired.contains(&n)
+        };
         (0..self.disks.len() as u8).any(is_lost)
     }
 
     fn return_all(&mut self) {
         for disk in &self.disks {
-            if !self.retired.contains(&disk.number) {
+            if !self.retired.contains(&disk.number) && !disk.faults.is_unseen.get() {
                 disk.faults.is_gone.set(false);
             }
         }
@@ -108,6 +113,7 @@ impl Run {
     fn refused(&mut self, error: &ApiError) -> Result<Next, Violation> {
         self.tally.refusals += 1;
         let text = format!("{} {}", error.message, error.causes.join("; "));
+        self.world.tell(|| format!("refused: {text}"));
         let wrong = || Err(Violation::new(Law::Starts, format!("refused: {text}")));
         let is_lost = self.has_lost_disks();
         let missing = self.troubled();
@@ -274,6 +280,7 @@ impl Run {
         let Some(group) = self.group.clone() else {
             return Ok(Way::On);
         };
+        self.world.tell(|| format!("{deed:?}, {:?}", self.seats));
         let hit = |run: &Self, slot: u16| run.working(slot).filter(|_| run.may_lose(slot));
         match deed {
             Deed::Vanish { slot, is_cut } => {

@@ -101,12 +101,12 @@ impl Run {
                 let is_quiet = status.sync.is_none() && status.replacement.is_none();
                 orders.get() == 0 && is_filled && is_quiet
                     || status.state == GroupState::Failed
-                    || status.reason.contains("could not be")
+                    || status.reason.contains("stripes could not be")
             });
             self.observe();
             let group = self.group.clone().expect("it runs");
             let status = group.status();
-            let is_left_out = status.reason.contains("could not be");
+            let is_left_out = status.reason.contains("stripes could not be");
             if !is_over || is_left_out {
                 // What nobody can read is what redundancy does not give back any more.
                 return match self.is_exhausted {

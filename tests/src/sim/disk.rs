@@ -44,6 +44,9 @@ pub struct Speed {
 pub struct Faults {
     /// It answers errors to all.
     pub is_gone: Cell<bool>,
+    /// Its own power was lost, and the group does not know yet: until it does the disk stays gone. (What a disk forgets
+    /// unseen nobody can know.)
+    pub is_unseen: Cell<bool>,
     /// What is submitted ends when it does not hang any more.
     pub hangs: Cell<bool>,
     /// So many of the next writes fail.
@@ -324,6 +327,8 @@ impl SimDisk {
             }
         }
         self.forget_cache(random, fates);
+        // All have lost theirs: that much is known.
+        self.faults.is_unseen.set(false);
     }
 
     /// The power of this disk alone is lost; what it has in flight is lost with it.
@@ -333,6 +338,7 @@ impl SimDisk {
             torn: 10,
         };
         self.forget_cache(random, fates);
+        self.faults.is_unseen.set(true);
     }
 
     /// Says whether anything is under way.

@@ -146,6 +146,8 @@ pub struct Plan {
     pub seed: u64,
     pub config: Config,
     pub boots: Vec<Boot>,
+    /// What is done is told on standard error.
+    pub is_loud: bool,
 }
 
 fn draw_config(random: &Random) -> Config {
@@ -363,6 +365,7 @@ impl Plan {
             seed,
             config,
             boots,
+            is_loud: false,
         }
     }
 

@@ -174,6 +174,7 @@ impl Run {
     fn new(plan: &Plan, plant: Option<Plant>) -> Result<Self, Violation> {
         let config = &plan.config;
         let world = World::new(plan.seed);
+        world.is_loud.set(plan.is_loud);
         let eye = Rc::new(Eye::default());
         let geometry = Geometry::new(lunar_api::target::Level::Raid1, 2, 65536, 1 << 20)
             .expect("a shape until there is one");
@@ -363,9 +364,20 @@ impl Run {
     pub fn observe(&mut self) {
         let Some(group) = &self.group else { return };
         let status = group.status();
+        let mut events = Vec::new();
+        group.take_events(&mut events);
+        for event in events {
+            self.world
+                .tell(|| format!("{}: {}", event.name, event.text));
+        }
         let before = self.not_in_sync();
         self.look(&status);
         let now = self.not_in_sync();
+        for (number, state) in &self.seats {
+            if *state != MemberState::InSync {
+                self.disk(*number).faults.is_unseen.set(false);
+            }
+        }
         if now != before || now != 0 {
             self.host
                 .models
@@ -445,6 +457,7 @@ impl Run {
         let boots = std::mem::take(&mut self.plan.boots);
         for (i, boot) in boots.iter().enumerate() {
             self.tally.boots += 1;
+            self.world.tell(|| format!("boot {i}"));
             self.arm(boot);
             let mut way = Way::On;
             if i > 0 {
@@ -466,6 +479,7 @@ impl Run {
                 Way::On | Way::Down => self.crash(boot.end)?,
             }
             for between in &boot.between {
+                self.world.tell(|| format!("{between:?}"));
                 self.between(*between);
             }
             if i + 1 == boots.len() {
@@ -547,6 +561,7 @@ impl Run {
         let status = self.group.as_ref().map(|group| group.status());
         let is_live = self.memory.has_live_entry();
         let states = self.eye.take(status.as_ref(), is_live);
+        self.world.tell(|| format!("crash, {end:?}, in {states:?}"));
         self.tally.crashed(end, &states);
         self.world.trace(0xC0FFEE);
         if end == End::Power {

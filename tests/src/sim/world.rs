@@ -142,6 +142,8 @@ pub struct World {
     pub crash_at: Cell<u64>,
     /// Nothing goes on until `clear`.
     pub is_down: Cell<bool>,
+    /// What is done is told on standard error.
+    pub is_loud: Cell<bool>,
     /// Bytes of each request of the host, by tag.
     pub pages: RefCell<Vec<Vec<u8>>>,
 }
@@ -168,6 +170,7 @@ impl World {
             happened: Cell::new(0),
             crash_at: Cell::new(u64::MAX),
             is_down: Cell::new(false),
+            is_loud: Cell::new(false),
             pages: RefCell::new(vec![Vec::new(); TAGS]),
         })
     }
@@ -175,6 +178,14 @@ impl World {
     /// Nanoseconds since it began.
     pub fn now(&self) -> u64 {
         self.now.get()
+    }
+
+    /// Tells what is done, if anybody listens.
+    pub fn tell(&self, what: impl FnOnce() -> String) {
+        if self.is_loud.get() {
+            let (at, happened) = (self.now.get() / 1000, self.happened.get());
+            eprintln!("{at:>12} us, event {happened:>7}: {}", what());
+        }
     }
 
     /// Takes something into the trace.

@@ -319,6 +319,7 @@ impl<E: Env> RaidGroup<E> {
             self.drop_copy("superblock could not be written");
         }
         self.durable.set(generation);
+        self.durable_history.set(record.history);
         self.floor.set(generation);
         self.dirty_durable.set(dirty);
         Ok(())

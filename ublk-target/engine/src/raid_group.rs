@@ -12,7 +12,7 @@ use std::rc::Rc;
 use lunar_api::target::{
     Consistency, GroupStatus, Level, LuCounters, LuStatus, SyncStatus, TargetEvent, Witness,
 };
-use lunar_api::{DiskUuid, GroupUuid, LuUuid, SystemUuid};
+use lunar_api::{DiskUuid, GroupUuid, History, LuUuid, SystemUuid};
 
 use crate::config::{GroupConfig, LuConfig, ScrubRecord};
 use crate::control::Zeroing;
@@ -258,6 +258,8 @@ pub struct RaidGroup<E: Env> {
     pub(crate) config: RefCell<GroupConfig>,
     pub(crate) generation: Cell<u64>,
     pub(crate) durable: Cell<u64>,
+    /// The history that the disks say with it.
+    pub(crate) durable_history: Cell<History>,
     /// What every member in sync or rebuilding says at least on its disk.
     pub(crate) floor: Cell<u64>,
     pub(crate) publishing: Cell<bool>,
@@ -426,7 +428,7 @@ impl<E: Env> RaidGroup<E> {
             consistency: record.consistency,
             state: self.group_state(),
             reason: self.reason(),
-            history: record.history,
+            history: self.durable_history.get(),
             generation: self.durable.get(),
             capacity: self.geometry.capacity(),
             capacity_max: self.capacity_max(),
