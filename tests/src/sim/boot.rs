@@ -7,7 +7,7 @@ use lunar_api::target::{LuSize, MemberState, ScrubOrder};
 use lunar_engine::raid_group::{RaidGroup, StartSpec};
 use lunar_engine::traits::SECOND;
 
-use super::disk::SECTOR;
+use super::disk::{GoOn, SECTOR};
 use super::plan::{Between, Boot, Deed};
 use super::run::{ANSWER_LIMIT, GROUP, Law, Run, Violation, Way};
 
@@ -68,6 +68,7 @@ impl Run {
                     self.is_apart = false;
                     self.tally.forced += u64::from(force);
                     self.serve(group);
+                    self.set_rate();
                     self.observe();
                     return self.after_start();
                 }
@@ -90,6 +91,13 @@ impl Run {
         match self.plan.config.is_reckless {
             true => Ok(Way::Over),
             false => Err(Violation::new(Law::Starts, "refused again and again")),
+        }
+    }
+
+    /// Background work takes its time, it may be.
+    pub fn set_rate(&self) {
+        if let (Some(group), Some(rate)) = (&self.group, self.plan.config.rate) {
+            group.set_rebuild_rate(None, Some(rate));
         }
     }
 
@@ -118,7 +126,8 @@ impl Run {
         let is_lost = self.has_lost_disks();
         let missing = self.troubled();
         if text.contains("not stopped cleanly and is degraded") {
-            let is_right = self.is_torn && self.geometry.parities() > 0 && missing != 0;
+            let is_degraded = missing != 0 || self.is_apart;
+            let is_right = self.is_torn && self.geometry.parities() > 0 && is_degraded;
             return match is_right {
                 false => wrong(),
                 true if is_lost && self.random.percent(50) => Ok(Next::WithAll),
@@ -137,6 +146,7 @@ impl Run {
             return match (is_lost, self.geometry.survives(missing)) {
                 (true, false) => Ok(Next::WithAll),
                 (false, false) => Ok(Next::GiveUp),
+                (_, true) if self.is_apart && is_lost => Ok(Next::WithAll),
                 (_, true) => wrong(),
             };
         }
@@ -295,7 +305,10 @@ impl Run {
             }
             Deed::Hang { slot } => {
                 if let Some(number) = hit(self, slot) {
-                    self.disk(number).faults.hangs.set(true);
+                    let disk = Rc::clone(self.disk(number));
+                    disk.faults.hangs.set(true);
+                    let seconds = *self.random.of(&[10, 45, 120]);
+                    self.world.after(seconds * SECOND, Rc::new(GoOn(disk)), 0);
                     self.tally.lost();
                 }
             }

@@ -50,10 +50,13 @@ impl Run {
 
     /// Puts a disk into every slot that has none, and waits. False: more was lost than can be healed.
     fn heal(&mut self) -> Result<bool, Violation> {
+        self.observe();
+        let group = self.group.clone().expect("it runs");
+        let is_synced = !self.is_torn && group.status().sync.is_none();
         for disk in &self.disks {
             disk.faults.write_errors.set(0);
             disk.faults.slow.set(0);
-            if self.is_torn {
+            if !is_synced {
                 // Parity is not believed before the resync, and that needs all data.
                 disk.faults.bad.borrow_mut().clear();
             }
@@ -99,15 +102,12 @@ impl Run {
                     .iter()
                     .all(|m| m.state != MemberState::Rebuilding);
                 let is_quiet = status.sync.is_none() && status.replacement.is_none();
-                orders.get() == 0 && is_filled && is_quiet
-                    || status.state == GroupState::Failed
-                    || status.reason.contains("stripes could not be")
+                orders.get() == 0 && is_filled && is_quiet || status.state == GroupState::Failed
             });
             self.observe();
             let group = self.group.clone().expect("it runs");
             let status = group.status();
-            let is_left_out = status.reason.contains("stripes could not be");
-            if !is_over || is_left_out {
+            if !is_over {
                 // What nobody can read is what redundancy does not give back any more.
                 return match self.is_exhausted {
                     true => Ok(false),

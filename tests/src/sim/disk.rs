@@ -541,3 +541,13 @@ impl SimDisk {
         }
     }
 }
+
+/// A disk that hangs goes on.
+#[derive(Debug)]
+pub struct GoOn(pub Rc<SimDisk>);
+
+impl Happen for GoOn {
+    fn happen(self: Rc<Self>, world: &World, _: u64) {
+        self.0.go_on(world);
+    }
+}

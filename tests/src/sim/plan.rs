@@ -36,6 +36,8 @@ pub struct Config {
     pub fua: u64,
     /// Longest request, in sectors.
     pub longest: u64,
+    /// Most bytes a second of background work.
+    pub rate: Option<u64>,
     /// Bits rot, and what they take is exempt.
     pub is_rotting: bool,
     /// More may fail than redundancy has: then errors are right, and wrong bytes are not.
@@ -199,6 +201,7 @@ fn draw_config(random: &Random) -> Config {
         ]),
         fua: *random.of(&[0, 5, 20]),
         longest: *random.of(&[16, 64, 256, 1024]),
+        rate: *random.of(&[None, None, Some(3 << 20), Some(20 << 20)]),
         is_rotting: random.percent(6),
         is_reckless: random.percent(8),
     }
@@ -358,9 +361,16 @@ impl Plan {
         let random = Random::new(seed, 2);
         let config = draw_config(&random);
         let boots = 2 + random.index(BOOTS_MAX - 1);
-        let boots = (1..=boots)
+        let mut boots: Vec<Boot> = (1..=boots)
             .map(|i| draw_boot(&random, &config, i == boots))
             .collect();
+        for i in 1..boots.len() {
+            // A start has something to write again if a process was killed while it wrote.
+            if matches!(boots[i].when, When::Arises(State::StartReplays, _)) {
+                boots[i - 1].end = End::Kill;
+                boots[i - 1].when = When::Arises(State::DataWrite, 1 + random.below(200));
+            }
+        }
         Self {
             seed,
             config,

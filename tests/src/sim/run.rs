@@ -299,6 +299,7 @@ impl Run {
         .expect("the group has it");
         self.eye.know(self.geometry.clone());
         self.look(&status);
+        self.set_rate();
         let mut models = Vec::new();
         for (i, bytes) in config.lus.iter().enumerate() {
             let (group, size) = (Rc::clone(&group), LuSize::Bytes(*bytes));

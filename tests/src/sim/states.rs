@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use lunar_api::target::{GroupStatus, MemberState, ScrubState, SyncAction};
 use lunar_engine::geometry::Geometry;
 use lunar_engine::reserve::{Layout, lay_out};
-use lunar_engine::superblock::{At, Superblock, decode};
+use lunar_engine::superblock::{At, MemberEntry, Superblock, decode};
 use lunar_engine::traits::DiskVerb;
 
 use super::disk::{Flight, SimDisk};
@@ -99,7 +99,7 @@ struct Open {
     disk: u8,
     at: u64,
     state: State,
-    also: Option<State>,
+    also: Vec<State>,
     /// In the data area: the stripe, bytes of the chunk, what it is there.
     part: Option<(u64, std::ops::Range<u64>, Role)>,
     is_half: bool,
@@ -163,8 +163,8 @@ impl Eye {
         let Some(open) = self.classify(disk, flight, world) else {
             return;
         };
-        for state in [Some(open.state), open.also].into_iter().flatten() {
-            self.arises(state, world);
+        for state in [open.state].iter().chain(&open.also) {
+            self.arises(*state, world);
         }
         self.open.borrow_mut().push(open);
     }
@@ -219,14 +219,14 @@ impl Eye {
             })
         };
         match flight.verb {
-            DiskVerb::Flush => return one(State::Flush, None),
+            DiskVerb::Flush => return one(State::Flush, Vec::new()),
             DiskVerb::Read => {
                 return match self.is_start.get() {
-                    true => one(State::StartReads, None),
+                    true => one(State::StartReads, Vec::new()),
                     false => None,
                 };
             }
-            DiskVerb::WriteZeroes { .. } => return one(State::Erase, None),
+            DiskVerb::WriteZeroes { .. } => return one(State::Erase, Vec::new()),
             DiskVerb::Write { .. } => {}
         }
         let reserve = lay_out(disk.len()).ok()?;
@@ -239,8 +239,8 @@ impl Eye {
                 false => State::SecondCopy,
             };
             let also = match self.is_start.get() {
-                true => Some(State::StartPublishes),
-                false => superblock_state(disk, flight, world),
+                true => vec![State::StartPublishes],
+                false => superblock_states(disk, flight, world),
             };
             return one(copy, also);
         }
@@ -252,7 +252,7 @@ impl Eye {
                     world,
                     [State::IntentSet, State::IntentCleared],
                 ),
-                None,
+                Vec::new(),
             );
         }
         if within(layout.missed) {
@@ -263,14 +263,14 @@ impl Eye {
                     world,
                     [State::MissedSet, State::MissedCleared],
                 ),
-                None,
+                Vec::new(),
             );
         }
         if within(layout.config[0]) || within(layout.config[1]) {
-            return one(State::Configuration, None);
+            return one(State::Configuration, Vec::new());
         }
         if within(layout.logs) {
-            return one(State::LaneWritten, None);
+            return one(State::LaneWritten, Vec::new());
         }
         self.data_state(disk, flight, &layout)
     }
@@ -301,7 +301,7 @@ impl Eye {
             disk: disk.number,
             at: flight.at,
             state,
-            also: None,
+            also: Vec::new(),
             part: Some((stripe, from..from + flight.len, role)),
             is_half: false,
         })
@@ -356,7 +356,8 @@ fn background(status: &GroupStatus) -> Vec<State> {
     found
 }
 
-fn superblock_state(disk: &SimDisk, flight: &Flight, world: &World) -> Option<State> {
+/// What is new in a superblock, beside its generation.
+fn superblock_states(disk: &SimDisk, flight: &Flight, world: &World) -> Vec<State> {
     let at = At {
         offset: flight.at,
         device_size: disk.len(),
@@ -364,30 +365,28 @@ fn superblock_state(disk: &SimDisk, flight: &Flight, world: &World) -> Option<St
     let mut old = [0; 4096];
     disk.read(flight.at, &mut old);
     let group = |superblock: Superblock| superblock.member.map(|member| member.group);
-    let new = decode(&disk.bytes_of(flight, world), at)
-        .ok()
-        .and_then(group)?;
-    let old = decode(&old, at).ok().and_then(group)?;
-    let pairs = || old.members.iter().zip(&new.members);
-    let left = pairs().any(|(a, b)| a.state == MemberState::InSync && b.state != a.state);
-    let joined = pairs().any(|(a, b)| b.state == MemberState::InSync && b.state != a.state);
-    let moved =
-        pairs().any(|(a, b)| a.rebuilt_to != b.rebuilt_to) || old.synced_to != new.synced_to;
-    Some(if left {
-        State::DegradeMark
-    } else if joined {
-        State::InSyncMark
-    } else if old.history != new.history {
-        State::HistoryRenewed
-    } else if !old.flags.dirty && new.flags.dirty {
-        State::DirtyMark
-    } else if old.flags.dirty && !new.flags.dirty {
-        State::CleanMark
-    } else if moved {
-        State::CursorSaved
-    } else {
-        return None;
-    })
+    let new = decode(&disk.bytes_of(flight, world), at);
+    let new = new.ok().and_then(group);
+    let (Some(old), Some(new)) = (decode(&old, at).ok().and_then(group), new) else {
+        return Vec::new();
+    };
+    let any = |differ: fn(MemberState, MemberState) -> bool| {
+        let mut pairs = old.members.iter().zip(&new.members);
+        pairs.any(|(a, b)| a.state != b.state && differ(a.state, b.state))
+    };
+    let moved = |(a, b): (&MemberEntry, &MemberEntry)| a.rebuilt_to != b.rebuilt_to;
+    let mut pairs = old.members.iter().zip(&new.members);
+    let is_moved = pairs.any(moved) || old.synced_to != new.synced_to;
+    let all = [
+        (State::DegradeMark, any(|was, _| was == MemberState::InSync)),
+        (State::InSyncMark, any(|_, is| is == MemberState::InSync)),
+        (State::HistoryRenewed, old.history != new.history),
+        (State::DirtyMark, !old.flags.dirty && new.flags.dirty),
+        (State::CleanMark, old.flags.dirty && !new.flags.dirty),
+        (State::CursorSaved, is_moved),
+    ];
+    let found = all.iter().filter(|(_, is_so)| *is_so);
+    found.map(|(state, _)| *state).collect()
 }
 
 fn map_state(disk: &SimDisk, flight: &Flight, world: &World, [set, cleared]: [State; 2]) -> State {

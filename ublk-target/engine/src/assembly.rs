@@ -278,6 +278,8 @@ impl Plan {
         }
         record.flags.deleted = false;
         let (floor, notes_missed) = (record.floor, self.notes_missed);
+        // Where nothing was proven yet it has more to be given than what is noted from here on.
+        let is_whole = record.synced_to == record.member_bytes;
         for (entry, plan) in record.members.iter_mut().zip(&self.slots) {
             let is_held = match plan {
                 SlotPlan::InSync(_) | SlotPlan::Rebuilding(_) | SlotPlan::Faulty => true,
@@ -292,7 +294,7 @@ impl Plan {
             };
             if !is_held {
                 entry.left_at = match (plan, entry.state) {
-                    (SlotPlan::Missing, MemberState::InSync) if notes_missed => floor,
+                    (SlotPlan::Missing, MemberState::InSync) if notes_missed && is_whole => floor,
                     (SlotPlan::Missing, _) => entry.left_at,
                     _ => 0,
                 };

@@ -50,12 +50,15 @@ impl<E: Env> RaidGroup<E> {
             self.durable_rebuild.set(0);
             self.holes.borrow_mut().clear();
         }
+        // Where nothing was proven yet it has more to be given than what is noted from here on.
+        let is_whole =
+            self.synced.get() == self.geometry.stripes() && self.holes.borrow().is_empty();
         for slot in bits(slots) {
             let member = self.member(slot);
             member.state.set(MemberState::Faulty);
             member.left_at.set(match rebuilding & 1 << slot {
                 // What every member has on its disk: it does not come back as an older copy of itself.
-                0 if self.maps.is_some() => self.floor.get(),
+                0 if self.maps.is_some() && is_whole => self.floor.get(),
                 0 => 0,
                 _ if catches_up => member.left_at.get(),
                 _ => 0,
