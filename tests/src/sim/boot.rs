@@ -314,7 +314,9 @@ impl Run {
             }
             Deed::WriteError { slot } => {
                 if let Some(number) = hit(self, slot) {
-                    self.disk(number).faults.write_errors.set(1);
+                    let faults = &self.disk(number).faults;
+                    faults.write_errors.set(1);
+                    faults.is_failing.set(true);
                     self.tally.lost();
                 }
             }

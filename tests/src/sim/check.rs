@@ -52,9 +52,12 @@ impl Run {
     fn heal(&mut self) -> Result<bool, Violation> {
         self.observe();
         let group = self.group.clone().expect("it runs");
-        let is_synced = !self.is_torn && group.status().sync.is_none();
+        let status = group.status();
+        let is_whole = status.state == GroupState::Optimal && status.sync.is_none();
+        let is_synced = !self.is_torn && is_whole;
         for disk in &self.disks {
             disk.faults.write_errors.set(0);
+            disk.faults.is_failing.set(false);
             disk.faults.slow.set(0);
             if !is_synced {
                 // Parity is not believed before the resync, and that needs all data.

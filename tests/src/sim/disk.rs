@@ -51,6 +51,8 @@ pub struct Faults {
     pub hangs: Cell<bool>,
     /// So many of the next writes fail.
     pub write_errors: Cell<u32>,
+    /// One of its writes fails, or has: it will not be a member for long.
+    pub is_failing: Cell<bool>,
     /// Everything takes this many times as long; 0: as always.
     pub slow: Cell<u64>,
     /// Sectors that cannot be read until they are written.

@@ -239,6 +239,7 @@ impl Host {
         let answer = sent.answer.get().unwrap_or(Ok(()));
         let told = sent.sectors.start << 16 ^ (sent.tag as u64) << 1 ^ u64::from(answer.is_ok());
         world.trace(told);
+        world.tell(|| format!("answer {}: {answer:?}", sent.tag));
         Some(self.take(world, &sent, answer, is_whole))
     }
 

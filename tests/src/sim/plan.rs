@@ -237,11 +237,24 @@ fn draw_deed(random: &Random, config: &Config) -> Deed {
     }
 }
 
+/// States that few crashes hit.
+const RARE: [State; 6] = [
+    State::InSyncMark,
+    State::MissedCleared,
+    State::CursorSaved,
+    State::StartReplays,
+    State::CleanMark,
+    State::IntentCleared,
+];
+
 /// States that a crash is aimed at, for what the group can be in.
 fn draw_aim(random: &Random, config: &Config) -> State {
     let bitmap = config.consistency == Consistency::Bitmap;
     loop {
-        let state = *random.of(State::ALL);
+        let state = match random.percent(30) {
+            true => *random.of(&RARE),
+            false => *random.of(State::ALL),
+        };
         let parity = config.level.has_parity();
         let fits = match state {
             State::BetweenDataAndParity => parity,
@@ -331,7 +344,11 @@ fn draw_boot(random: &Random, config: &Config, is_last: bool) -> Boot {
                 at += random.below((requests - at) / 2 + 1);
                 deeds.push((at, deed));
             }
-            When::Arises(state, 1 + random.below(*random.of(&[1, 2, 6, 30])))
+            let most = match RARE.contains(&state) {
+                true => 3,
+                false => *random.of(&[1, 2, 6, 30]),
+            };
+            When::Arises(state, 1 + random.below(most))
         }
         _ => When::Quiet,
     };

@@ -13,7 +13,7 @@ use lunar_engine::traits::{Env, SECOND};
 
 use super::disk::{Handle, SimDisk};
 use super::host::{Host, Sent, Told};
-use super::model::{Model, Wrong};
+use super::model::Model;
 use super::pages::Pages;
 use super::plan::{Boot, Config, End, Plan, When};
 use super::random::Random;
@@ -69,12 +69,6 @@ impl Violation {
     pub fn new(law: Law, text: impl Into<String>) -> Self {
         let text = text.into();
         Self { law, text }
-    }
-}
-
-impl From<Wrong> for Violation {
-    fn from(wrong: Wrong) -> Self {
-        Self::new(Law::Data, wrong.to_string())
     }
 }
 
@@ -354,7 +348,7 @@ impl Run {
             let faults = &disk.faults;
             let is_bad = faults.is_gone.get()
                 || faults.hangs.get()
-                || faults.write_errors.get() > 0
+                || faults.is_failing.get()
                 || !faults.bad.borrow().is_empty();
             set |= u64::from(is_bad) << slot;
         }
@@ -376,7 +370,9 @@ impl Run {
         let now = self.not_in_sync();
         for (number, state) in &self.seats {
             if *state != MemberState::InSync {
-                self.disk(*number).faults.is_unseen.set(false);
+                let faults = &self.disk(*number).faults;
+                faults.is_unseen.set(false);
+                faults.is_failing.set(false);
             }
         }
         if now != before || now != 0 {
@@ -411,6 +407,12 @@ impl Run {
         let group = Rc::clone(self.group.as_ref().expect("it runs"));
         let (request, answer) = (sent.request(), Rc::clone(&sent.answer));
         let lu = sent.lu as u16;
+        self.world.tell(|| {
+            format!(
+                "send {}: LU {lu} {:?} {:?} write {}",
+                sent.tag, sent.kind, sent.sectors, sent.stamp
+            )
+        });
         self.world.spawn(async move {
             answer.set(Some(group.serve(lu, request).await));
         });
@@ -438,7 +440,14 @@ impl Run {
     pub fn judge(&mut self, told: Told) -> Result<(), Violation> {
         match told {
             Told::Answered => Ok(()),
-            Told::Wrong(wrong) => Err(wrong.into()),
+            Told::Wrong(wrong) => {
+                let (stripe, d, in_chunk) = self.host.models[wrong.lu].place(wrong.sector);
+                let slot = self.geometry.copy(stripe, d, 0).slot;
+                let place = format!(
+                    "{wrong}: stripe {stripe}, data {d}, in slot {slot}, sector {in_chunk} of the chunk"
+                );
+                Err(Violation::new(Law::Data, place))
+            }
             Told::Failed(kind, errno) => {
                 self.tally.errors += 1;
                 if self.is_exhausted {
@@ -546,6 +555,8 @@ impl Run {
             disk.process_died(&self.world, &self.random);
             disk.faults.hangs.set(false);
             disk.faults.slow.set(0);
+            disk.faults.write_errors.set(0);
+            disk.faults.is_failing.set(false);
         }
         // Its destructors change its memory, which is not its successor's.
         self.memory = self.memory.left();
@@ -558,6 +569,7 @@ impl Run {
     fn crash(&mut self, end: End) -> Result<(), Violation> {
         if self.group.is_some() {
             self.harvest()?;
+            self.observe();
         }
         let status = self.group.as_ref().map(|group| group.status());
         let is_live = self.memory.has_live_entry();
