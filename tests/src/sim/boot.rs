@@ -5,9 +5,11 @@ use std::rc::Rc;
 use lunar_api::ApiError;
 use lunar_api::target::{LuSize, MemberState, ScrubOrder};
 use lunar_engine::raid_group::{RaidGroup, StartSpec};
+use lunar_engine::superblock::{At, decode};
 use lunar_engine::traits::SECOND;
 
 use super::disk::{GoOn, SECTOR};
+use super::pages::Pages;
 use super::plan::{Between, Boot, Deed};
 use super::run::{ANSWER_LIMIT, GROUP, Law, Run, Violation, Way};
 
@@ -46,7 +48,12 @@ impl Run {
                 keep,
                 undelete: false,
             };
-            let members = numbers.iter().map(|n| self.given(*n)).collect();
+            let twin = self.twin.take().filter(|n| numbers.contains(n));
+            let mut members: Vec<_> = numbers.iter().map(|n| self.given(*n)).collect();
+            if let Some(number) = twin {
+                let copy = self.copy_of(number);
+                members.push(self.given(copy));
+            }
             self.world
                 .tell(|| format!("start from {numbers:?}, force {force}"));
             self.eye.is_start.set(true);
@@ -62,6 +69,19 @@ impl Run {
                 }
                 return Err(Violation::new(Law::Ends, "a start does not end"));
             };
+            let is_refused = |error: &ApiError| {
+                let mut causes = error.causes.iter();
+                causes.any(|cause| cause.contains("both say that they are disk"))
+            };
+            if twin.is_some() {
+                match started {
+                    Err(error) if is_refused(&error) => continue,
+                    other => {
+                        let text = format!("a disk and its copy: {:?}", other.err());
+                        return Err(Violation::new(Law::Starts, text));
+                    }
+                }
+            }
             match started {
                 Ok(group) => {
                     self.is_exhausted = false;
@@ -469,6 +489,47 @@ impl Run {
         Ok(Way::On)
     }
 
+    /// A disk with what another has; nobody knows it afterwards.
+    fn copy_of(&mut self, number: u8) -> u8 {
+        let pages = self.disk(number).snapshot();
+        let copy = self.add_disk(0);
+        self.disk(copy).restore(pages);
+        self.retired.push(copy);
+        copy
+    }
+
+    /// A member is as it was earlier: the group has to see that it is.
+    fn put_older(&mut self, slot: u16) {
+        let Some(number) = self.working(slot).filter(|_| self.may_lose(slot)) else {
+            return;
+        };
+        let others = self.seats.iter().filter(|seat| seat.0 != number);
+        let in_sync = others.filter(|seat| seat.1 == MemberState::InSync);
+        let floors = in_sync.filter_map(|seat| self.said(&self.disk(seat.0).snapshot()));
+        let floor = floors.map(|said| said.1).min();
+        let Some(copy) = self.copies.remove(&number) else {
+            return;
+        };
+        let said = self.said(&copy).zip(floor);
+        if said.is_some_and(|((generation, _), floor)| generation < floor) {
+            self.disk(number).restore(copy);
+            self.tally.lost();
+        }
+    }
+
+    /// Generation and floor of a disk's superblock.
+    fn said(&self, pages: &Pages) -> Option<(u64, u64)> {
+        let mut bytes = [0; 4096];
+        pages.read(4096, &mut bytes);
+        let at = At {
+            offset: 4096,
+            device_size: pages.len(),
+        };
+        let superblock = decode(&bytes, at).ok()?;
+        let floor = superblock.member.map(|member| member.group.floor)?;
+        Some((superblock.generation, floor))
+    }
+
     /// What is done between two boots.
     pub fn between(&mut self, between: Between) {
         match between {
@@ -479,7 +540,10 @@ impl Run {
                 }
             }
             Between::Return => self.return_all(),
-            Between::Older { .. } | Between::Twin { .. } => {}
+            Between::Older { slot } => self.put_older(slot),
+            Between::Twin { slot } => {
+                self.twin = self.working(slot);
+            }
         }
     }
 }

@@ -167,6 +167,8 @@ pub struct Model {
     open: BTreeSet<u64>,
     /// Rows in doubt: stripe, and grain of the chunk.
     doubt: BTreeSet<(u64, u64)>,
+    /// No row is ever in doubt: the write hole counts as closed.
+    has_no_hole: bool,
     /// Nothing is left to be synced: all copies and parities fit.
     is_whole: bool,
     answers: u64,
@@ -174,7 +176,7 @@ pub struct Model {
 
 impl Model {
     /// A LU that reads as zero, durably.
-    pub fn new(lu: usize, geometry: Geometry, extents: ExtentMap) -> Self {
+    pub fn new(lu: usize, geometry: Geometry, extents: ExtentMap, has_no_hole: bool) -> Self {
         let sectors = extents.capacity() / SECTOR;
         Self {
             lu,
@@ -184,6 +186,7 @@ impl Model {
             unsettled: BTreeSet::new(),
             open: BTreeSet::new(),
             doubt: BTreeSet::new(),
+            has_no_hole,
             is_whole: false,
             answers: 0,
         }
@@ -315,9 +318,9 @@ impl Model {
 
     /// The power went.
     pub fn power_lost(&mut self) {
-        let has_parity = self.geometry.parities() > 0;
+        let has_rows = self.geometry.parities() > 0 && !self.has_no_hole;
         for sector in std::mem::take(&mut self.unsettled) {
-            if has_parity {
+            if has_rows {
                 let (stripe, _, in_chunk) = self.place(sector);
                 self.doubt.insert((stripe, in_chunk / GRAIN));
             }
@@ -476,7 +479,7 @@ mod tests {
             at: 0,
             len: 1 << 20,
         }]);
-        Model::new(0, geometry, extents)
+        Model::new(0, geometry, extents, false)
     }
 
     fn show(model: &mut Model, sector: u64, stamp: Stamp) -> bool {

@@ -148,6 +148,8 @@ pub struct Plan {
     pub seed: u64,
     pub config: Config,
     pub boots: Vec<Boot>,
+    /// The write hole counts as closed: nothing of it is exempt (`model`).
+    pub has_no_hole: bool,
     /// What is done is told on standard error.
     pub is_loud: bool,
 }
@@ -392,6 +394,7 @@ impl Plan {
             seed,
             config,
             boots,
+            has_no_hole: false,
             is_loud: false,
         }
     }

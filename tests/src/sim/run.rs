@@ -109,6 +109,8 @@ pub struct Run {
     pub has_rotted: bool,
     /// Older copies of disks.
     pub copies: BTreeMap<u8, Pages>,
+    /// A disk of which a copy is there too at the next start.
+    pub twin: Option<u8>,
     /// Orders that are carried out.
     pub orders: Rc<Cell<u32>>,
 }
@@ -191,6 +193,7 @@ impl Run {
             is_apart: false,
             has_rotted: false,
             copies: BTreeMap::new(),
+            twin: None,
             orders: Rc::default(),
         };
         for i in 0..config.members {
@@ -308,7 +311,8 @@ impl Run {
             let handle = made.map_err(refused)?;
             let group = self.group.as_ref().expect("it runs");
             let extents = group.lu_extents(handle).expect("just made");
-            models.push(Model::new(i, self.geometry.clone(), extents));
+            let geometry = self.geometry.clone();
+            models.push(Model::new(i, geometry, extents, self.plan.has_no_hole));
         }
         self.host = Host::new(models);
         Ok(())
@@ -561,6 +565,10 @@ impl Run {
         // Its destructors change its memory, which is not its successor's.
         self.memory = self.memory.left();
         self.group = None;
+        if self.random.percent(30) {
+            let number = self.random.index(self.disks.len()) as u8;
+            self.copies.insert(number, self.disk(number).snapshot());
+        }
         self.world.clear();
         self.orders = Rc::default();
     }

@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use lunar_api::target::Consistency;
+
 use super::plan::Plan;
 use super::run::{Law, Outcome, Plant, Violation, run};
 use super::tally::Tally;
@@ -30,6 +32,25 @@ pub fn run_plan(plan: &Plan, plant: Option<Plant>) -> Outcome {
             }
         }
     }
+}
+
+/// The first of some seeds that shows the write hole of a policy: a run that breaks the law of data as soon as nothing is
+/// exempt, and does not as it is.
+pub fn find_hole(consistency: Consistency, from: u64, seeds: u64) -> Option<(u64, Violation)> {
+    (from..from + seeds).find_map(|seed| {
+        let mut plan = Plan::draw(seed);
+        if !plan.config.level.has_parity() || plan.config.consistency != consistency {
+            return None;
+        }
+        plan.has_no_hole = true;
+        let found = run_plan(&plan, None).violation;
+        let found = found.filter(|violation| violation.law == Law::Data)?;
+        plan.has_no_hole = false;
+        run_plan(&plan, None)
+            .violation
+            .is_none()
+            .then_some((seed, found))
+    })
 }
 
 /// Runs a seed; some run twice, and have to be the same.
