@@ -2,8 +2,8 @@
 
 use std::rc::Rc;
 
-use lunar_api::target::{GroupState, MemberState, ScrubOrder, ScrubState};
-use lunar_engine::traits::SECOND;
+use lunar_api::target::{GroupState, GroupStatus, MemberState, ScrubOrder, ScrubState};
+use lunar_engine::traits::{MILLISECOND, SECOND};
 
 use super::disk::SECTOR;
 use super::run::{Law, Run, Violation, WORK_LIMIT};
@@ -97,15 +97,13 @@ impl Run {
                     false => self.replace(lost.slot),
                 }
             }
-            let orders = Rc::clone(&self.orders);
-            let is_over = self.world.run_until(WORK_LIMIT, move || {
-                let status = group.status();
+            let is_over = self.wait_until(|run, status| {
                 let is_filled = status
                     .members
                     .iter()
                     .all(|m| m.state != MemberState::Rebuilding);
                 let is_quiet = status.sync.is_none() && status.replacement.is_none();
-                orders.get() == 0 && is_filled && is_quiet || status.state == GroupState::Failed
+                run.orders.get() == 0 && is_filled && is_quiet || status.state == GroupState::Failed
             });
             self.observe();
             let group = self.group.clone().expect("it runs");
@@ -130,6 +128,22 @@ impl Run {
         }
     }
 
+    /// Lets time pass until something is so of the group; false if background work had time enough.
+    fn wait_until(&self, is_so: impl Fn(&Self, &GroupStatus) -> bool) -> bool {
+        let group = self.group.as_ref().expect("it runs");
+        let end = self.world.now() + WORK_LIMIT;
+        // To ask after every event costs more than all else.
+        let mut step = 20 * MILLISECOND;
+        while self.world.now() < end {
+            if is_so(self, &group.status()) {
+                return true;
+            }
+            self.world.run_until(step, || false);
+            step = (step * 5 / 4).min(10 * SECOND);
+        }
+        false
+    }
+
     /// A scrub finds nothing.
     fn scrub(&mut self) -> Result<(), Violation> {
         let group = self.group.clone().expect("it runs");
@@ -148,11 +162,11 @@ impl Run {
                 return Err(Violation::new(Law::Ends, format!("no scrub: {error:?}")));
             }
         }
-        let seen = Rc::clone(&group);
-        let state = move || seen.status().scrub.map(|scrub| scrub.state);
-        let is_over = self
-            .world
-            .run_until(WORK_LIMIT, move || state() == Some(ScrubState::Done));
+        let is_done = |status: &GroupStatus| {
+            let scrub = status.scrub.as_ref();
+            scrub.is_some_and(|scrub| scrub.state == ScrubState::Done)
+        };
+        let is_over = self.wait_until(|_, status| is_done(status));
         let scrub = group.status().scrub;
         let Some(scrub) = scrub.filter(|_| is_over) else {
             return Err(Violation::new(Law::Ends, "a scrub does not end"));
