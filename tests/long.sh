@@ -10,7 +10,7 @@ set -u -o pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 export LUNAR_SIM_SEEDS=${LUNAR_SIM_SEEDS:-200} PROPTEST_CASES=${PROPTEST_CASES:-20000}
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(unit storms lab e2e matrix demo stock)
+[ ${#parts[@]} -gt 0 ] || parts=(unit sim storms lab e2e matrix demo stock)
 target=${CARGO_TARGET_DIR:-target}
 proof=tests/PROOF.md
 mkdir -p "$target"

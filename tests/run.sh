@@ -4,6 +4,7 @@
 #   fmt clippy docs    style and documentation, as the compiler's tools see it
 #   unit               unit, property, simulator and tidy tests: nothing but a file system needed
 #   tidy               only the house rules out of `unit` (not run twice by default)
+#   sim                the simulator: the default seeds, kept runs, every planted bug, the write hole of each policy
 #   lab                the machine harness itself
 #   e2e                real /dev/ublkbN in a real kernel, see fixtures/lab.sh; of large matrices the corners
 #   demo               the README's demo, and that it fails, and where, when bytes are flipped behind Lunar's back
@@ -18,7 +19,7 @@
 # A new part: a function part_NAME, and its name in `parts`.
 set -u -o pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
-parts=(fmt clippy docs unit lab e2e demo)
+parts=(fmt clippy docs unit sim lab e2e demo)
 
 export CARGO_TERM_COLOR=never
 export RUST_BACKTRACE=${RUST_BACKTRACE:-1}
@@ -28,7 +29,10 @@ if ! command -v cargo > /dev/null && [ -x "$HOME/.cargo/bin/cargo" ]; then
 fi
 
 part_fmt() { cargo fmt --all --check; }
-part_clippy() { cargo clippy --locked --workspace --all-targets -- -D warnings; }
+part_clippy() {
+  cargo clippy --locked --workspace --all-targets -- -D warnings \
+    && cargo clippy --locked -p lunar-engine -p lunar-tests --all-targets --features lunar-tests/planted -- -D warnings
+}
 part_docs() { RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --workspace --document-private-items; }
 part_unit() {
   if cargo nextest --version > /dev/null 2>&1; then
@@ -39,6 +43,8 @@ part_unit() {
   fi
 }
 part_tidy() { cargo test --locked -p lunar-tests --test tidy; }
+# Its binary has the engine's planted bugs in it, and lies apart from what serves anything.
+part_sim() { tests/sim.sh --all; }
 part_lab() { fixtures/selftest.sh; }
 # Boots once for each group of end-to-end tests: what one leaves behind in device-mapper does not meet the next.
 e2e_groups() { # e2e_groups GROUP..: all tests whose names contain GROUP
@@ -128,7 +134,7 @@ part_stock() {
     *) cat "$log"; echo 'test stock_kernel_runs_the_demo ... FAILED'; return 1 ;;
   esac
 }
-declare -A limits=([unit]=30m [lab]=10m [e2e]=60m [stock]=70m [storms]=6h [matrix]=3h) # the others: 20m
+declare -A limits=([unit]=30m [sim]=30m [lab]=10m [e2e]=60m [stock]=70m [storms]=6h [matrix]=3h) # the others: 20m
 
 # Reads the output of cargo test, nextest, libtest-mimic or the lab's self-test; prints name<TAB>status.
 # A name is BINARY::TEST for cargo's tests, so that it is the same under nextest.

@@ -27,6 +27,7 @@ use lunar_api::{DiskUuid, GroupUuid, History};
 
 use crate::geometry::Geometry;
 use crate::limits::PARENTS_MAX;
+use crate::planted::{self, Bug};
 use crate::superblock::{GroupRecord, Superblock};
 
 mod error;
@@ -305,6 +306,8 @@ impl Plan {
         }
         record.flags.deleted = false;
         let (floor, notes_missed) = (record.floor, self.notes_missed);
+        // Where nothing was proven yet it has more to be given than what is noted from here on.
+        let is_whole = record.synced_to == record.member_bytes;
         for (entry, plan) in record.members.iter_mut().zip(&self.slots) {
             let is_held = match plan {
                 SlotPlan::InSync(_) | SlotPlan::Rebuilding(_) | SlotPlan::Faulty => true,
@@ -319,7 +322,7 @@ impl Plan {
             };
             if !is_held {
                 entry.left_at = match (plan, entry.state) {
-                    (SlotPlan::Missing, MemberState::InSync) if notes_missed => floor,
+                    (SlotPlan::Missing, MemberState::InSync) if notes_missed && is_whole => floor,
                     (SlotPlan::Missing, _) => entry.left_at,
                     _ => 0,
                 };
@@ -489,7 +492,7 @@ fn check_parity(
     conditions: Conditions,
     reasons: &mut Vec<String>,
 ) -> Result<Parity, AssemblyError> {
-    if geometry.parities() == 0 || !is_doubted {
+    if geometry.parities() == 0 || !is_doubted || planted::is(Bug::WriteHoleAccepted) {
         return Ok(Parity::Right);
     }
     if lost.is_empty() || conditions.process_death_only {

@@ -7,6 +7,7 @@ use std::rc::Rc;
 use lunar_api::target::{MemberState, SyncAction, SyncStatus};
 
 use crate::limits::HOLES_MAX;
+use crate::planted::{self, Bug};
 use crate::raid_group::RaidGroup;
 use crate::region_map::RegionSet;
 use crate::regions::Maps;
@@ -309,7 +310,8 @@ impl<E: Env> RaidGroup<E> {
         let maps = self.maps.as_ref().expect("looked at above");
         let mut set = set.borrow_mut();
         while let Some(region) = set.next(0) {
-            if maps.stripes_of(region, unit).end.min(stripes) > stripe {
+            let is_early = planted::is(Bug::CaughtUpEarly) && self.catches_up();
+            if maps.stripes_of(region, unit).end.min(stripes) > stripe && !is_early {
                 break;
             }
             set.remove(region);
@@ -563,6 +565,10 @@ impl<E: Env> RaidGroup<E> {
             .first()
             .map_or(done, |hole| done.min(*hole));
         match slot {
+            Some(_) if planted::is(Bug::CursorAhead) => {
+                let ahead = (done + 256).min(self.geometry.stripes());
+                self.durable_rebuild.set(ahead);
+            }
             Some(_) => self.durable_rebuild.set(done),
             None => self.durable_synced.set(done),
         }
@@ -572,7 +578,9 @@ impl<E: Env> RaidGroup<E> {
     }
 
     async fn sync_end(&self, slot: Option<u16>, wanted: u64) -> Result<(), ()> {
-        self.flush_members().await.map_err(|_| ())?;
+        if !planted::is(Bug::SyncUnflushed) {
+            self.flush_members().await.map_err(|_| ())?;
+        }
         if !self.is_current(slot, wanted) {
             return Err(());
         }

@@ -146,6 +146,7 @@ impl<E: Env> RaidGroup<E> {
             failed: Cell::new(false),
             dirty: Cell::new(record.flags.dirty),
             dirty_durable: Cell::new(record.flags.dirty),
+            durable_history: Cell::new(record.history),
             record: RefCell::new(record),
             rate_min: Cell::new(config.options.rebuild_min_bytes.unwrap_or(RATE_MIN)),
             rate_max: Cell::new(config.options.rebuild_max_bytes),

@@ -22,6 +22,7 @@ pub mod limits;
 mod member;
 pub mod parity;
 pub mod plan;
+pub mod planted;
 pub mod pool;
 pub mod ppl;
 mod publish;

@@ -12,6 +12,7 @@ use lunar_api::target::{GroupState, MemberState};
 use crate::limits::PARENTS_MAX;
 use crate::member::Member;
 use crate::parity;
+use crate::planted::{self, Bug};
 use crate::raid_group::{EIO, Errno, MemberPlace, RaidGroup};
 use crate::serve::bits;
 use crate::superblock::{
@@ -49,12 +50,15 @@ impl<E: Env> RaidGroup<E> {
             self.durable_rebuild.set(0);
             self.holes.borrow_mut().clear();
         }
+        // Where nothing was proven yet it has more to be given than what is noted from here on.
+        let is_whole =
+            self.synced.get() == self.geometry.stripes() && self.holes.borrow().is_empty();
         for slot in bits(slots) {
             let member = self.member(slot);
             member.state.set(MemberState::Faulty);
             member.left_at.set(match rebuilding & 1 << slot {
                 // What every member has on its disk: it does not come back as an older copy of itself.
-                0 if self.maps.is_some() => self.floor.get(),
+                0 if self.maps.is_some() && is_whole => self.floor.get(),
                 0 => 0,
                 _ if catches_up => member.left_at.get(),
                 _ => 0,
@@ -137,6 +141,9 @@ impl<E: Env> RaidGroup<E> {
 
     /// Waits until the superblocks say what memory says now; writes them if nobody else does.
     pub(crate) async fn wait_durable(&self) -> Result<(), Errno> {
+        if planted::is(Bug::DegradeNotDurable) && self.in_sync.get() != self.geometry.slots() {
+            return Ok(());
+        }
         self.publish().await
     }
 
@@ -147,6 +154,10 @@ impl<E: Env> RaidGroup<E> {
         }
         if self.stopping.get() || self.failed.get() {
             return Err(EIO);
+        }
+        if planted::is(Bug::DirtyNotDurable) {
+            self.dirty.set(true);
+            return Ok(());
         }
         if !self.dirty.replace(true) {
             self.advance();
@@ -163,7 +174,8 @@ impl<E: Env> RaidGroup<E> {
             return;
         }
         let requests = self.requests_seen();
-        if self.flush_members().await.is_err() {
+        let flushes = !planted::is(Bug::CleanUnflushed);
+        if flushes && self.flush_members().await.is_err() {
             return;
         }
         // A write that came and went meanwhile is not flushed.
@@ -275,7 +287,8 @@ impl<E: Env> RaidGroup<E> {
                     offset: 0,
                     len: 4096,
                 };
-                let verb = DiskVerb::Write { fua: true };
+                let fua = !planted::is(Bug::SuperblockWithoutFua);
+                let verb = DiskVerb::Write { fua };
                 let at = block.copy_at(copy);
                 let io = member.submit_meta(verb, at, 4096, Buf::Pool(meta), &[piece]);
                 ios.push((member, io));
@@ -309,6 +322,7 @@ impl<E: Env> RaidGroup<E> {
             self.drop_copy("superblock could not be written");
         }
         self.durable.set(generation);
+        self.durable_history.set(record.history);
         self.floor.set(generation);
         self.dirty_durable.set(dirty);
         Ok(())

@@ -12,7 +12,7 @@ use std::rc::Rc;
 use lunar_api::target::{
     Consistency, GroupStatus, Level, LuCounters, LuStatus, SyncStatus, TargetEvent, Witness,
 };
-use lunar_api::{DiskUuid, GroupUuid, LuUuid, SystemUuid};
+use lunar_api::{DiskUuid, GroupUuid, History, LuUuid, SystemUuid};
 
 use crate::config::{GroupConfig, LuConfig, ScrubRecord};
 use crate::control::Zeroing;
@@ -23,6 +23,7 @@ use crate::growing::Shape;
 use crate::inflight::InflightLog;
 use crate::lanes::Lanes;
 use crate::member::Member;
+use crate::planted::{self, Bug};
 use crate::pool::{Closed, Lease, Pool, Quota};
 use crate::regions::Maps;
 use crate::reserve::Reserve;
@@ -258,6 +259,8 @@ pub struct RaidGroup<E: Env> {
     pub(crate) config: RefCell<GroupConfig>,
     pub(crate) generation: Cell<u64>,
     pub(crate) durable: Cell<u64>,
+    /// The history that the disks say with it.
+    pub(crate) durable_history: Cell<History>,
     /// What every member in sync or rebuilding says at least on its disk.
     pub(crate) floor: Cell<u64>,
     pub(crate) publishing: Cell<bool>,
@@ -348,6 +351,7 @@ impl<E: Env> RaidGroup<E> {
     /// Slots that a write of this stripe goes to, as bits.
     pub(crate) fn writable(&self, stripe: u64) -> u64 {
         match self.rebuild.get() {
+            Some(_) if planted::is(Bug::RebuildMissesWrites) => self.in_sync.get(),
             Some(rebuild) if stripe < rebuild.window => self.in_sync.get() | 1 << rebuild.slot,
             _ => self.in_sync.get(),
         }
@@ -372,7 +376,9 @@ impl<E: Env> RaidGroup<E> {
 
     /// Says whether the redundancy of a stripe is right where nobody is writing.
     pub(crate) fn is_synced(&self, stripe: u64) -> bool {
-        stripe < self.synced.get() && !self.is_hole(stripe) && !self.is_unsynced(stripe)
+        let is_proven =
+            stripe < self.synced.get() && !self.is_hole(stripe) && !self.is_unsynced(stripe);
+        is_proven || planted::is(Bug::UnsyncedBelieved)
     }
 
     pub(crate) fn rebuilding(&self) -> Option<u16> {
@@ -425,7 +431,7 @@ impl<E: Env> RaidGroup<E> {
             consistency: record.consistency,
             state: self.group_state(),
             reason: self.reason(),
-            history: record.history,
+            history: self.durable_history.get(),
             generation: self.durable.get(),
             capacity: self.geometry.capacity(),
             capacity_max: self.capacity_max(),

@@ -28,6 +28,7 @@ use lunar_api::target::Consistency;
 use crate::limits::CONFIG_PIECE;
 use crate::member::{Member, MemberIo};
 use crate::parity;
+use crate::planted::{self, Bug};
 use crate::pool::Lease;
 use crate::raid_group::{EIO, Errno, RaidGroup};
 use crate::region_map::{Kind, PAGE, PAGE_REGIONS, PAGES, RegionSet};
@@ -223,6 +224,9 @@ impl Maps {
         if record.members.iter().any(|entry| entry.left_at != 0) {
             // Who was lost with the power may not have what was being written.
             maps.missed.mark_all(&maps.intent.marked.borrow());
+            if planted::is(Bug::MissedForgotten) {
+                maps.forget_missed();
+            }
             maps.begin_behind();
         } else {
             maps.forget_missed();
@@ -378,14 +382,15 @@ impl<E: Env> RaidGroup<E> {
         let regions = maps.regions_of(&stripes, self.geometry.stripe_on_member());
         maps.begin(regions.clone());
         let entered = Entered(Some((maps, regions.clone())));
-        if self.is_missing_writes() {
+        if self.is_missing_writes() && !planted::is(Bug::MissedNotNoted) {
             for region in regions.clone() {
                 maps.missed.mark(region);
             }
         }
         let is_durable = || {
             let missed = !self.is_missing_writes() || maps.missed.is_durable(&regions);
-            missed && maps.intent.is_durable(&regions)
+            let missed = missed || planted::is(Bug::MissedNotNoted);
+            missed && maps.intent.is_durable(&regions) || planted::is(Bug::AckBeforeIntent)
         };
         while !is_durable() {
             let turn = maps
@@ -435,7 +440,10 @@ impl<E: Env> RaidGroup<E> {
                     map.pages.set(map.pages.get() | 1 << page);
                     return Err(EIO);
                 }
-                let members = self.keepers();
+                let mut members = self.keepers();
+                if planted::is(Bug::MapOnOneMember) {
+                    members.truncate(1);
+                }
                 let mut ios: Vec<(Rc<Member<E::Disk>>, MemberIo<E::Disk>)> = Vec::new();
                 for member in members {
                     let (Some(place), Some(meta)) = (&member.place, &member.meta) else {
@@ -563,7 +571,8 @@ impl<E: Env> RaidGroup<E> {
             return;
         }
         maps.looked.set(now);
-        if !maps.look() || !self.flush_members().await.is_ok() {
+        let flushes = !planted::is(Bug::UnmarkUnflushed);
+        if !maps.look() || flushes && self.flush_members().await.is_err() {
             return;
         }
         // What could not be synced keeps its mark.

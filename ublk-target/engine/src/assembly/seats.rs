@@ -4,6 +4,7 @@ use lunar_api::DiskUuid;
 use lunar_api::target::MemberState;
 
 use super::{Found, SlotPlan};
+use crate::planted::{self, Bug};
 use crate::superblock::{GroupRecord, MemberEntry, Replacement};
 
 /// Rule 4, where a disk was to be replaced: whoever of the two is there. The one that is filled is in no slot while the
@@ -79,6 +80,7 @@ pub(super) fn place(
     for (slot, entry) in record.members.iter().enumerate() {
         let found = members.iter().find(|m| m.superblock.disk == entry.disk);
         let counts = matches!(entry.state, MemberState::InSync | MemberState::Rebuilding);
+        let counts = counts || planted::is(Bug::StaleMemberTaken);
         let in_place = found.filter(|m| counts && usize::from(m.slot) == slot);
         let is_given_up = found.is_some_and(|m| given_up.iter().any(|g| g.index == m.index));
         let below = in_place.filter(|m| m.generation() < record.floor);

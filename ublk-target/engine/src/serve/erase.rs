@@ -16,6 +16,7 @@ use crate::inflight::{SEGMENTS_MAX, Segment, ZEROES};
 use crate::limits::MEMBERS_MAX;
 use crate::parity;
 use crate::plan::GRAIN;
+use crate::planted::{self, Bug};
 use crate::pool::{Lease, Quota};
 use crate::ppl::{What, sectors_of};
 use crate::raid_group::{EIO, Errno, Lu, RaidGroup};
@@ -189,6 +190,11 @@ impl<E: Env> RaidGroup<E> {
                 to += 1;
             }
             let (at, len) = (from * unit, (to - from) * unit);
+            let mut slots = slots;
+            if planted::is(Bug::DiscardWithoutParity) {
+                let parity = self.geometry.parity_slots(from);
+                slots &= !parity.fold(0, |set, slot| set | 1 << slot);
+            }
             if self.erase_members(slots, (at, len), unmap, &zeroes).await? {
                 from = to;
             }

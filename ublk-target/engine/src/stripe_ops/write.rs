@@ -11,6 +11,7 @@ use crate::lanes::{Entries, Lanes, LogKind};
 use crate::limits::MEMBERS_MAX;
 use crate::member::add;
 use crate::plan::{BANDS_MAX, Band, GRAIN, Mode, Span, WRITES_MAX, cut, plan_band};
+use crate::planted::{self, Bug};
 use crate::pool::{Lease, Quota};
 use crate::ppl::{ENTRIES_MAX, PAYLOAD_MAX, What, grains_of, sectors_of};
 use crate::raid_group::{EIO, Errno, RaidGroup};
@@ -359,7 +360,9 @@ impl<E: Env> RaidGroup<E> {
                 from: write.from,
             }
         }));
-        self.log.commit(&entry, &logged);
+        if !planted::is(Bug::LogAfterData) {
+            self.log.commit(&entry, &logged);
+        }
         let mut ios: Ios<E> = ArrayVec::new();
         for write in writes {
             let lease = match (write.source, work) {
@@ -380,12 +383,16 @@ impl<E: Env> RaidGroup<E> {
                 offset: write.from - absolute(lease, 0),
                 len: write.len,
             };
+            let fua = fua && !planted::is(Bug::FuaIgnored);
             let (verb, len) = (DiskVerb::Write { fua }, u64::from(write.len));
             let member = self.member(write.slot);
             let io = member.submit(verb, write.at, len, Buf::Pool(lease), &[piece]);
             ios.push((write.slot, Some(io)));
         }
         let failed = self.finish(&mut ios).await;
+        if planted::is(Bug::LogAfterData) {
+            self.log.commit(&entry, &logged);
+        }
         if failed != 0
             && let Err(errno) = self.fail(failed, "write failed").await
         {

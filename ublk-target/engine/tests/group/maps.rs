@@ -1,5 +1,6 @@
 //! The two maps: what is resynced after a power loss, and what a member is caught up with that was away.
 
+use lunar_api::target::{ScrubOrder, ScrubState};
 use lunar_engine::region_map::MAP_BYTES;
 
 use super::*;
@@ -273,4 +274,37 @@ fn members_that_were_away_are_caught_up_one_after_the_other() {
     rig.wait_synced();
     rig.check();
     rig.check_without_others(&[]);
+}
+
+/// Given a member that left before copies were alike for the first time, when it comes back, then it is filled, not caught
+/// up: what a sync gave the others meanwhile nobody has noted.
+#[test]
+fn member_that_left_before_all_was_synced_is_filled_from_the_start() {
+    for (level, n) in [(Level::Raid1, 3), (Level::Raid10, 4), (Level::Raid5, 4)] {
+        for i in 0..2 {
+            let rig = rig(seed_of(300) + i, level, n, 65536, false);
+            rig.group.set_rebuild_rate(None, Some(4 << 20));
+            let store = Rc::clone(&rig.stores[1]);
+            assert_eq!(rig.storm(40, || store.faults.dead.set(true)), 0);
+            assert_eq!(rig.slot(1), MemberState::Faulty);
+            rig.group.set_rebuild_rate(None, Some(1 << 40));
+            rig.sleep(120);
+            store.faults.dead.set(false);
+            rig.replace(1, 1, &store);
+            rig.wait_synced();
+            rig.check();
+            let group = Rc::clone(&rig.group);
+            let order = ScrubOrder::Start {
+                repair: false,
+                from: 0,
+                rate: None,
+            };
+            let ordered = rig.world.block_on(async move { group.scrub(order).await });
+            assert_eq!(ordered, Ok(()));
+            let scrubbed = || rig.group.status().scrub;
+            rig.world
+                .run_until(|| scrubbed().is_some_and(|scrub| scrub.state == ScrubState::Done));
+            assert_eq!(scrubbed().map(|scrub| scrub.bad), Some(0), "{level:?}");
+        }
+    }
 }
