@@ -1,0 +1,696 @@
+//! Outside the machine whose power is cut: boots it, draws when and how it is cut, and which disk is lost.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use lunar_disks::{Count, Random, Server};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use super::guest;
+use super::job::{self, Job, LEVELS, Ways};
+use super::stamp::mix;
+use super::traps::{Aim, Members, POINTS, Point};
+use crate::e2e::rig::text;
+use crate::e2e::shell::{Failure, pause};
+
+/// Bytes of the disk with the state directory, and of a member.
+const STATE_BYTES: u64 = 64 << 20;
+const MEMBER_BYTES: u64 = 96 << 20;
+/// Cuts of a set of disks.
+const CUTS_A_SET: u64 = 10;
+/// Seconds that a boot may take, load and all.
+const BOOT_LIMIT: u64 = 240;
+
+/// What is run.
+#[derive(Debug, Clone)]
+struct Options {
+    cuts: u64,
+    seed: u64,
+    /// Only this set.
+    set: Option<u64>,
+    level: Option<&'static str>,
+    plant: Option<Plant>,
+    keep: bool,
+    verbose: bool,
+}
+
+/// A bug of the program under test, as its disks would see it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Plant {
+    /// FLUSH is not sent to one member.
+    Flush,
+    /// FUA is not set when parity is written.
+    Parity,
+}
+
+/// What became of all.
+#[derive(Debug, Default)]
+struct Tally {
+    cuts: u64,
+    aimed: u64,
+    /// Aimed, and frozen there.
+    hit: BTreeMap<Point, u64>,
+    missed: u64,
+    lost: u64,
+    lost_rebuilding: u64,
+    /// Checks that found everything as it must be.
+    checked: u64,
+    forced: u64,
+    refused: u64,
+    firm: u64,
+    hole: u64,
+    sectors: u64,
+    fates: Count,
+    boots: u64,
+}
+
+/// Runs as `args` say. Returns the exit code.
+pub fn main(args: &[String]) -> i32 {
+    let Some(options) = parse(args) else {
+        eprintln!(
+            "usage: lunar-cuts [--cuts N] [--seed S] [--set N] [--level L] [--plant flush|parity] [--keep] [--verbose]"
+        );
+        return 2;
+    };
+    let started = Instant::now();
+    let mut tally = Tally::default();
+    let sets = options.cuts.div_ceil(CUTS_A_SET).max(LEVELS.len() as u64);
+    let per_set = options.cuts.div_ceil(sets);
+    let mut failures = 0;
+    for set in (0..sets).filter(|set| options.set.is_none_or(|only| only == *set)) {
+        let mut run = match Set::new(&options, set, per_set) {
+            Ok(run) => run,
+            Err(why) => {
+                println!("cuts: set {set}: {why}");
+                return 1;
+            }
+        };
+        let name = format!("cuts_lose_nothing_{}_{set}", run.level);
+        let ended = run.all(&mut tally);
+        match (&ended, options.plant) {
+            (Ok(()), None) => println!("test {name} ... ok"),
+            (Err(why), None) => {
+                println!("{why}\n{}", run.repeat());
+                println!("test {name} ... FAILED");
+                failures += 1;
+            }
+            (Err(why), Some(_)) => {
+                println!("caught at cut {} of set {set}: {}", run.cut, first_line(why));
+                failures += 1;
+                break;
+            }
+            (Ok(()), Some(_)) => {}
+        }
+    }
+    tell(&tally, started);
+    match options.plant {
+        None => i32::from(failures != 0),
+        // A bug that nobody found is the failure.
+        Some(plant) => {
+            let name = match plant {
+                Plant::Flush => "cuts_find_a_member_without_flush",
+                Plant::Parity => "cuts_find_parity_without_fua",
+            };
+            let result = if failures == 0 { "FAILED" } else { "ok" };
+            println!("test {name} ... {result}");
+            i32::from(failures == 0)
+        }
+    }
+}
+
+fn first_line(text: &str) -> &str {
+    text.lines().next().unwrap_or_default()
+}
+
+fn parse(args: &[String]) -> Option<Options> {
+    let mut options = Options {
+        cuts: 12,
+        seed: 1,
+        set: None,
+        level: None,
+        plant: None,
+        keep: false,
+        verbose: false,
+    };
+    let mut args = args.iter();
+    while let Some(arg) = args.next() {
+        match arg.as_str() {
+            "--cuts" => options.cuts = args.next()?.parse().ok().filter(|cuts| *cuts > 0)?,
+            "--seed" => options.seed = args.next()?.parse().ok()?,
+            "--set" => options.set = Some(args.next()?.parse().ok()?),
+            "--level" => {
+                let name = args.next()?;
+                options.level = Some(LEVELS.iter().find(|level| **level == *name)?);
+            }
+            "--plant" => {
+                options.plant = Some(match args.next()?.as_str() {
+                    "flush" => Plant::Flush,
+                    "parity" => Plant::Parity,
+                    _ => return None,
+                });
+            }
+            "--keep" => options.keep = true,
+            "--verbose" => options.verbose = true,
+            _ => return None,
+        }
+    }
+    Some(options)
+}
+
+fn tell(tally: &Tally, started: Instant) {
+    println!(
+        "{} cuts in {} boots, {:.1} min; {} aimed ({} did not come by); {} with a member lost, {} of them being rebuilt",
+        tally.cuts,
+        tally.boots,
+        started.elapsed().as_secs_f64() / 60.0,
+        tally.aimed,
+        tally.missed,
+        tally.lost,
+        tally.lost_rebuilding
+    );
+    println!(
+        "{} checks of {} sectors found all as it must be; {} starts refused with their reason, {} forced ({} sectors spoilt by \
+         the write hole); {} times in sync and scrubbed",
+        tally.checked, tally.sectors, tally.refused, tally.forced, tally.hole, tally.firm
+    );
+    let Count {
+        kept,
+        dropped,
+        torn,
+    } = tally.fates;
+    println!("unflushed writes: {kept} kept, {dropped} dropped, {torn} torn");
+    let hits = POINTS.iter().filter_map(|(point, name)| {
+        let count = tally.hit.get(point)?;
+        Some(format!("{name} {count}"))
+    });
+    println!("frozen at: {}", hits.collect::<Vec<_>>().join(", "));
+}
+
+/// A set of disks, and its cuts.
+struct Set {
+    options: Options,
+    set: u64,
+    cuts: u64,
+    seed: u64,
+    random: Random,
+    level: &'static str,
+    members: usize,
+    chunk_kib: u64,
+    assume_clean: bool,
+    dir: PathBuf,
+    server: Server,
+    boot: u64,
+    /// The cut that is next, or was last.
+    cut: u64,
+    /// The disk that is away.
+    away: Option<usize>,
+    /// The group was, or may have become, less than optimal.
+    may_refuse: bool,
+    /// Refused once already: the disk that is away would not help.
+    must_force: bool,
+    /// State and disk of each slot, as the guest said last.
+    slots: Vec<(String, Option<usize>)>,
+    /// The disks, and what was done to them, for whoever repeats it.
+    history: Vec<String>,
+}
+
+/// How a boot ended.
+enum Ended {
+    Cut { aim: Option<(Aim, bool)> },
+    /// It was not started without force, said so, and ended.
+    Refused,
+    Done,
+}
+
+impl Set {
+    fn new(options: &Options, set: u64, cuts: u64) -> Result<Self, Failure> {
+        let seed = mix(options.seed ^ mix(set));
+        let mut random = Random::new(seed);
+        let turn = usize::try_from(set).expect("small") % LEVELS.len();
+        let level = match options.plant {
+            Some(Plant::Parity) => "raid5",
+            Some(Plant::Flush) | None => LEVELS[turn],
+        };
+        let level = options.level.unwrap_or(level);
+        let members = match level {
+            "raid1" => 2 + usize::from(random.percent(30)),
+            "raid5" => 3 + usize::from(random.percent(60)),
+            "raid6" => 4 + usize::from(random.percent(40)),
+            _ => 4,
+        };
+        let base = if Path::new("/dev/shm").is_dir() {
+            PathBuf::from("/dev/shm")
+        } else {
+            std::env::temp_dir()
+        };
+        let dir = base.join(format!("lunar-cuts.{}.{set}", std::process::id()));
+        let said = |error: std::io::Error| format!("{}: {error}", dir.display());
+        for part in ["disks", "share"] {
+            fs::create_dir_all(dir.join(part)).map_err(said)?;
+        }
+        let mut sizes = vec![MEMBER_BYTES; members + 2];
+        sizes[0] = STATE_BYTES;
+        let server = Server::start(&dir.join("disks"), &sizes).map_err(said)?;
+        Ok(Self {
+            options: options.clone(),
+            set,
+            cuts,
+            seed,
+            level,
+            members,
+            chunk_kib: *random.pick(&[16, 64, 64, 128]),
+            assume_clean: random.percent(60),
+            random,
+            dir,
+            server,
+            boot: 0,
+            cut: 0,
+            away: None,
+            may_refuse: false,
+            must_force: false,
+            slots: Vec::new(),
+            history: Vec::new(),
+        })
+    }
+
+    fn share(&self) -> PathBuf {
+        self.dir.join("share")
+    }
+
+    fn note(&mut self, text: String) {
+        if self.options.verbose {
+            println!("{text}");
+        }
+        self.history.push(text);
+    }
+
+    /// What to type for this set once more.
+    fn repeat(&self) -> String {
+        let plant = match self.options.plant {
+            Some(Plant::Flush) => " --plant flush",
+            Some(Plant::Parity) => " --plant parity",
+            None => "",
+        };
+        format!(
+            "{}\nonce more: lunar-cuts --cuts {} --seed {} --set {}{plant}",
+            self.history.join("\n"),
+            self.options.cuts,
+            self.options.seed,
+            self.set
+        )
+    }
+
+    /// All its cuts, and an end in order.
+    fn all(&mut self, tally: &mut Tally) -> Result<(), Failure> {
+        let (level, members, chunk) = (self.level, self.members, self.chunk_kib);
+        self.note(format!(
+            "set {}: seed {:x}, {level} of {members}, chunk {chunk} KiB, first sync: {}",
+            self.set, self.seed, !self.assume_clean
+        ));
+        let done = self.run(tally);
+        if let Err(why) = &done {
+            let console = fs::read_to_string(self.dir.join("console")).unwrap_or_default();
+            let lines: Vec<_> = console.lines().rev().take(12).collect();
+            let tail: Vec<_> = lines.into_iter().rev().collect();
+            return Err(format!("{why}\nconsole: {}", tail.join("\n  ")));
+        }
+        done
+    }
+
+    fn run(&mut self, tally: &mut Tally) -> Result<(), Failure> {
+        while self.cut < self.cuts {
+            let job = self.draw_job(false);
+            let ended = self.boot_once(&job, tally)?;
+            self.power_off(ended, tally)?;
+        }
+        // In the end everything comes back in order, with all disks.
+        for _ in 0..3 {
+            self.come_back(true)?;
+            let mut job = self.draw_job(true);
+            job.force = self.must_force || self.away.is_none();
+            let ended = self.boot_once(&job, tally)?;
+            let refused = matches!(ended, Ended::Refused);
+            self.power_off(ended, tally)?;
+            if !refused {
+                return Ok(());
+            }
+        }
+        Err("it is refused again and again".to_owned())
+    }
+
+    fn draw_job(&mut self, last: bool) -> Job {
+        let there = (1..=self.members + 1).filter(|disk| Some(*disk) != self.away);
+        let there = there.collect();
+        let force = self.must_force || self.random.percent(60);
+        Job {
+            run: self.seed,
+            boot: self.boot,
+            seed: self.random.draw(),
+            level: self.level,
+            members: self.members,
+            chunk_kib: self.chunk_kib,
+            there,
+            assume_clean: self.assume_clean,
+            ways: match self.options.plant {
+                Some(Plant::Flush) => Ways::FlushOnly,
+                Some(Plant::Parity) => Ways::FuaOnly,
+                None => *self
+                    .random
+                    .pick(&[Ways::Mixed, Ways::Mixed, Ways::FlushOnly, Ways::FuaOnly]),
+            },
+            force: force || self.options.plant.is_some(),
+            firm: self.random.percent(35),
+            admin: self.random.percent(40),
+            last,
+        }
+    }
+
+    /// Boots, lets it work, and kills it at the drawn moment.
+    fn boot_once(&mut self, job: &Job, tally: &mut Tally) -> Result<Ended, Failure> {
+        job.write(&self.share()).map_err(|error| error.to_string())?;
+        tally.boots += 1;
+        let aimed = !job.last && self.cut % 2 == 1;
+        let aim = aimed.then(|| {
+            let parity = job.has_parity();
+            let rebuilds = self.slots.iter().any(|(state, _)| state != "in_sync") || self.away.is_some();
+            Aim::draw(&mut self.random, parity, rebuilds, job.admin)
+        });
+        let from_boot = job.boot > 0 && aim.is_some_and(Aim::is_of_start) && self.random.percent(60);
+        // A quarter of the others are cut while they come up.
+        let early = (job.boot > 0 && aim.is_none() && self.random.percent(25))
+            .then(|| self.random.below(6000));
+        let load_ms = 200 + self.random.below(2500);
+        if from_boot {
+            self.set_trap(aim);
+        }
+        let mut machine = Machine::boot(&self.dir)?;
+        if let (Some(early), false) = (early, job.last) {
+            let mut left = early;
+            while left > 0 && machine.is_up()? {
+                pause(left.min(20));
+                left -= left.min(20);
+            }
+        } else {
+            let wanted = if job.last { "done" } else { "load" };
+            let frozen = from_boot;
+            self.wait_stage(&mut machine, job, wanted, frozen)?;
+        }
+        self.look_at(job, tally)?;
+        if let Some(stage) = self.stage(job, "done") {
+            machine.wait_end()?;
+            let refused = self.stage(job, "refused").is_some() && self.stage(job, "checked").is_none();
+            drop(stage);
+            return Ok(if refused { Ended::Refused } else { Ended::Done });
+        }
+        let mut hit = false;
+        if aim.is_some() && !from_boot {
+            self.set_trap(aim);
+        }
+        if job.boot == 0 {
+            self.plant();
+        }
+        if aim.is_some() {
+            hit = self.server.wait_frozen(Duration::from_secs(6));
+        } else if early.is_none() {
+            pause(load_ms);
+        }
+        if let Some(failed) = self.stage(job, "failed") {
+            return Err(text(&failed["why"]) + "\n" + &text(&failed["log"]));
+        }
+        machine.cut()?;
+        // What it said in its last moments.
+        self.look_at(job, &mut Tally::default())?;
+        Ok(Ended::Cut {
+            aim: aim.map(|aim| (aim, hit)),
+        })
+    }
+
+    fn set_trap(&self, aim: Option<Aim>) {
+        let disks: Vec<usize> = (1..=self.members + 1).collect();
+        let members = Members::read(&self.server, &disks, MEMBER_BYTES);
+        let trap = aim.map(|aim| aim.trap(members, MEMBER_BYTES));
+        self.server.set_trap(trap);
+    }
+
+    fn plant(&self) {
+        let Some(plant) = self.options.plant else {
+            return;
+        };
+        let disks: Vec<usize> = (1..=self.members).collect();
+        let members = Members::read(&self.server, &disks, MEMBER_BYTES);
+        self.server.plant(Some(match plant {
+            Plant::Flush => Box::new(move |disk, at| disk == 2 && members.is_data(disk, at)),
+            Plant::Parity => Box::new(move |disk, at| members.is_parity(disk, at)),
+        }));
+    }
+
+    fn stage(&self, job: &Job, name: &str) -> Option<Value> {
+        let stages = job::stages(&self.share(), job.boot);
+        stages.into_iter().rev().find(|stage| stage["stage"] == name)
+    }
+
+    /// Waits until the guest is so far, or has ended; or until the trap has closed, if one is set.
+    fn wait_stage(
+        &self,
+        machine: &mut Machine,
+        job: &Job,
+        wanted: &str,
+        frozen: bool,
+    ) -> Result<(), Failure> {
+        let limit = Instant::now() + Duration::from_secs(BOOT_LIMIT);
+        loop {
+            let up = machine.is_up()?;
+            if let Some(failed) = self.stage(job, "failed") {
+                return Err(text(&failed["why"]) + "\n" + &text(&failed["log"]));
+            }
+            let refused = self.stage(job, "refused").is_some() && !job.force;
+            if self.stage(job, "done").is_some() || (!refused && self.stage(job, wanted).is_some()) {
+                return Ok(());
+            }
+            if !up {
+                return Err("the machine ended by itself".to_owned());
+            }
+            if frozen && self.server.wait_frozen(Duration::from_millis(20)) {
+                return Ok(());
+            }
+            if Instant::now() > limit {
+                let stages = job::stages(&self.share(), job.boot);
+                return Err(format!("no {wanted} in {BOOT_LIMIT} s: {stages:?}"));
+            }
+            pause(20);
+        }
+    }
+
+    /// Takes in what the guest said.
+    fn look_at(&mut self, job: &Job, tally: &mut Tally) -> Result<(), Failure> {
+        for stage in job::stages(&self.share(), job.boot) {
+            match stage["stage"].as_str().unwrap_or_default() {
+                "group" => {
+                    let members = stage["members"].as_array().cloned().unwrap_or_default();
+                    self.slots = members
+                        .iter()
+                        .map(|member| {
+                            let disk = member["disk"].as_u64();
+                            (text(&member["state"]), disk.and_then(|disk| usize::try_from(disk).ok()))
+                        })
+                        .collect();
+                    if stage["state"] != "optimal" && stage["state"] != "stopped" {
+                        self.may_refuse = true;
+                    }
+                }
+                "refused" => {
+                    let reason = text(&stage["reason"]);
+                    if !self.may_refuse {
+                        return Err(format!("refused, with all members there and in sync: {reason}"));
+                    }
+                    tally.refused += 1;
+                    self.note(format!("  boot {}: refused: {reason}", job.boot));
+                }
+                "checked" => {
+                    tally.checked += 1;
+                    tally.sectors += stage["sectors"].as_u64().unwrap_or_default();
+                    tally.hole += stage["hole"].as_u64().unwrap_or_default();
+                    if stage["forced"] == true {
+                        tally.forced += 1;
+                    }
+                    self.must_force = false;
+                }
+                "firm" => {
+                    tally.firm += 1;
+                    self.may_refuse = self.away.is_some_and(|away| self.has_slot(away));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn has_slot(&self, disk: usize) -> bool {
+        self.slots.iter().any(|(_, of)| *of == Some(disk))
+    }
+
+    /// The disks decide what they keep; one may be lost, one may come back.
+    fn power_off(&mut self, ended: Ended, tally: &mut Tally) -> Result<(), Failure> {
+        let seed = self.random.draw();
+        let counts = self.server.cut(seed, None).map_err(|error| error.to_string())?;
+        self.boot += 1;
+        let aim = match ended {
+            Ended::Done => return Ok(()),
+            Ended::Refused => {
+                if self.away.is_none() || self.must_force {
+                    self.must_force = true;
+                } else {
+                    // It says to connect the missing disk.
+                    self.must_force = true;
+                    self.come_back(false)?;
+                }
+                return Ok(());
+            }
+            Ended::Cut { aim } => aim,
+        };
+        tally.cuts += 1;
+        for (_, count) in &counts {
+            tally.fates += *count;
+        }
+        let how = match aim {
+            None => "by time".to_owned(),
+            Some((aim, true)) => format!("frozen at {} #{}", aim.name(), aim.nth),
+            Some((aim, false)) => format!("not come by {} #{}", aim.name(), aim.nth),
+        };
+        if let Some((aim, hit)) = aim {
+            tally.aimed += 1;
+            tally.missed += u64::from(!hit);
+            if hit {
+                *tally.hit.entry(aim.point).or_default() += 1;
+            }
+        }
+        let fates: Vec<String> = counts.iter().map(|(fate, _)| format!("{fate:?}")).collect();
+        let (cut, boot) = (self.cut, self.boot - 1);
+        self.note(format!("  cut {cut} (boot {boot}, seed {seed:x}) {how}; {}", fates.join(" ")));
+        let loses = self.loses();
+        self.cut += 1;
+        if loses {
+            self.lose(tally)?;
+        } else if self.away.is_some() && !self.may_refuse && self.random.percent(60) {
+            let empty = self.random.percent(50);
+            self.come_back(empty)?;
+        }
+        Ok(())
+    }
+
+    /// Three of ten cuts take a member away; of a short set one.
+    fn loses(&self) -> bool {
+        match self.options.plant {
+            Some(Plant::Parity) => true,
+            Some(Plant::Flush) => false,
+            None if self.cuts < 5 => self.cut == self.set % self.cuts.min(2),
+            None => matches!(self.cut % 10, 1 | 4 | 7),
+        }
+    }
+
+    /// Takes away a member that the group can do without: the one that is being filled, or any.
+    fn lose(&mut self, tally: &mut Tally) -> Result<(), Failure> {
+        let filled: Vec<usize> = self.slots.iter().filter(|(state, _)| state == "rebuilding").filter_map(|(_, disk)| *disk).collect();
+        let all: Vec<usize> = self.slots.iter().filter_map(|(_, disk)| *disk).collect();
+        let candidates = if self.may_refuse { &filled } else { &all };
+        let candidates: Vec<usize> = candidates.iter().copied().filter(|disk| Some(*disk) != self.away).collect();
+        if candidates.is_empty() {
+            self.note("  no member to lose: it is degraded already".to_owned());
+            return Ok(());
+        }
+        self.come_back(true)?;
+        let disk = *self.random.pick(&candidates);
+        self.server.lose(disk).map_err(|error| error.to_string())?;
+        self.away = Some(disk);
+        tally.lost += 1;
+        tally.lost_rebuilding += u64::from(filled.contains(&disk));
+        self.may_refuse = true;
+        self.must_force = false;
+        let device = guest::device(disk);
+        self.note(format!("  lost {device}, filled: {filled:?}"));
+        Ok(())
+    }
+
+    fn come_back(&mut self, empty: bool) -> Result<(), Failure> {
+        let Some(disk) = self.away.take() else {
+            return Ok(());
+        };
+        self.note(format!("  back: {}{}", guest::device(disk), if empty { ", empty" } else { "" }));
+        self.server.bring_back(disk, empty).map_err(|error| error.to_string())
+    }
+}
+
+impl Drop for Set {
+    fn drop(&mut self) {
+        if self.options.keep {
+            println!("kept: {}", self.dir.display());
+        } else {
+            let _ = fs::remove_dir_all(&self.dir);
+        }
+    }
+}
+
+/// A running machine. Dropping it cuts its power.
+struct Machine {
+    lab: Child,
+}
+
+impl Machine {
+    fn boot(dir: &Path) -> Result<Self, Failure> {
+        let exe = std::env::current_exe().map_err(|error| error.to_string())?;
+        let log = fs::File::create(dir.join("log")).map_err(|error| error.to_string())?;
+        let err = log.try_clone().map_err(|error| error.to_string())?;
+        let share = dir.join("share");
+        let lab = Command::new("fixtures/lab.sh")
+            .args(["--timeout", &(BOOT_LIMIT + 30).to_string(), "--mem", "1G"])
+            .arg("--served")
+            .arg(dir.join("disks"))
+            .arg("--share")
+            .arg(&share)
+            .arg("--keep-console")
+            .arg(dir.join("console"))
+            .arg("--")
+            .arg(exe)
+            .arg("guest")
+            .arg(&share)
+            .stdin(Stdio::null())
+            .stdout(log)
+            .stderr(err)
+            .spawn()
+            .map_err(|error| format!("fixtures/lab.sh: {error}"))?;
+        Ok(Self { lab })
+    }
+
+    fn is_up(&mut self) -> Result<bool, Failure> {
+        let status = self.lab.try_wait().map_err(|error| error.to_string())?;
+        Ok(status.is_none())
+    }
+
+    fn wait_end(&mut self) -> Result<(), Failure> {
+        let status = self.lab.wait().map_err(|error| error.to_string())?;
+        if status.success() {
+            Ok(())
+        } else {
+            Err(format!("lab.sh: {status}"))
+        }
+    }
+
+    /// SIGTERM: `lab.sh` kills the kernel with all its processes.
+    fn cut(&mut self) -> Result<(), Failure> {
+        let pid = i32::try_from(self.lab.id()).map_err(|error| error.to_string())?;
+        let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+        self.lab.wait().map_err(|error| error.to_string())?;
+        Ok(())
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _ = self.cut();
+    }
+}
