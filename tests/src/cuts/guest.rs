@@ -52,7 +52,9 @@ fn boot(dir: &Path, job: &Job, report: &mut Report) -> Result<(), Failure> {
     if job.boot == 0 {
         sh(&format!("mkfs.ext4 -q -F {state}"))?;
     }
-    sh(&format!("mkdir -p {STATE} {MOUNT} && mount -t ext4 {state} {STATE}"))?;
+    sh(&format!(
+        "mkdir -p {STATE} {MOUNT} && mount -t ext4 {state} {STATE}"
+    ))?;
     let rig = Rig::in_state(STATE)?;
     report.say("up", json!({}));
     let log = |why: Failure| format!("{why}\n{}", rig.log_tail());
@@ -87,7 +89,9 @@ fn create(job: &Job, rig: &Rig) -> Result<(), Failure> {
     }
     let list = paths.join(",");
     let chunk = format!("{}KiB", job.chunk_kib);
-    let mut group = vec!["group", "create", "data", "--disks", &list, "--level", job.level];
+    let mut group = vec![
+        "group", "create", "data", "--disks", &list, "--level", job.level,
+    ];
     if job.level != "raid1" {
         group.extend(["--chunk", &chunk]);
     }
@@ -148,7 +152,7 @@ fn check(dir: &Path, job: &Job, rig: &Rig, report: &mut Report) -> Result<bool, 
             return Ok(false);
         }
         fs::write(dir.join("anew"), "").map_err(|error| error.to_string())?;
-        rig.lunar(&["group", "start", "data", "--force"])?;
+        rig.lunar(&["group", "start", "data", "--force", "--yes"])?;
         forced = true;
     }
     until("the LUs are up", 60, || {
@@ -169,7 +173,11 @@ fn check(dir: &Path, job: &Job, rig: &Rig, report: &mut Report) -> Result<bool, 
     } else {
         check_files(job, &places)?;
     }
-    let files = places.files.iter().filter(|place| place.durable != 0).count();
+    let files = places
+        .files
+        .iter()
+        .filter(|place| place.durable != 0)
+        .count();
     report.say(
         "checked",
         json!({ "sectors": sectors, "files": files, "hole": hole, "forced": forced, "anew": anew }),
@@ -181,9 +189,7 @@ fn check(dir: &Path, job: &Job, rig: &Rig, report: &mut Report) -> Result<bool, 
 fn say_group(rig: &Rig, report: &mut Report) -> Result<Value, Failure> {
     let group = rig.json(&["group", "show", "data"])?;
     let members = group["members"].as_array().cloned().unwrap_or_default();
-    let of = |member: &Value| {
-        json!({ "state": member["state"], "disk": member["path"].as_str().and_then(disk_of) })
-    };
+    let of = |member: &Value| json!({ "state": member["state"], "disk": member["path"].as_str().and_then(disk_of) });
     let members: Vec<Value> = members.iter().map(of).collect();
     report.say(
         "group",
@@ -266,7 +272,9 @@ fn read_raw(job: &Job, places: &Places) -> Result<Shown, Failure> {
 /// The file system is whole once its journal has been replayed, and every file is one that it may be.
 fn check_files(job: &Job, places: &Places) -> Result<(), Failure> {
     sh_in(
-        &format!("mount -t ext4 {FS} {MOUNT} && umount {MOUNT} && e2fsck -fn {FS} && mount -t ext4 {FS} {MOUNT}"),
+        &format!(
+            "mount -t ext4 {FS} {MOUNT} && umount {MOUNT} && e2fsck -fn {FS} && mount -t ext4 {FS} {MOUNT}"
+        ),
         60,
     )?;
     for (file, place) in (0..).zip(&places.files) {
@@ -292,7 +300,9 @@ fn disks_again(job: &Job, rig: &Rig) -> Result<(), Failure> {
     let rows = list.as_array().cloned().unwrap_or_default();
     for disk in &job.there {
         let path = device(*disk);
-        let row = rows.iter().find(|row| row["path"] == *path && row["state"] != "missing");
+        let row = rows
+            .iter()
+            .find(|row| row["path"] == *path && row["state"] != "missing");
         if row.is_none() {
             rig.lunar(&["disk", "add", "--role", "spare", &path])?;
         }

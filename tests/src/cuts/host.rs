@@ -100,7 +100,11 @@ pub fn main(args: &[String]) -> i32 {
                 failures += 1;
             }
             (Err(why), Some(_)) => {
-                println!("caught at cut {} of set {set}: {}", run.cut, first_line(why));
+                println!(
+                    "caught at cut {} of set {set}: {}",
+                    run.cut,
+                    first_line(why)
+                );
                 failures += 1;
                 break;
             }
@@ -221,7 +225,9 @@ struct Set {
 
 /// How a boot ended.
 enum Ended {
-    Cut { aim: Option<(Aim, bool)> },
+    Cut {
+        aim: Option<(Aim, bool)>,
+    },
     /// It was not started without force, said so, and ended.
     Refused,
     Done,
@@ -359,9 +365,13 @@ impl Set {
             ways: match self.options.plant {
                 Some(Plant::Flush) => Ways::FlushOnly,
                 Some(Plant::Parity) => Ways::FuaOnly,
-                None => *self
-                    .random
-                    .pick(&[Ways::Mixed, Ways::Mixed, Ways::FlushOnly, Ways::FuaOnly]),
+                None => *self.random.pick(&[
+                    Ways::Mixed,
+                    Ways::Lazy,
+                    Ways::Lazy,
+                    Ways::FlushOnly,
+                    Ways::FuaOnly,
+                ]),
             },
             force: force || self.options.plant.is_some(),
             firm: self.random.percent(35),
@@ -372,15 +382,18 @@ impl Set {
 
     /// Boots, lets it work, and kills it at the drawn moment.
     fn boot_once(&mut self, job: &Job, tally: &mut Tally) -> Result<Ended, Failure> {
-        job.write(&self.share()).map_err(|error| error.to_string())?;
+        job.write(&self.share())
+            .map_err(|error| error.to_string())?;
         tally.boots += 1;
         let aimed = !job.last && self.cut % 2 == 1;
         let aim = aimed.then(|| {
             let parity = job.has_parity();
-            let rebuilds = self.slots.iter().any(|(state, _)| state != "in_sync") || self.away.is_some();
+            let rebuilds =
+                self.slots.iter().any(|(state, _)| state != "in_sync") || self.away.is_some();
             Aim::draw(&mut self.random, parity, rebuilds, job.admin)
         });
-        let from_boot = job.boot > 0 && aim.is_some_and(Aim::is_of_start) && self.random.percent(60);
+        let from_boot =
+            job.boot > 0 && aim.is_some_and(Aim::is_of_start) && self.random.percent(60);
         // A quarter of the others are cut while they come up.
         let early = (job.boot > 0 && aim.is_none() && self.random.percent(25))
             .then(|| self.random.below(6000));
@@ -403,7 +416,8 @@ impl Set {
         self.look_at(job, tally)?;
         if let Some(stage) = self.stage(job, "done") {
             machine.wait_end()?;
-            let refused = self.stage(job, "refused").is_some() && self.stage(job, "checked").is_none();
+            let refused =
+                self.stage(job, "refused").is_some() && self.stage(job, "checked").is_none();
             drop(stage);
             return Ok(if refused { Ended::Refused } else { Ended::Done });
         }
@@ -451,7 +465,10 @@ impl Set {
 
     fn stage(&self, job: &Job, name: &str) -> Option<Value> {
         let stages = job::stages(&self.share(), job.boot);
-        stages.into_iter().rev().find(|stage| stage["stage"] == name)
+        stages
+            .into_iter()
+            .rev()
+            .find(|stage| stage["stage"] == name)
     }
 
     /// Waits until the guest is so far, or has ended; or until the trap has closed, if one is set.
@@ -469,7 +486,8 @@ impl Set {
                 return Err(text(&failed["why"]) + "\n" + &text(&failed["log"]));
             }
             let refused = self.stage(job, "refused").is_some() && !job.force;
-            if self.stage(job, "done").is_some() || (!refused && self.stage(job, wanted).is_some()) {
+            if self.stage(job, "done").is_some() || (!refused && self.stage(job, wanted).is_some())
+            {
                 return Ok(());
             }
             if !up {
@@ -496,7 +514,10 @@ impl Set {
                         .iter()
                         .map(|member| {
                             let disk = member["disk"].as_u64();
-                            (text(&member["state"]), disk.and_then(|disk| usize::try_from(disk).ok()))
+                            (
+                                text(&member["state"]),
+                                disk.and_then(|disk| usize::try_from(disk).ok()),
+                            )
                         })
                         .collect();
                     if stage["state"] != "optimal" && stage["state"] != "stopped" {
@@ -506,7 +527,9 @@ impl Set {
                 "refused" => {
                     let reason = text(&stage["reason"]);
                     if !self.may_refuse {
-                        return Err(format!("refused, with all members there and in sync: {reason}"));
+                        return Err(format!(
+                            "refused, with all members there and in sync: {reason}"
+                        ));
                     }
                     tally.refused += 1;
                     self.note(format!("  boot {}: refused: {reason}", job.boot));
@@ -537,7 +560,10 @@ impl Set {
     /// The disks decide what they keep; one may be lost, one may come back.
     fn power_off(&mut self, ended: Ended, tally: &mut Tally) -> Result<(), Failure> {
         let seed = self.random.draw();
-        let counts = self.server.cut(seed, None).map_err(|error| error.to_string())?;
+        let counts = self
+            .server
+            .cut(seed, None)
+            .map_err(|error| error.to_string())?;
         self.boot += 1;
         let aim = match ended {
             Ended::Done => return Ok(()),
@@ -571,7 +597,10 @@ impl Set {
         }
         let fates: Vec<String> = counts.iter().map(|(fate, _)| format!("{fate:?}")).collect();
         let (cut, boot) = (self.cut, self.boot - 1);
-        self.note(format!("  cut {cut} (boot {boot}, seed {seed:x}) {how}; {}", fates.join(" ")));
+        self.note(format!(
+            "  cut {cut} (boot {boot}, seed {seed:x}) {how}; {}",
+            fates.join(" ")
+        ));
         let loses = self.loses();
         self.cut += 1;
         if loses {
@@ -595,10 +624,19 @@ impl Set {
 
     /// Takes away a member that the group can do without: the one that is being filled, or any.
     fn lose(&mut self, tally: &mut Tally) -> Result<(), Failure> {
-        let filled: Vec<usize> = self.slots.iter().filter(|(state, _)| state == "rebuilding").filter_map(|(_, disk)| *disk).collect();
+        let filled: Vec<usize> = self
+            .slots
+            .iter()
+            .filter(|(state, _)| state == "rebuilding")
+            .filter_map(|(_, disk)| *disk)
+            .collect();
         let all: Vec<usize> = self.slots.iter().filter_map(|(_, disk)| *disk).collect();
         let candidates = if self.may_refuse { &filled } else { &all };
-        let candidates: Vec<usize> = candidates.iter().copied().filter(|disk| Some(*disk) != self.away).collect();
+        let candidates: Vec<usize> = candidates
+            .iter()
+            .copied()
+            .filter(|disk| Some(*disk) != self.away)
+            .collect();
         if candidates.is_empty() {
             self.note("  no member to lose: it is degraded already".to_owned());
             return Ok(());
@@ -620,8 +658,14 @@ impl Set {
         let Some(disk) = self.away.take() else {
             return Ok(());
         };
-        self.note(format!("  back: {}{}", guest::device(disk), if empty { ", empty" } else { "" }));
-        self.server.bring_back(disk, empty).map_err(|error| error.to_string())
+        self.note(format!(
+            "  back: {}{}",
+            guest::device(disk),
+            if empty { ", empty" } else { "" }
+        ));
+        self.server
+            .bring_back(disk, empty)
+            .map_err(|error| error.to_string())
     }
 }
 

@@ -11,6 +11,8 @@ use serde_json::{Value, json};
 pub(super) enum Ways {
     /// Some by FUA, some by FLUSH, some not at all.
     Mixed,
+    /// Seldom, so that caches are full of what nobody asked to keep.
+    Lazy,
     FlushOnly,
     FuaOnly,
 }
@@ -41,8 +43,9 @@ pub(super) struct Job {
 
 /// Levels by name, so that a job needs no memory of its own for it.
 pub(super) const LEVELS: [&str; 4] = ["raid5", "raid1", "raid6", "raid10"];
-const WAYS: [(&str, Ways); 3] = [
+const WAYS: [(&str, Ways); 4] = [
     ("mixed", Ways::Mixed),
+    ("lazy", Ways::Lazy),
     ("flush", Ways::FlushOnly),
     ("fua", Ways::FuaOnly),
 ];
@@ -131,7 +134,9 @@ pub(super) fn stages(dir: &Path, boot: u64) -> Vec<Value> {
     let text = fs::read_to_string(path(dir, boot)).unwrap_or_default();
     let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
     let lines = whole.lines();
-    lines.filter_map(|line| serde_json::from_str(line).ok()).collect()
+    lines
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .collect()
 }
 
 fn path(dir: &Path, boot: u64) -> std::path::PathBuf {

@@ -13,13 +13,6 @@ pub(super) struct Place {
 }
 
 impl Place {
-    pub(super) fn of(durable: u64) -> Self {
-        Self {
-            durable,
-            later: Vec::new(),
-        }
-    }
-
     pub(super) fn may_show(&self, seq: u64) -> bool {
         seq == self.durable || self.later.contains(&seq)
     }
@@ -90,8 +83,11 @@ mod tests {
         ];
         replay(&mut places, Kind::Sector, &records);
         assert_eq!((places[0].durable, &places[0].later[..]), (0, &[1, 3][..]));
-        assert_eq!(places[1], Place::of(2));
-        assert_eq!(places[2], Place::of(2));
+        let settled = Place {
+            durable: 2,
+            later: Vec::new(),
+        };
+        assert_eq!(places[1..], [settled.clone(), settled]);
         assert!(!places[1].may_show(1) && places[0].may_show(3));
         // A flush covers what was acknowledged before it; the acknowledgement of another life does not count.
         replay(&mut places, Kind::Sector, &[record(Step::Flushed, 0, 0, 0)]);

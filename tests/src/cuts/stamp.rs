@@ -48,7 +48,10 @@ pub(super) fn read(run: u64, place: u64, sector: &[u8]) -> Result<u64, String> {
     if (of_run, of_place) != (run, place) {
         return Err(format!("stamp of run {of_run:x}, place {of_place}"));
     }
-    if sector.chunks_exact(STAMP).any(|part| part != &sector[..STAMP]) {
+    if sector
+        .chunks_exact(STAMP)
+        .any(|part| part != &sector[..STAMP])
+    {
         return Err(format!("write {seq:x} is there in part"));
     }
     Ok(seq)

@@ -148,7 +148,9 @@ impl Members {
             return Spot::Other;
         };
         let stripe = inside / geometry.stripe_on_member();
-        let is_parity = geometry.parity_slots(stripe).any(|slot| slot == member.slot);
+        let is_parity = geometry
+            .parity_slots(stripe)
+            .any(|slot| slot == member.slot);
         Spot::Data { stripe, is_parity }
     }
 
@@ -221,7 +223,10 @@ impl Aim {
     pub(super) fn is_of_start(self) -> bool {
         matches!(
             self.point,
-            Point::Copy0Written | Point::Copy1Written | Point::BeforeStateFlush | Point::StateFlushed
+            Point::Copy0Written
+                | Point::Copy1Written
+                | Point::BeforeStateFlush
+                | Point::StateFlushed
         )
     }
 
@@ -268,9 +273,10 @@ impl Aim {
                 Point::SomeFlushed => (flushes && is_member && flush_follows, FreezeBefore),
                 Point::BeforeStateFlush => (flushes && !is_member, FreezeBefore),
                 Point::StateFlushed => (flushes && !is_member, FreezeAfter),
-                Point::RebuildWritten => {
-                    (of_data.is_some() && members.is_rebuilding(disk), FreezeAfter)
-                }
+                Point::RebuildWritten => (
+                    of_data.is_some() && members.is_rebuilding(disk),
+                    FreezeAfter,
+                ),
                 Point::IntentWritten => (spot == Spot::Intent, FreezeAfter),
                 Point::MissedWritten => (spot == Spot::Missed, FreezeAfter),
                 Point::LogWritten => (spot == Spot::Log, FreezeAfter),

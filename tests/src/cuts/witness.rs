@@ -130,7 +130,11 @@ mod tests {
             count: 3,
             seq,
         };
-        let all = [record(Step::Begun, 1), record(Step::Durable, 1), record(Step::Flushed, 0)];
+        let all = [
+            record(Step::Begun, 1),
+            record(Step::Durable, 1),
+            record(Step::Flushed, 0),
+        ];
         let mut witness = Witness::create(&path).unwrap();
         for one in all {
             witness.report(one).unwrap();

@@ -70,6 +70,7 @@ pub(super) fn raw(dir: &Path, job: &Job, device: &str, writer: u64) -> Result<()
     let mut pages = Pages::new(usize::try_from(WRITE_MAX).expect("small") * SECTOR);
     let (fua, flush) = match job.ways {
         Ways::Mixed => (20, 15),
+        Ways::Lazy => (1, 1),
         Ways::FlushOnly => (0, 25),
         Ways::FuaOnly => (70, 0),
     };
@@ -141,6 +142,9 @@ pub(super) fn files(dir: &Path, job: &Job, mount: &str) -> Result<(), Failure> {
         folder.sync_all().map_err(said)?;
         let step = Step::Durable;
         witness.report(Record { step, ..record }).map_err(said)?;
+        if job.ways == Ways::Lazy {
+            pause(300 + random.below(700)); // each fsync flushes every member
+        }
     }
     Ok(())
 }
