@@ -127,6 +127,19 @@ pub fn main(args: &[String]) -> i32 {
     }
 }
 
+/// Folders of a run that was killed.
+fn remove_left_behind(base: &Path) {
+    for entry in fs::read_dir(base).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let pid = name
+            .strip_prefix("lunar-cuts.")
+            .and_then(|rest| rest.split('.').next());
+        if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
 fn first_line(text: &str) -> &str {
     text.lines().next().unwrap_or_default()
 }
@@ -207,7 +220,8 @@ struct Set {
     chunk_kib: u64,
     assume_clean: bool,
     dir: PathBuf,
-    server: Server,
+    /// Taken away before its folder.
+    server: Option<Server>,
     boot: u64,
     /// The cut that is next, or was last.
     cut: u64,
@@ -254,6 +268,7 @@ impl Set {
         } else {
             std::env::temp_dir()
         };
+        remove_left_behind(&base);
         let dir = base.join(format!("lunar-cuts.{}.{set}", std::process::id()));
         let said = |error: std::io::Error| format!("{}: {error}", dir.display());
         for part in ["disks", "share"] {
@@ -273,7 +288,7 @@ impl Set {
             assume_clean: random.percent(60),
             random,
             dir,
-            server,
+            server: Some(server),
             boot: 0,
             cut: 0,
             away: None,
@@ -282,6 +297,10 @@ impl Set {
             slots: Vec::new(),
             history: Vec::new(),
         })
+    }
+
+    fn server(&self) -> &Server {
+        self.server.as_ref().expect("only a drop takes it")
     }
 
     fn share(&self) -> PathBuf {
@@ -429,7 +448,7 @@ impl Set {
             self.plant();
         }
         if aim.is_some() {
-            hit = self.server.wait_frozen(Duration::from_secs(6));
+            hit = self.server().wait_frozen(Duration::from_secs(6));
         } else if early.is_none() {
             pause(load_ms);
         }
@@ -446,9 +465,9 @@ impl Set {
 
     fn set_trap(&self, aim: Option<Aim>) {
         let disks: Vec<usize> = (1..=self.members + 1).collect();
-        let members = Members::read(&self.server, &disks, MEMBER_BYTES);
+        let members = Members::read(self.server(), &disks, MEMBER_BYTES);
         let trap = aim.map(|aim| aim.trap(members, MEMBER_BYTES));
-        self.server.set_trap(trap);
+        self.server().set_trap(trap);
     }
 
     fn plant(&self) {
@@ -456,8 +475,8 @@ impl Set {
             return;
         };
         let disks: Vec<usize> = (1..=self.members).collect();
-        let members = Members::read(&self.server, &disks, MEMBER_BYTES);
-        self.server.plant(Some(match plant {
+        let members = Members::read(self.server(), &disks, MEMBER_BYTES);
+        self.server().plant(Some(match plant {
             Plant::Flush => Box::new(move |disk, at| disk == 2 && members.is_data(disk, at)),
             Plant::Parity => Box::new(move |disk, at| members.is_parity(disk, at)),
         }));
@@ -493,7 +512,7 @@ impl Set {
             if !up {
                 return Err("the machine ended by itself".to_owned());
             }
-            if frozen && self.server.wait_frozen(Duration::from_millis(20)) {
+            if frozen && self.server().wait_frozen(Duration::from_millis(20)) {
                 return Ok(());
             }
             if Instant::now() > limit {
@@ -561,7 +580,7 @@ impl Set {
     fn power_off(&mut self, ended: Ended, tally: &mut Tally) -> Result<(), Failure> {
         let seed = self.random.draw();
         let counts = self
-            .server
+            .server()
             .cut(seed, None)
             .map_err(|error| error.to_string())?;
         self.boot += 1;
@@ -643,7 +662,9 @@ impl Set {
         }
         self.come_back(true)?;
         let disk = *self.random.pick(&candidates);
-        self.server.lose(disk).map_err(|error| error.to_string())?;
+        self.server()
+            .lose(disk)
+            .map_err(|error| error.to_string())?;
         self.away = Some(disk);
         tally.lost += 1;
         tally.lost_rebuilding += u64::from(filled.contains(&disk));
@@ -663,7 +684,7 @@ impl Set {
             guest::device(disk),
             if empty { ", empty" } else { "" }
         ));
-        self.server
+        self.server()
             .bring_back(disk, empty)
             .map_err(|error| error.to_string())
     }
@@ -672,8 +693,11 @@ impl Set {
 impl Drop for Set {
     fn drop(&mut self) {
         if self.options.keep {
+            // Its files too.
+            std::mem::forget(self.server.take());
             println!("kept: {}", self.dir.display());
         } else {
+            self.server = None;
             let _ = fs::remove_dir_all(&self.dir);
         }
     }
@@ -690,7 +714,9 @@ impl Machine {
         let log = fs::File::create(dir.join("log")).map_err(|error| error.to_string())?;
         let err = log.try_clone().map_err(|error| error.to_string())?;
         let share = dir.join("share");
-        let lab = Command::new("fixtures/lab.sh")
+        // SIGKILL of this program ends the machine too.
+        let lab = Command::new("setpriv")
+            .args(["--pdeathsig", "TERM", "fixtures/lab.sh"])
             .args(["--timeout", &(BOOT_LIMIT + 30).to_string(), "--mem", "1G"])
             .arg("--served")
             .arg(dir.join("disks"))
