@@ -13,6 +13,7 @@ use serde_json::Value;
 
 use super::guest;
 use super::job::{self, Job, LEVELS, Ways};
+use super::selftest;
 use super::stamp::mix;
 use super::traps::{Aim, Members, POINTS, Point};
 use crate::e2e::rig::text;
@@ -71,9 +72,12 @@ struct Tally {
 
 /// Runs as `args` say. Returns the exit code.
 pub fn main(args: &[String]) -> i32 {
+    if args == ["--self-test"] {
+        return selftest::main();
+    }
     let Some(options) = parse(args) else {
         eprintln!(
-            "usage: lunar-cuts [--cuts N] [--seed S] [--set N] [--level L] [--plant flush|parity] [--keep] [--verbose]"
+            "usage: lunar-cuts [--cuts N] [--seed S] [--set N] [--level L] [--plant flush|parity] [--keep] [--verbose]\n       lunar-cuts --self-test"
         );
         return 2;
     };
@@ -233,6 +237,8 @@ struct Set {
     must_force: bool,
     /// State and disk of each slot, as the guest said last.
     slots: Vec<(String, Option<usize>)>,
+    /// Stages of this boot that were looked at.
+    looked_at: usize,
     /// The disks, and what was done to them, for whoever repeats it.
     history: Vec<String>,
 }
@@ -295,6 +301,7 @@ impl Set {
             may_refuse: false,
             must_force: false,
             slots: Vec::new(),
+            looked_at: 0,
             history: Vec::new(),
         })
     }
@@ -420,7 +427,12 @@ impl Set {
         if from_boot {
             self.set_trap(aim);
         }
-        let mut machine = Machine::boot(&self.dir)?;
+        let exe = std::env::current_exe().map_err(|error| error.to_string())?;
+        let (exe, share) = (
+            exe.display().to_string(),
+            self.share().display().to_string(),
+        );
+        let mut machine = Machine::boot(&self.dir, &[&exe, "guest", &share])?;
         if let (Some(early), false) = (early, job.last) {
             let mut left = early;
             while left > 0 && machine.is_up()? {
@@ -457,7 +469,7 @@ impl Set {
         }
         machine.cut()?;
         // What it said in its last moments.
-        self.look_at(job, &mut Tally::default())?;
+        self.look_at(job, tally)?;
         Ok(Ended::Cut {
             aim: aim.map(|aim| (aim, hit)),
         })
@@ -525,7 +537,14 @@ impl Set {
 
     /// Takes in what the guest said.
     fn look_at(&mut self, job: &Job, tally: &mut Tally) -> Result<(), Failure> {
-        for stage in job::stages(&self.share(), job.boot) {
+        let stages = job::stages(&self.share(), job.boot);
+        let new = stages
+            .iter()
+            .skip(self.looked_at)
+            .cloned()
+            .collect::<Vec<_>>();
+        self.looked_at = stages.len();
+        for stage in new {
             match stage["stage"].as_str().unwrap_or_default() {
                 "group" => {
                     let members = stage["members"].as_array().cloned().unwrap_or_default();
@@ -584,6 +603,7 @@ impl Set {
             .cut(seed, None)
             .map_err(|error| error.to_string())?;
         self.boot += 1;
+        self.looked_at = 0;
         let aim = match ended {
             Ended::Done => return Ok(()),
             Ended::Refused => {
@@ -704,13 +724,13 @@ impl Drop for Set {
 }
 
 /// A running machine. Dropping it cuts its power.
-struct Machine {
+pub(super) struct Machine {
     lab: Child,
 }
 
 impl Machine {
-    fn boot(dir: &Path) -> Result<Self, Failure> {
-        let exe = std::env::current_exe().map_err(|error| error.to_string())?;
+    /// Boots with the disks in `dir/disks` and `dir/share` to talk by, and runs a command.
+    pub(super) fn boot(dir: &Path, command: &[&str]) -> Result<Self, Failure> {
         let log = fs::File::create(dir.join("log")).map_err(|error| error.to_string())?;
         let err = log.try_clone().map_err(|error| error.to_string())?;
         let share = dir.join("share");
@@ -725,9 +745,7 @@ impl Machine {
             .arg("--keep-console")
             .arg(dir.join("console"))
             .arg("--")
-            .arg(exe)
-            .arg("guest")
-            .arg(&share)
+            .args(command)
             .stdin(Stdio::null())
             .stdout(log)
             .stderr(err)
@@ -736,7 +754,7 @@ impl Machine {
         Ok(Self { lab })
     }
 
-    fn is_up(&mut self) -> Result<bool, Failure> {
+    pub(super) fn is_up(&mut self) -> Result<bool, Failure> {
         let status = self.lab.try_wait().map_err(|error| error.to_string())?;
         Ok(status.is_none())
     }
@@ -751,7 +769,7 @@ impl Machine {
     }
 
     /// SIGTERM: `lab.sh` kills the kernel with all its processes.
-    fn cut(&mut self) -> Result<(), Failure> {
+    pub(super) fn cut(&mut self) -> Result<(), Failure> {
         let pid = i32::try_from(self.lab.id()).map_err(|error| error.to_string())?;
         let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
         self.lab.wait().map_err(|error| error.to_string())?;

@@ -10,6 +10,7 @@ pub mod host;
 mod job;
 mod model;
 mod places;
+mod selftest;
 mod stamp;
 mod traps;
 mod witness;
