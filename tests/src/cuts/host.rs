@@ -558,8 +558,12 @@ impl Set {
                             )
                         })
                         .collect();
-                    if stage["state"] != "optimal" && stage["state"] != "stopped" {
-                        self.may_refuse = true;
+                    match stage["state"].as_str() {
+                        Some("optimal") => {
+                            self.may_refuse = self.away.is_some_and(|away| self.has_slot(away));
+                        }
+                        Some("stopped") => {}
+                        _ => self.may_refuse = true,
                     }
                 }
                 "refused" => {
@@ -581,10 +585,7 @@ impl Set {
                     }
                     self.must_force = false;
                 }
-                "firm" => {
-                    tally.firm += 1;
-                    self.may_refuse = self.away.is_some_and(|away| self.has_slot(away));
-                }
+                "firm" => tally.firm += 1,
                 _ => {}
             }
         }
