@@ -36,6 +36,8 @@ struct Options {
     set: Option<u64>,
     level: Option<&'static str>,
     plant: Option<Plant>,
+    /// The bug is in the program that runs, and not in its disks.
+    is_built_in: bool,
     keep: bool,
     verbose: bool,
 }
@@ -77,7 +79,7 @@ pub fn main(args: &[String]) -> i32 {
     }
     let Some(options) = parse(args) else {
         eprintln!(
-            "usage: lunar-cuts [--cuts N] [--seed S] [--set N] [--level L] [--plant flush|parity] [--keep] [--verbose]\n       lunar-cuts --self-test"
+            "usage: lunar-cuts [--cuts N] [--seed S] [--set N] [--level L] [--plant flush|parity [--built-in]] [--keep] [--verbose]\n       lunar-cuts --self-test"
         );
         return 2;
     };
@@ -155,6 +157,7 @@ fn parse(args: &[String]) -> Option<Options> {
         set: None,
         level: None,
         plant: None,
+        is_built_in: false,
         keep: false,
         verbose: false,
     };
@@ -175,6 +178,7 @@ fn parse(args: &[String]) -> Option<Options> {
                     _ => return None,
                 });
             }
+            "--built-in" => options.is_built_in = true,
             "--keep" => options.keep = true,
             "--verbose" => options.verbose = true,
             _ => return None,
@@ -291,7 +295,8 @@ impl Set {
             level,
             members,
             chunk_kib: *random.pick(&[16, 64, 64, 128]),
-            assume_clean: random.percent(60),
+            // What the first sync writes is not what a planted bug is about.
+            assume_clean: random.percent(60) || options.plant.is_some(),
             random,
             dir,
             server: Some(server),
@@ -456,7 +461,7 @@ impl Set {
         if aim.is_some() && !from_boot {
             self.set_trap(aim);
         }
-        if job.boot == 0 {
+        if job.boot == 0 && !self.options.is_built_in {
             self.plant();
         }
         if aim.is_some() {
