@@ -1,7 +1,7 @@
-//! Power cuts, see `lunar_tests::cuts`. Run by `tests/run.sh cuts`.
+//! Power cuts, see `tests/CUTS.md`.
 //!
-//!   lunar-cuts [--cuts N] [--seed S] [--set N] [--filter NAME]   runs
-//!   lunar-cuts guest DIR                                         inside the machine
+//!   lunar-cuts [OPTION..]     outside; without arguments 12 cuts. `--help` lists the options
+//!   lunar-cuts guest DIR      inside the machine that is cut
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();

@@ -15,7 +15,7 @@ use super::guest;
 use super::job::{self, Job, LEVELS, Ways};
 use super::selftest;
 use super::stamp::mix;
-use super::traps::{Aim, Members, POINTS, Point};
+use super::traps::{Aim, Members, POINTS, Point, REACHED, Reach};
 use crate::e2e::rig::text;
 use crate::e2e::shell::{Failure, pause};
 
@@ -118,6 +118,19 @@ pub fn main(args: &[String]) -> i32 {
         }
     }
     tell(&tally, started);
+    // A run that is long enough has frozen everywhere.
+    if options.cuts >= 100 && options.set.is_none() && options.level.is_none() && failures == 0 {
+        let never = REACHED
+            .iter()
+            .filter(|point| !tally.hit.contains_key(point));
+        let never: Vec<_> = never.collect();
+        let result = if never.is_empty() { "ok" } else { "FAILED" };
+        if !never.is_empty() {
+            println!("never frozen at {never:?}");
+            failures += 1;
+        }
+        println!("test cuts_freeze_at_every_point ... {result}");
+    }
     match options.plant {
         None => i32::from(failures != 0),
         // A bug that nobody found is the failure.
@@ -361,8 +374,10 @@ impl Set {
 
     fn run(&mut self, tally: &mut Tally) -> Result<(), Failure> {
         while self.cut < self.cuts {
-            let job = self.draw_job(false);
-            let ended = self.boot_once(&job, tally)?;
+            let aim = self.draw_aim();
+            let mut job = self.draw_job(false);
+            job.admin |= aim.is_some_and(|aim| aim.point == Point::ConfigWritten);
+            let ended = self.boot_once(&job, aim, tally)?;
             self.power_off(ended, tally)?;
         }
         // In the end everything comes back in order, with all disks.
@@ -370,7 +385,7 @@ impl Set {
             self.come_back(true)?;
             let mut job = self.draw_job(true);
             job.force = self.must_force || self.away.is_none();
-            let ended = self.boot_once(&job, tally)?;
+            let ended = self.boot_once(&job, None, tally)?;
             let refused = matches!(ended, Ended::Refused);
             self.power_off(ended, tally)?;
             if !refused {
@@ -378,6 +393,20 @@ impl Set {
             }
         }
         Err("it is refused again and again".to_owned())
+    }
+
+    /// Every second cut has an aim.
+    fn draw_aim(&mut self) -> Option<Aim> {
+        if self.cut % 2 == 0 {
+            return None;
+        }
+        let turn = self.cut / 2 + self.set * (CUTS_A_SET / 2) / 2 + self.set;
+        let has = Reach {
+            parity: matches!(self.level, "raid5" | "raid6"),
+            rebuild: self.away.is_some()
+                || self.slots.iter().any(|(state, _)| state == "rebuilding"),
+        };
+        Some(Aim::draw(&mut self.random, turn, self.boot == 0, has))
     }
 
     fn draw_job(&mut self, last: bool) -> Job {
@@ -412,19 +441,16 @@ impl Set {
     }
 
     /// Boots, lets it work, and kills it at the drawn moment.
-    fn boot_once(&mut self, job: &Job, tally: &mut Tally) -> Result<Ended, Failure> {
+    fn boot_once(
+        &mut self,
+        job: &Job,
+        aim: Option<Aim>,
+        tally: &mut Tally,
+    ) -> Result<Ended, Failure> {
         job.write(&self.share())
             .map_err(|error| error.to_string())?;
         tally.boots += 1;
-        let aimed = !job.last && self.cut % 2 == 1;
-        let aim = aimed.then(|| {
-            let parity = job.has_parity();
-            let rebuilds =
-                self.slots.iter().any(|(state, _)| state != "in_sync") || self.away.is_some();
-            Aim::draw(&mut self.random, parity, rebuilds, job.admin)
-        });
-        let from_boot =
-            job.boot > 0 && aim.is_some_and(Aim::is_of_start) && self.random.percent(60);
+        let from_boot = aim.is_some_and(Aim::is_of_start);
         // A quarter of the others are cut while they come up.
         let early = (job.boot > 0 && aim.is_none() && self.random.percent(25))
             .then(|| self.random.below(6000));
@@ -473,11 +499,30 @@ impl Set {
             return Err(text(&failed["why"]) + "\n" + &text(&failed["log"]));
         }
         machine.cut()?;
+        self.check_console()?;
         // What it said in its last moments.
         self.look_at(job, tally)?;
         Ok(Ended::Cut {
             aim: aim.map(|aim| (aim, hit)),
         })
+    }
+
+    /// No kernel may have warned.
+    fn check_console(&self) -> Result<(), Failure> {
+        const FINDINGS: [&str; 6] = [
+            "WARNING:",
+            "BUG:",
+            "Oops",
+            "blocked for more than",
+            "general protection",
+            "Kernel panic",
+        ];
+        let console = fs::read(self.dir.join("console")).unwrap_or_default();
+        let text = String::from_utf8_lossy(&console);
+        let found = text
+            .lines()
+            .find(|line| FINDINGS.iter().any(|one| line.contains(one)));
+        found.map_or(Ok(()), |line| Err(format!("the kernel warned: {line}")))
     }
 
     fn set_trap(&self, aim: Option<Aim>) {

@@ -66,6 +66,22 @@ pub(super) const POINTS: [(Point, &str); 15] = [
     (Point::LogWritten, "log_written"),
 ];
 
+/// Those that the program passes: policies with maps and logs are not there yet.
+pub(super) const REACHED: [Point; 12] = [
+    Point::Copy0Written,
+    Point::Copy1Written,
+    Point::ConfigWritten,
+    Point::DataNotParity,
+    Point::ParityWritten,
+    Point::PartOfStripe,
+    Point::DataWritten,
+    Point::BeforeFlush,
+    Point::SomeFlushed,
+    Point::BeforeStateFlush,
+    Point::StateFlushed,
+    Point::RebuildWritten,
+];
+
 /// What an address of a member is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Spot {
@@ -165,6 +181,14 @@ impl Members {
     }
 }
 
+/// What can be reached now.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Reach {
+    pub parity: bool,
+    /// A member may be being filled.
+    pub rebuild: bool,
+}
+
 /// A fail point, and how often it is passed before.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Aim {
@@ -178,30 +202,35 @@ impl Aim {
         found.map_or("", |(_, name)| *name)
     }
 
-    /// Draws one that can be reached.
-    pub(super) fn draw(random: &mut Random, parity: bool, rebuilds: bool, admin: bool) -> Self {
+    /// The next one of those that can be reached; `turn` counts the aimed cuts, so that each has its turn.
+    pub(super) fn draw(random: &mut Random, turn: u64, first_boot: bool, has: Reach) -> Self {
         let mut points = vec![
             Point::PartOfStripe,
-            Point::DataWritten,
             Point::BeforeFlush,
+            Point::DataWritten,
             Point::SomeFlushed,
-            Point::Copy0Written,
-            Point::Copy1Written,
-            Point::BeforeStateFlush,
-            Point::StateFlushed,
+            Point::ConfigWritten,
         ];
-        if parity {
+        if !first_boot {
+            // They come by while a group comes up, and seldom later.
+            points.extend([
+                Point::Copy0Written,
+                Point::BeforeStateFlush,
+                Point::Copy1Written,
+                Point::StateFlushed,
+            ]);
+        }
+        if has.parity {
             points.extend([Point::DataNotParity, Point::ParityWritten]);
         }
-        if rebuilds {
-            points.extend([Point::RebuildWritten; 3]);
+        let turn = turn % points.len() as u64;
+        let mut point = points[usize::try_from(turn).expect("an index")];
+        if has.rebuild && random.percent(40) {
+            point = Point::RebuildWritten;
         }
-        if admin {
-            points.extend([Point::ConfigWritten; 2]);
-        }
-        let point = *random.pick(&points);
         let most = match point {
-            Point::Copy0Written | Point::Copy1Written | Point::ConfigWritten => 8,
+            Point::Copy0Written | Point::Copy1Written => 4,
+            Point::ConfigWritten => 8,
             Point::BeforeStateFlush | Point::StateFlushed => 6,
             Point::BeforeFlush | Point::SomeFlushed => 40,
             Point::RebuildWritten => 150,
