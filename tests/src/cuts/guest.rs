@@ -64,7 +64,7 @@ fn boot(dir: &Path, job: &Job, report: &mut Report) -> Result<(), Failure> {
     } else if !check(dir, job, &rig, report).map_err(log)? {
         return Ok(()); // refused, and said so
     }
-    disks_again(job, &rig).map_err(log)?;
+    disks_again(job, &rig, report).map_err(log)?;
     if job.firm || job.last {
         stand_firm(dir, job, &rig, report).map_err(log)?;
     }
@@ -294,16 +294,19 @@ fn check_files(job: &Job, places: &Places) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Disks that came back empty, or as they were and stale, become spares; rows of disks that are gone for good go.
-fn disks_again(job: &Job, rig: &Rig) -> Result<(), Failure> {
+/// Disks that came back, empty or stale, become spares.
+fn disks_again(job: &Job, rig: &Rig, report: &mut Report) -> Result<(), Failure> {
+    const USED: [&str; 4] = ["in_sync", "rebuilding", "spare", "stopped"];
     let list = rig.json(&["disk", "list"])?;
     let rows = list.as_array().cloned().unwrap_or_default();
+    let short = |row: &Value| json!([row["disk"], row["path"], row["role"], row["state"]]);
+    let short: Vec<Value> = rows.iter().map(short).collect();
+    report.say("disks", json!({ "disks": short }));
     for disk in &job.there {
         let path = device(*disk);
-        let row = rows
-            .iter()
-            .find(|row| row["path"] == *path && row["state"] != "missing");
-        if row.is_none() {
+        let is_used = |row: &&Value| USED.iter().any(|state| row["state"] == *state);
+        let mut here = rows.iter().filter(|row| row["path"] == *path);
+        if here.find(is_used).is_none() {
             rig.lunar(&["disk", "add", "--role", "spare", &path])?;
         }
     }
@@ -317,7 +320,12 @@ fn stand_firm(dir: &Path, job: &Job, rig: &Rig, report: &mut Report) -> Result<(
         let waits = text(&group["state"]) == "degraded" && job.there.len() < job.members;
         Ok(group["sync"].is_null() && (text(&group["state"]) == "optimal" || waits))
     })
-    .map_err(|why| format!("{why}: {:?}", rig.state()))?;
+    .map_err(|why| {
+        format!(
+            "{why}: {:?}",
+            rig.run(&["table", "disks"]).map(|said| said.stdout)
+        )
+    })?;
     let (state, _) = rig.state()?;
     if state != "optimal" {
         return Ok(());
