@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use lunar_disks::{Count, Random, Server};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
@@ -74,6 +74,7 @@ struct Tally {
 
 /// Runs as `args` say. Returns the exit code.
 pub fn main(args: &[String]) -> i32 {
+    end_in_order();
     if args == ["--self-test"] {
         return selftest::main();
     }
@@ -146,16 +147,57 @@ pub fn main(args: &[String]) -> i32 {
     }
 }
 
-/// Folders of a run that was killed.
-fn remove_left_behind(base: &Path) {
-    for entry in fs::read_dir(base).into_iter().flatten().flatten() {
+/// Where folders of runs are made: in memory, where there is such a place.
+fn base() -> PathBuf {
+    let memory = PathBuf::from("/dev/shm");
+    if memory.is_dir() {
+        memory
+    } else {
+        std::env::temp_dir()
+    }
+}
+
+/// Makes a folder of this run, with `disks` and `share` in it.
+pub(super) fn folder(name: &str) -> Result<PathBuf, Failure> {
+    let dir = base().join(format!("lunar-cuts.{}.{name}", std::process::id()));
+    for part in ["disks", "share"] {
+        let made = fs::create_dir_all(dir.join(part));
+        made.map_err(|error| format!("{}: {error}", dir.display()))?;
+    }
+    Ok(dir)
+}
+
+/// Removes the folders of this run, or of runs that were killed.
+fn remove_folders(own: bool) {
+    for entry in fs::read_dir(base()).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let pid = name
             .strip_prefix("lunar-cuts.")
             .and_then(|rest| rest.split('.').next());
-        if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+        let Some(pid) = pid.and_then(|pid| pid.parse::<u32>().ok()) else {
+            continue;
+        };
+        let is_gone = !Path::new("/proc").join(pid.to_string()).exists();
+        if (own && pid == std::process::id()) || (!own && is_gone) {
             let _ = fs::remove_dir_all(entry.path());
         }
+    }
+}
+
+/// Told to end, it leaves nothing: the machine ends with this program, and the folders are removed.
+fn end_in_order() {
+    remove_folders(false);
+    let mut signals = SigSet::empty();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        signals.add(signal);
+    }
+    // What is started later begins with no signal blocked, by the standard library's own care.
+    if signals.thread_block().is_ok() {
+        std::thread::spawn(move || {
+            let signal = signals.wait().map_or(0, |signal| signal as i32);
+            remove_folders(true);
+            std::process::exit(128 + signal);
+        });
     }
 }
 
@@ -286,17 +328,8 @@ impl Set {
             "raid6" => 4 + usize::from(random.percent(40)),
             _ => 4,
         };
-        let base = if Path::new("/dev/shm").is_dir() {
-            PathBuf::from("/dev/shm")
-        } else {
-            std::env::temp_dir()
-        };
-        remove_left_behind(&base);
-        let dir = base.join(format!("lunar-cuts.{}.{set}", std::process::id()));
+        let dir = folder(&set.to_string())?;
         let said = |error: std::io::Error| format!("{}: {error}", dir.display());
-        for part in ["disks", "share"] {
-            fs::create_dir_all(dir.join(part)).map_err(said)?;
-        }
         let mut sizes = vec![MEMBER_BYTES; members + 2];
         sizes[0] = STATE_BYTES;
         let server = Server::start(&dir.join("disks"), &sizes).map_err(said)?;

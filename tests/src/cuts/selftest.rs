@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use lunar_disks::{Fate, Server, Verb, Verdict};
 
-use super::host::Machine;
+use super::host::{Machine, folder};
 use crate::e2e::shell::{Failure, pause};
 
 const BYTES: u64 = 16 << 20;
@@ -27,13 +27,11 @@ pub(super) fn main() -> i32 {
     ];
     let mut code = 0;
     for (name, check) in checks {
-        let dir = std::env::temp_dir().join(format!("lunar-disks.{}", std::process::id()));
-        let done = ["disks", "share"]
-            .iter()
-            .try_for_each(|part| fs::create_dir_all(dir.join(part)))
-            .map_err(|error| error.to_string())
-            .and_then(|()| check(&dir));
-        let _ = fs::remove_dir_all(&dir);
+        let done = folder("disks").and_then(|dir| {
+            let done = check(&dir);
+            let _ = fs::remove_dir_all(&dir);
+            done
+        });
         match done {
             Ok(()) => println!("test {name} ... ok"),
             Err(why) => {
