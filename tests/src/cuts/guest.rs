@@ -305,10 +305,15 @@ fn disks_again(job: &Job, rig: &Rig, report: &mut Report) -> Result<(), Failure>
     for disk in &job.there {
         let path = device(*disk);
         let is_used = |row: &&Value| USED.iter().any(|state| row["state"] == *state);
-        let mut here = rows.iter().filter(|row| row["path"] == *path);
-        if here.find(is_used).is_none() {
-            rig.lunar(&["disk", "add", "--role", "spare", &path])?;
+        let here: Vec<&Value> = rows.iter().filter(|row| row["path"] == *path).collect();
+        if here.iter().any(is_used) {
+            continue;
         }
+        // What is there now is not what was there: `disk add` takes the path for the disk that it knows.
+        for row in here.iter().filter(|row| row["group"].is_null()) {
+            rig.lunar(&["disk", "remove", &row["disk"].to_string(), "--yes"])?;
+        }
+        rig.lunar(&["disk", "add", "--role", "spare", &path])?;
     }
     Ok(())
 }
