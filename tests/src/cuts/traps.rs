@@ -233,14 +233,14 @@ impl Aim {
             Point::ConfigWritten => 8,
             Point::BeforeStateFlush | Point::StateFlushed => 6,
             Point::BeforeFlush | Point::SomeFlushed => 40,
-            Point::RebuildWritten => 150,
+            Point::RebuildWritten => 80,
             Point::DataNotParity
             | Point::ParityWritten
             | Point::PartOfStripe
             | Point::DataWritten
             | Point::IntentWritten
             | Point::MissedWritten
-            | Point::LogWritten => 300,
+            | Point::LogWritten => 120,
         };
         Self {
             point,
