@@ -430,7 +430,7 @@ impl Set {
 
     /// Every second cut has an aim.
     fn draw_aim(&mut self) -> Option<Aim> {
-        if self.cut % 2 == 0 {
+        if self.cut.is_multiple_of(2) {
             return None;
         }
         let turn = self.cut / 2 + self.set * (CUTS_A_SET / 2) / 2 + self.set;
