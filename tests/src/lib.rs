@@ -4,5 +4,6 @@
 //! `LUNAR_TEST_ON_HOST=1`, on the host's own, and drive Lunar by its command line alone.
 
 pub mod bench;
+pub mod cuts;
 pub mod e2e;
 pub mod sim;

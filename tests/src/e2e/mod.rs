@@ -3,7 +3,7 @@
 pub mod rig;
 pub mod shell;
 
-mod blocks;
+pub(crate) mod blocks;
 mod cli;
 mod concurrent;
 mod config;
