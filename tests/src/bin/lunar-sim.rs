@@ -15,7 +15,7 @@ const USAGE: &str =
     "lunar-sim [--seeds N] [--seconds N] [--from SEED] [--threads N] [--most-failed N] [--keep]
 lunar-sim --all          the default seeds, kept runs, planted bugs, the write hole
 lunar-sim --run 'SEED [without N,N..] [load N]'
-lunar-sim --kept | --planted | --hole   (with --seeds, --from, --threads)";
+lunar-sim --kept | --planted | --bug NAME | --hole   (with --seeds, --from, --threads)";
 
 /// Seeds that are run by default.
 const SEEDS: u64 = 500;
@@ -31,6 +31,8 @@ struct Asked {
     kept: bool,
     planted: bool,
     hole: bool,
+    /// Of planted bugs only those whose name has this in it.
+    bug: String,
     one: Option<Kept>,
 }
 
@@ -48,6 +50,7 @@ fn asked() -> Result<Asked, String> {
         kept: false,
         planted: false,
         hole: false,
+        bug: String::new(),
         one: None,
     };
     let mut args = std::env::args().skip(1);
@@ -69,6 +72,7 @@ fn asked() -> Result<Asked, String> {
             "--all" => (asked.kept, asked.planted, asked.hole) = (true, true, true),
             "--kept" => (asked.kept, asked.sweeps) = (true, false),
             "--planted" => (asked.planted, asked.sweeps) = (true, false),
+            "--bug" => (asked.planted, asked.sweeps, asked.bug) = (true, false, text()?),
             "--hole" => (asked.hole, asked.sweeps) = (true, false),
             "--run" => asked.one = Some(text()?.parse()?),
             _ => return Err(USAGE.to_owned()),
@@ -101,7 +105,7 @@ fn main() -> ExitCode {
         is_ok &= find_holes(&asked.sweep);
     }
     if asked.planted {
-        is_ok &= find_planted(&asked.sweep);
+        is_ok &= find_planted(&asked.sweep, &asked.bug);
     }
     code(is_ok)
 }
@@ -214,11 +218,15 @@ fn find_holes(sweep: &Sweep) -> bool {
 }
 
 #[cfg(feature = "planted")]
-fn find_planted(sweep: &Sweep) -> bool {
+fn find_planted(sweep: &Sweep, bug: &str) -> bool {
     use lunar_tests::sim::bugs::{all, hunt};
 
     let mut is_ok = true;
-    for planted in all() {
+    let all = all();
+    let asked = all
+        .iter()
+        .filter(|planted| planted.to_string().contains(bug));
+    for planted in asked.copied() {
         let found = hunt(planted, sweep.from, sweep.seeds, sweep.threads);
         match &found {
             Some((seed, violation)) => {
@@ -235,7 +243,7 @@ fn find_planted(sweep: &Sweep) -> bool {
 }
 
 #[cfg(not(feature = "planted"))]
-fn find_planted(_: &Sweep) -> bool {
+fn find_planted(_: &Sweep, _: &str) -> bool {
     println!("built without the feature `planted`: nothing can be planted");
     test("sim_finds_planted_bugs", false)
 }

@@ -9,6 +9,7 @@ use lunar_engine::superblock::{At, decode};
 use lunar_engine::traits::SECOND;
 
 use super::disk::{GoOn, SECTOR};
+use super::host::Sent;
 use super::pages::Pages;
 use super::plan::{Between, Boot, Deed};
 use super::run::{ANSWER_LIMIT, GROUP, Law, Run, Violation, Way};
@@ -198,24 +199,32 @@ impl Run {
             let (all, step) = (self.host.models[lu].sectors(), (256 << 10) / SECTOR);
             for at in (0..all).step_by(step as usize) {
                 let sent = self.host.look(lu, at..(at + step).min(all));
-                let bytes = (sent.sectors.end - sent.sectors.start) * SECTOR;
-                self.world.pages.borrow_mut()[sent.tag] = vec![0; bytes as usize];
-                self.send(&sent);
-                let answer = Rc::clone(&sent.answer);
-                let is_over = self
-                    .world
-                    .run_until(ANSWER_LIMIT, move || answer.get().is_some());
-                if self.world.is_down.get() && sent.answer.get().is_none() {
+                if self.look_at(&sent)? == Way::Down {
                     return Ok(Way::Down);
                 }
-                let Some(answer) = sent.answer.get().filter(|_| is_over) else {
-                    return Err(Violation::new(Law::Ends, "a read is not answered"));
-                };
-                self.observe();
-                let told = self.host.take(&self.world, &sent, answer, false);
-                self.judge(told)?;
             }
         }
+        Ok(Way::On)
+    }
+
+    /// Sends a read, and compares what it shows.
+    fn look_at(&mut self, sent: &Sent) -> Result<Way, Violation> {
+        let bytes = (sent.sectors.end - sent.sectors.start) * SECTOR;
+        self.world.pages.borrow_mut()[sent.tag] = vec![0; bytes as usize];
+        self.send(sent);
+        let answer = Rc::clone(&sent.answer);
+        let is_over = self
+            .world
+            .run_until(ANSWER_LIMIT, move || answer.get().is_some());
+        if self.world.is_down.get() && sent.answer.get().is_none() {
+            return Ok(Way::Down);
+        }
+        let Some(answer) = sent.answer.get().filter(|_| is_over) else {
+            return Err(Violation::new(Law::Ends, "a read is not answered"));
+        };
+        self.observe();
+        let told = self.host.take(&self.world, sent, answer, false);
+        self.judge(told)?;
         Ok(Way::On)
     }
 
@@ -386,6 +395,7 @@ impl Run {
                 self.order(async move { group.scrub(order).await });
             }
             Deed::Pause { seconds } => return self.pause(seconds),
+            Deed::Trickle { seconds } => return self.trickle(seconds),
             Deed::Resize => {
                 let lu = self.random.index(self.host.models.len());
                 return self.resize(lu);
@@ -465,6 +475,17 @@ impl Run {
             true => Way::Down,
             false => Way::On,
         })
+    }
+
+    /// The host reads now and then.
+    fn trickle(&mut self, seconds: u64) -> Result<Way, Violation> {
+        for _ in 0..seconds / 2 {
+            let sent = self.host.look(0, 0..8);
+            if self.look_at(&sent)? == Way::Down || self.pause(2)? == Way::Down {
+                return Ok(Way::Down);
+            }
+        }
+        Ok(Way::On)
     }
 
     fn resize(&mut self, lu: usize) -> Result<Way, Violation> {

@@ -317,7 +317,7 @@ impl SimDisk {
         let flights = self.flights.take();
         let fates = Fates {
             kept: *random.of(&[0, 20, 50, 80, 100]),
-            torn: *random.of(&[0, 10, 40]),
+            torn: *random.of(&[0, 10, 50, 90]),
         };
         if !self.faults.is_gone.get() {
             for (_, flight) in flights {

@@ -92,6 +92,11 @@ pub enum Deed {
     Pause {
         seconds: u64,
     },
+    /// For so many seconds the host reads the same few sectors now and then: too busy for the group to be clean, and its other
+    /// regions are quiet.
+    Trickle {
+        seconds: u64,
+    },
     /// A LU gets more space.
     Resize,
 }
@@ -232,7 +237,8 @@ fn draw_deed(random: &Random, config: &Config) -> Deed {
         21..=22 if redundant => Deed::Scrub {
             repair: random.percent(50),
         },
-        23..=24 => Deed::Resize,
+        23 => Deed::Resize,
+        24..=25 => Deed::Trickle { seconds: 17 },
         _ => Deed::Pause {
             seconds: *random.of(&[1, 6, 12, 17]),
         },
@@ -298,7 +304,8 @@ fn ways_to(state: State, slot: u16) -> Vec<Deed> {
         is_cut: slot.is_multiple_of(2),
     };
     match state {
-        State::IntentCleared | State::CleanMark => vec![Deed::Pause { seconds: 17 }],
+        State::IntentCleared => vec![Deed::Trickle { seconds: 17 }],
+        State::CleanMark => vec![Deed::Pause { seconds: 17 }],
         State::DirtyMark => vec![Deed::Pause { seconds: 12 }],
         State::MissedSet | State::DegradeMark | State::HistoryRenewed => vec![vanish],
         State::MissedCleared | State::InSyncMark | State::CatchUp => vec![vanish, Deed::Return],
@@ -356,13 +363,17 @@ fn draw_boot(random: &Random, config: &Config, is_last: bool) -> Boot {
     };
     deeds.sort_by_key(|deed| deed.0);
     let mut between = Vec::new();
-    let slot = random.below(config.members.into()) as u16;
+    // The first has what others lack, where anything does.
+    let slot = match random.percent(30) {
+        true => 0,
+        false => random.below(config.members.into()) as u16,
+    };
     match random.below(20) {
-        0..=4 => between.push(Between::Lose { slot }),
-        5..=10 => between.push(Between::Return),
-        11..=12 => between.extend([Between::Return, Between::Lose { slot }]),
-        13 => between.push(Between::Older { slot }),
-        14 => between.push(Between::Twin { slot }),
+        0..=5 => between.push(Between::Lose { slot }),
+        6..=11 => between.push(Between::Return),
+        12..=13 => between.extend([Between::Return, Between::Lose { slot }]),
+        14..=15 => between.push(Between::Older { slot }),
+        16 => between.push(Between::Twin { slot }),
         _ => {}
     }
     Boot {

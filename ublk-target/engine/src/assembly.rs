@@ -309,6 +309,9 @@ impl Plan {
         // Where nothing was proven yet it has more to be given than what is noted from here on.
         let is_whole = record.synced_to == record.member_bytes;
         for (entry, plan) in record.members.iter_mut().zip(&self.slots) {
+            if planted::is(Bug::StaleMemberTaken) && matches!(plan, SlotPlan::InSync(_)) {
+                (entry.state, entry.left_at) = (MemberState::InSync, 0);
+            }
             let is_held = match plan {
                 SlotPlan::InSync(_) | SlotPlan::Rebuilding(_) | SlotPlan::Faulty => true,
                 SlotPlan::Returning(_) => {

@@ -84,6 +84,7 @@ pub(super) fn place(
         let in_place = found.filter(|m| counts && usize::from(m.slot) == slot);
         let is_given_up = found.is_some_and(|m| given_up.iter().any(|g| g.index == m.index));
         let below = in_place.filter(|m| m.generation() < record.floor);
+        let below = below.filter(|_| !planted::is(Bug::StaleMemberTaken));
         let is_taken = older == Older::Taken && entry.state == MemberState::InSync;
         let in_place = in_place.filter(|_| !is_given_up && (below.is_none() || is_taken));
         let returns = found.filter(|m| {
