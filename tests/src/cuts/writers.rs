@@ -230,7 +230,7 @@ mod tests {
             let mut random = Random::new(writer);
             for _ in 0..20_000 {
                 let (first, count) = draw_place(&mut random, writer);
-                assert!(count >= 1 && count <= WRITE_MAX && first + count <= SECTORS);
+                assert!((1..=WRITE_MAX).contains(&count) && first + count <= SECTORS);
                 for at in first..first + count {
                     let was = owner[usize::try_from(at).unwrap()].replace(writer);
                     assert!(was.is_none_or(|was| was == writer), "sector {at}");
