@@ -91,6 +91,7 @@ impl Run {
                     self.serve(group);
                     self.set_rate();
                     self.observe();
+                    self.host.models.iter_mut().for_each(Model::started);
                     return self.after_start();
                 }
                 Err(error) => match self.refused(&error)? {
@@ -148,7 +149,8 @@ impl Run {
         let missing = self.troubled();
         if text.contains("not stopped cleanly and is degraded") {
             let is_degraded = missing != 0 || self.is_apart;
-            let is_right = self.is_torn && self.geometry.parities() > 0 && is_degraded;
+            let has_log = self.plan.config.consistency.has_log();
+            let is_right = self.is_torn && !has_log && self.geometry.parities() > 0 && is_degraded;
             return match is_right {
                 false => wrong(),
                 true if is_lost && self.random.percent(50) => Ok(Next::WithAll),

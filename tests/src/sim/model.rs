@@ -25,11 +25,16 @@
 //! synced. Where a member is lost (or is not there any more) while a row is in doubt, the sectors that the lost members
 //! hold in that row may have anything. Mirrors have no such rows.
 //!
+//! The logs of `ppl` and `journal` close it, but for law 6 of the engine's `ppl`: where a member is lost with the power, a sector
+//! that it held and that had a write which was not durable may have anything, if other chunks (`journal`: all) had such writes in the
+//! same column too. It is over with the next start.
+//!
 //! # Rot
 //! A sector whose column (the same sector of every chunk of its stripe) rotted on any member may have anything from then on: nothing attributes it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
+use lunar_api::target::Consistency;
 use lunar_engine::extents::ExtentMap;
 use lunar_engine::geometry::Geometry;
 
@@ -154,6 +159,29 @@ impl std::fmt::Display for Wrong {
     }
 }
 
+/// What a policy leaves of the write hole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hole {
+    /// Nothing at all.
+    None,
+    /// All of it.
+    Open,
+    /// Columns in which several data chunks were being written.
+    Several,
+    /// Columns in which all were.
+    All,
+}
+
+impl Hole {
+    pub fn of(consistency: Consistency) -> Self {
+        match consistency {
+            Consistency::None | Consistency::Bitmap => Self::Open,
+            Consistency::Ppl => Self::Several,
+            Consistency::Journal => Self::All,
+        }
+    }
+}
+
 /// The values that a LU may have.
 #[derive(Debug)]
 pub struct Model {
@@ -167,8 +195,10 @@ pub struct Model {
     open: BTreeSet<u64>,
     /// Rows in doubt: stripe, and grain of the chunk.
     doubt: BTreeSet<(u64, u64)>,
-    /// No row is ever in doubt: the write hole counts as closed.
-    has_no_hole: bool,
+    /// Columns that a log does not give back: stripe, and sector of the chunk; the data chunks that were being written, as
+    /// bits.
+    torn: BTreeMap<(u64, u64), u64>,
+    hole: Hole,
     /// Nothing is left to be synced: all copies and parities fit.
     is_whole: bool,
     answers: u64,
@@ -176,7 +206,7 @@ pub struct Model {
 
 impl Model {
     /// A LU that reads as zero, durably.
-    pub fn new(lu: usize, geometry: Geometry, extents: ExtentMap, has_no_hole: bool) -> Self {
+    pub fn new(lu: usize, geometry: Geometry, extents: ExtentMap, hole: Hole) -> Self {
         let sectors = extents.capacity() / SECTOR;
         Self {
             lu,
@@ -186,7 +216,8 @@ impl Model {
             unsettled: BTreeSet::new(),
             open: BTreeSet::new(),
             doubt: BTreeSet::new(),
-            has_no_hole,
+            torn: BTreeMap::new(),
+            hole,
             is_whole: false,
             answers: 0,
         }
@@ -318,11 +349,17 @@ impl Model {
 
     /// The power went.
     pub fn power_lost(&mut self) {
-        let has_rows = self.geometry.parities() > 0 && !self.has_no_hole;
+        let has_rows = self.geometry.parities() > 0;
         for sector in std::mem::take(&mut self.unsettled) {
-            if has_rows {
-                let (stripe, _, in_chunk) = self.place(sector);
-                self.doubt.insert((stripe, in_chunk / GRAIN));
+            let (stripe, d, in_chunk) = self.place(sector);
+            match self.hole {
+                Hole::Open if has_rows => {
+                    self.doubt.insert((stripe, in_chunk / GRAIN));
+                }
+                Hole::Several | Hole::All if has_rows => {
+                    *self.torn.entry((stripe, in_chunk)).or_default() |= 1 << d;
+                }
+                _ => {}
             }
             let place = &mut self.sectors[sector as usize];
             for (stamp, _) in place.writes.drain(..) {
@@ -333,7 +370,17 @@ impl Model {
             place.seen = None;
             self.open.insert(sector);
         }
+        let least = match self.hole {
+            Hole::All => self.geometry.data_slots().into(),
+            _ => 2,
+        };
+        self.torn.retain(|_, chunks| chunks.count_ones() >= least);
         self.is_whole = false;
+    }
+
+    /// A start has ended: what the logs do not give back is what it is from here on.
+    pub fn started(&mut self) {
+        self.torn.clear();
     }
 
     /// Every member is there, and all of it is synced.
@@ -353,6 +400,19 @@ impl Model {
         self.is_whole = false;
         for sector in &self.open {
             self.sectors[*sector as usize].seen = None;
+        }
+        for ((stripe, column), chunks) in &self.torn {
+            for d in 0..self.geometry.data_slots() {
+                let is_lost = slots & 1 << self.geometry.slot_of(*stripe, d) != 0;
+                if !is_lost || chunks & 1 << d == 0 {
+                    continue;
+                }
+                let in_chunk = u32::try_from(column * SECTOR).expect("within a chunk");
+                let at = self.geometry.address(*stripe, d, in_chunk);
+                for sector in self.sectors_at(at, 1) {
+                    self.sectors[sector as usize].is_any = true;
+                }
+            }
         }
         for (stripe, row) in &self.doubt {
             for d in 0..self.geometry.data_slots() {
@@ -479,7 +539,7 @@ mod tests {
             at: 0,
             len: 1 << 20,
         }]);
-        Model::new(0, geometry, extents, false)
+        Model::new(0, geometry, extents, Hole::Open)
     }
 
     fn show(model: &mut Model, sector: u64, stamp: Stamp) -> bool {

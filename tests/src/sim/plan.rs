@@ -176,9 +176,11 @@ fn draw_config(random: &Random) -> Config {
         Level::Raid6 => 4 + random.below(3),
     };
     let chunk = *random.of(&[4 << 10, 16 << 10, 64 << 10, 64 << 10, 128 << 10, 1 << 20]);
-    let consistency = match level.is_redundant() && random.percent(60) {
-        true => Consistency::Bitmap,
-        false => Consistency::None,
+    let consistency = match (level, random.below(10)) {
+        (_, 0..4) if level.is_redundant() => Consistency::Bitmap,
+        (Level::Raid5, 4..8) => Consistency::Ppl,
+        (Level::Raid6, 4..8) => Consistency::Journal,
+        _ => Consistency::None,
     };
     let speed = Speed {
         least: *random.of(&[5_000, 20_000, 80_000]),
@@ -289,7 +291,8 @@ fn draw_aim(random: &Random, config: &Config) -> State {
                 config.level.is_redundant()
             }
             State::Copying => true,
-            State::LogLive | State::LaneWritten => false,
+            State::LaneWritten => config.consistency.has_log(),
+            State::LogLive => false,
         };
         if fits {
             return state;

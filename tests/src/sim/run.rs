@@ -13,7 +13,7 @@ use lunar_engine::traits::{Env, SECOND};
 
 use super::disk::{Handle, SimDisk};
 use super::host::{Host, Sent, Told};
-use super::model::Model;
+use super::model::{Hole, Model};
 use super::pages::Pages;
 use super::plan::{Boot, Config, End, Plan, When};
 use super::random::Random;
@@ -312,7 +312,11 @@ impl Run {
             let group = self.group.as_ref().expect("it runs");
             let extents = group.lu_extents(handle).expect("just made");
             let geometry = self.geometry.clone();
-            models.push(Model::new(i, geometry, extents, self.plan.has_no_hole));
+            let hole = match self.plan.has_no_hole {
+                true => Hole::None,
+                false => Hole::of(self.plan.config.consistency),
+            };
+            models.push(Model::new(i, geometry, extents, hole));
         }
         self.host = Host::new(models);
         Ok(())

@@ -79,13 +79,6 @@ states! {
     LaneWritten,
 }
 
-impl State {
-    /// A run of the default seeds must have hit it. Log lanes are not used yet.
-    pub fn is_required(self) -> bool {
-        self != Self::LaneWritten
-    }
-}
-
 /// What a write in the data area is, of its stripe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Role {

@@ -112,7 +112,7 @@ impl Tally {
     pub fn missed_states(&self) -> Vec<State> {
         let pairs = State::ALL.iter().zip(&self.hits);
         pairs
-            .filter(|(state, hits)| state.is_required() && **hits == 0)
+            .filter(|(_, hits)| **hits == 0)
             .map(|(state, _)| *state)
             .collect()
     }

@@ -20,6 +20,7 @@ use lunar_api::target::Consistency;
 use crate::limits::MEMBERS_MAX;
 use crate::member::{Member, MemberIo};
 use crate::parity;
+use crate::planted::{self, Bug};
 use crate::pool::{Lease, Pool};
 use crate::ppl::{ENTRIES_MAX, Entry, HEADER, PAYLOAD_MAX, SLOTS, Unit, What, seal, slot_at};
 use crate::raid_group::{EIO, Errno, RaidGroup, WORKERS};
@@ -203,7 +204,7 @@ impl Lane {
         if self.last.get() != unit {
             return; // It was not written: the process ends.
         }
-        self.open.set(self.open.get() - 1);
+        self.open.set(self.open.get().saturating_sub(1));
         if self.open.get() == 0 {
             self.changed.wake_all();
         }
@@ -292,7 +293,9 @@ impl<E: Env> RaidGroup<E> {
                 .until(|| {
                     if lane.last.get() >= unit {
                         Some(Turn::Over)
-                    } else if lane.open.get() == 0 && !lane.is_writing.replace(true) {
+                    } else if (lane.open.get() == 0 || planted::is(Bug::UnitTooEarly))
+                        && !lane.is_writing.replace(true)
+                    {
                         Some(Turn::Write)
                     } else {
                         None
@@ -310,7 +313,8 @@ impl<E: Env> RaidGroup<E> {
     async fn write_unit(&self, lanes: &Lanes, (slot, lane): (u16, &Rc<Lane>)) {
         // What the unit before covers may lie in caches: as long as it does, that one is needed. Who comes meanwhile still
         // joins.
-        let is_flushed = !self.has_volatile_cache() || self.flush().await.is_ok();
+        let needs_flush = self.has_volatile_cache() && !planted::is(Bug::UnitUnflushed);
+        let is_flushed = !needs_flush || self.flush().await.is_ok();
         let unit = lane.next();
         let mut pieces: ArrayVec<Piece, { ENTRIES_MAX + 1 }> = ArrayVec::new();
         let passes = {
@@ -373,7 +377,8 @@ impl<E: Env> RaidGroup<E> {
             let mut at = slot_at(place.reserve.layout.logs.offset, slot);
             for some in pieces.chunks(PIECES_MAX) {
                 let len = some.iter().map(|piece| u64::from(piece.len)).sum();
-                let verb = DiskVerb::Write { fua: true };
+                let fua = !planted::is(Bug::LogWithoutFua);
+                let verb = DiskVerb::Write { fua };
                 let io = member.submit_meta(verb, at, len, Buf::Pool(&lanes.memory), some);
                 ios.push((i, Some(io)));
                 at += len;

@@ -65,6 +65,22 @@ bugs! {
     FuaIgnored,
     /// A discard leaves out the parity of its first stripe.
     DiscardWithoutParity,
+    /// Data is written before its log is durable.
+    LogNotAwaited,
+    /// A unit of a log is written without FUA.
+    LogWithoutFua,
+    /// The next unit goes over one whose writes are not complete.
+    UnitTooEarly,
+    /// The next unit goes over one whose writes are not flushed.
+    UnitUnflushed,
+    /// What the logs have is not made right at a start.
+    LogsNotReplayed,
+    /// Of a log the older unit is replayed.
+    OlderUnitReplayed,
+    /// A payload is taken whatever its checksum says.
+    TornUnitTaken,
+    /// What the log of a member that comes back says is forgotten.
+    ReturningLogForgotten,
 }
 
 #[cfg(feature = "planted")]

@@ -14,6 +14,7 @@ use crate::launch::Slot;
 use crate::limits::CONFIG_PIECE;
 use crate::parity;
 use crate::plan::GRAIN;
+use crate::planted::{self, Bug};
 use crate::pool::{BLOCK_MAX, Lease, Pool, Quota};
 use crate::ppl::{HEADER, SECTOR, SLOTS, Unit, What, grains_of, slot_at, stripes_of};
 use crate::recipe::recipe;
@@ -46,6 +47,9 @@ impl MemberLog {
         let Ok(geometry) = record.geometry() else {
             return;
         };
+        if planted::is(Bug::ReturningLogForgotten) {
+            return;
+        }
         let unit = geometry.stripe_on_member();
         for entry in self.newest.iter().flat_map(|(unit, _)| &unit.entries) {
             let stripes = stripes_of(&entry.what, geometry.chunk());
@@ -81,7 +85,8 @@ pub(crate) async fn read_log<D: Disk>(
         let Some(unit) = read_header(disk, at, group, scratch).await else {
             continue;
         };
-        let is_newer = log.newest.is_none() || unit.number > log.number();
+        let is_newer = log.newest.is_none()
+            || (unit.number > log.number()) != planted::is(Bug::OlderUnitReplayed);
         if is_newer && (!payloads || are_payloads_right(disk, at, &unit, scratch).await) {
             log.newest = Some((unit, slot));
         }
@@ -121,7 +126,7 @@ async fn are_payloads_right<D: Disk>(
             }
             crc.update(memory, bytes.start, part);
         }
-        if len > 0 && crc.value() != entry.crc {
+        if len > 0 && crc.value() != entry.crc && !planted::is(Bug::TornUnitTaken) {
             return false;
         }
         at += len as u64;
@@ -160,6 +165,9 @@ pub(crate) async fn replay<D: Disk>(
     let Ok(geometry) = record.geometry() else {
         return 0;
     };
+    if planted::is(Bug::LogsNotReplayed) {
+        return 0;
+    }
     let members = usize::from(geometry.members());
     let step = CONFIG_PIECE.min(BLOCK_MAX / members / GRAIN as usize * GRAIN as usize);
     let work = pool.lease(Quota::Work, members * step).await;

@@ -220,11 +220,17 @@ impl<E: Env> RaidGroup<E> {
         };
         let parities = self.geometry.parity_slots(stripe);
         let parities = parities.fold(0, |set, slot| set | 1 << slot) & writable;
-        let Some(logged) = self.log_write(parities, &entries).await? else {
+        let log = self.log_write(parities, &entries);
+        let write = self.write_logged(batch, work.as_ref(), &writes, fua);
+        if planted::is(Bug::LogNotAwaited) {
+            write.await?;
+            log.await?;
+            return Ok(Pass::Done);
+        }
+        let Some(logged) = log.await? else {
             return Ok(Pass::NotLogged);
         };
-        self.write_logged(batch, work.as_ref(), &writes, fua)
-            .await?;
+        write.await?;
         drop(logged);
         Ok(Pass::Done)
     }
