@@ -65,8 +65,8 @@ bugs! {
     FuaIgnored,
     /// A discard leaves out the parity of its first stripe.
     DiscardWithoutParity,
-    /// Data is written before its log is durable.
-    LogNotAwaited,
+    /// What changes parity is not logged.
+    NotLogged,
     /// A unit of a log is written without FUA.
     LogWithoutFua,
     /// The next unit goes over one whose writes are not complete.
