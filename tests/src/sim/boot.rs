@@ -9,6 +9,7 @@ use lunar_engine::superblock::{At, decode};
 use lunar_engine::traits::SECOND;
 
 use super::disk::{GoOn, SECTOR};
+use super::model::Model;
 use super::host::Sent;
 use super::pages::Pages;
 use super::plan::{Between, Boot, Deed};
