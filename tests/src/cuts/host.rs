@@ -467,7 +467,8 @@ impl Set {
                 ]),
             },
             force: force || self.options.plant.is_some(),
-            firm: self.random.percent(35),
+            // A group that is rebuilding can lose nothing but what is not there yet.
+            firm: self.random.percent(35) || self.options.plant == Some(Plant::Parity),
             admin: self.random.percent(40),
             last,
         }
