@@ -202,7 +202,7 @@ fn check(dir: &Path, job: &Job, rig: &Rig, report: &mut Report) -> Result<bool, 
     let places = places.map_err(|error| error.to_string())?;
     check_lu(rig, &places)?;
     let anew = dir.join("anew").exists();
-    if job.in_file && !(anew && !forced) {
+    if job.in_file && (forced || !anew) {
         sh(&format!(
             "mkdir -p {RAW_MOUNT} && mount -o noatime {RAW} {RAW_MOUNT}"
         ))?;
