@@ -17,6 +17,11 @@ use crate::e2e::shell::{Failure, run, sh, sh_in, until};
 const STATE: &str = "/mnt/state";
 const MOUNT: &str = "/mnt/fs";
 const RAW: &str = "/dev/lunar/raw";
+/// The file that is written instead, where FUA is to be alone.
+const RAW_MOUNT: &str = "/mnt/raw";
+const RAW_FILE: &str = "/mnt/raw/file";
+/// MiB of the LU that such a file system takes beside it.
+const RAW_MORE_MIB: u64 = 8;
 const FS: &str = "/dev/lunar/fs";
 /// MiB of the LU with a file system.
 const FS_MIB: u64 = 40;
@@ -69,7 +74,9 @@ fn boot(dir: &Path, job: &Job, report: &mut Report) -> Result<(), Failure> {
         stand_firm(dir, job, &rig, report).map_err(log)?;
     }
     if job.last {
-        sh(&format!("umount {MOUNT}"))?;
+        sh(&format!(
+            "umount {MOUNT}; umount {RAW_MOUNT} 2>/dev/null || true"
+        ))?;
         let mut rig = rig;
         return rig.shutdown();
     }
@@ -99,7 +106,8 @@ fn create(job: &Job, rig: &Rig) -> Result<(), Failure> {
         group.push("--assume-clean");
     }
     rig.lunar(&group)?;
-    let sizes = [SECTORS / 2048, FS_MIB];
+    let more = if job.in_file { RAW_MORE_MIB } else { 0 };
+    let sizes = [SECTORS / 2048 + more, FS_MIB];
     for (lu, mib) in ["raw", "fs"].iter().zip(sizes) {
         let size = format!("{mib}MiB");
         rig.lunar(&["lu", "create", lu, "--group", "data", "--size", &size])?;
@@ -109,15 +117,33 @@ fn create(job: &Job, rig: &Rig) -> Result<(), Failure> {
 
 /// Empties both LUs and begins to count anew.
 fn start_anew(dir: &Path, job: &Job) -> Result<(), Failure> {
+    if job.in_file {
+        sh_in(
+            &format!(
+                "umount {RAW_MOUNT} 2>/dev/null || true; mkdir -p {RAW_MOUNT}
+                 mkfs.ext4 -q -F -b 4096 -O ^has_journal -E nodiscard {RAW} && mount -o noatime {RAW} {RAW_MOUNT}
+                 : > {RAW_FILE}"
+            ),
+            120,
+        )?;
+    }
+    let to = raw_path(job);
     sh_in(
         &format!(
             "umount {MOUNT} 2>/dev/null || true
-             dd if=/dev/zero of={RAW} bs=1M count={} oflag=direct conv=fsync status=none
+             dd if=/dev/zero of={to} bs=1M count={} oflag=direct conv=fsync,notrunc status=none
              mkfs.ext4 -q -F -E nodiscard {FS} && mount -t ext4 {FS} {MOUNT}",
             SECTORS / 2048
         ),
         120,
     )?;
+    if job.in_file {
+        // One extent, or nobody could say which stripe a sector is in.
+        let at = sh(&format!(
+            "filefrag -b512 -v {RAW_FILE} | awk '$1 == \"0:\" {{ sub(/\\.\\..*/, \"\", $4); print $4; n++ }} $1 == \"1:\" {{ exit 1 }}'"
+        ))?;
+        fs::write(super::places::shift_path(dir), at).map_err(|error| error.to_string())?;
+    }
     let places = Places::read(dir, job.boot, SECTORS, job.stripe_sectors());
     let lus = places.map_err(|error| error.to_string())?.lus;
     let zeroes = (0..SECTORS + super::places::FILES).map(|_| 0);
@@ -125,6 +151,19 @@ fn start_anew(dir: &Path, job: &Job) -> Result<(), Failure> {
     Places::stand(dir, job.boot, values).map_err(|error| error.to_string())?;
     let _ = fs::remove_file(dir.join("anew"));
     Ok(())
+}
+
+/// Where the raw writers write.
+fn raw_path(job: &Job) -> &'static str {
+    if job.in_file { RAW_FILE } else { RAW }
+}
+
+/// True if a failure says that something is not what it must be, and not that the test could not go on.
+pub(super) fn is_loss(why: &str) -> bool {
+    let first = why.lines().next().unwrap_or_default();
+    first.contains("sectors are wrong")
+        || first.starts_with("file ")
+        || first.starts_with("once in sync")
 }
 
 /// A value of the LU that says if it is there; which of several writes did it does not matter.
@@ -163,6 +202,11 @@ fn check(dir: &Path, job: &Job, rig: &Rig, report: &mut Report) -> Result<bool, 
     let places = places.map_err(|error| error.to_string())?;
     check_lu(rig, &places)?;
     let anew = dir.join("anew").exists();
+    if job.in_file && (forced || !anew) {
+        sh(&format!(
+            "mkdir -p {RAW_MOUNT} && mount -o noatime {RAW} {RAW_MOUNT}"
+        ))?;
+    }
     let (hole, sectors) = if anew && !forced {
         (0, 0) // what a cut left of a start anew
     } else {
@@ -222,8 +266,8 @@ fn check_lu(rig: &Rig, places: &Places) -> Result<(), Failure> {
 /// were judged without that excuse.
 fn check_raw(job: &Job, places: &Places, forced: bool) -> Result<(u64, u64), Failure> {
     let (shown, wrong) = read_raw(job, places)?;
-    let part = usize::try_from(job.stripe_sectors()).expect("small");
-    let excused = |sector: usize| forced && job.has_parity() && places.open[sector / part];
+    let excused =
+        |sector: usize| forced && job.has_parity() && places.open[places.parts.of(sector)];
     let (hole, bad): (Vec<_>, Vec<_>) = wrong.into_iter().partition(|(at, _)| excused(*at));
     let judged = (0..shown.len()).filter(|at| !excused(*at)).count();
     if bad.is_empty() {
@@ -246,7 +290,7 @@ fn read_raw(job: &Job, places: &Places) -> Result<Shown, Failure> {
     const STEP: u64 = 2048;
     for first in (0..SECTORS).step_by(usize::try_from(STEP).expect("small")) {
         let len = usize::try_from(STEP).expect("small") * SECTOR;
-        let pages = blocks::read(RAW, first * SECTOR as u64, len)?;
+        let pages = blocks::read(raw_path(job), first * SECTOR as u64, len)?;
         for (at, sector) in (first..).zip(pages.get().chunks_exact(SECTOR)) {
             let index = usize::try_from(at).expect("small");
             let place = &places.sectors[index];
@@ -363,7 +407,7 @@ fn load(dir: &Path, job: &Job, rig: &Rig, report: &mut Report) -> Failure {
         let (failed, first) = std::sync::mpsc::channel();
         for writer in 0..RAW_WRITERS {
             let failed = failed.clone();
-            scope.spawn(move || failed.send(writers::raw(dir, job, RAW, writer)));
+            scope.spawn(move || failed.send(writers::raw(dir, job, raw_path(job), writer)));
         }
         let failed_file = failed.clone();
         scope.spawn(move || failed_file.send(writers::files(dir, job, MOUNT)));

@@ -37,6 +37,9 @@ pub(super) struct Job {
     pub firm: bool,
     /// Make and delete a LU all the while.
     pub admin: bool,
+    /// The raw writers write to a file that is there, on an ext4 without a journal: on a block device the kernel sends a
+    /// FLUSH after every write with O_DSYNC, in such a file FUA alone.
+    pub in_file: bool,
     /// No load: end in order.
     pub last: bool,
 }
@@ -73,7 +76,7 @@ impl Job {
             "run": self.run, "boot": self.boot, "seed": self.seed, "level": self.level, "members": self.members,
             "chunk_kib": self.chunk_kib, "there": self.there, "assume_clean": self.assume_clean,
             "ways": ways.map(|(name, _)| *name), "force": self.force, "firm": self.firm, "admin": self.admin,
-            "last": self.last,
+            "in_file": self.in_file, "last": self.last,
         });
         fs::write(dir.join("job"), value.to_string())
     }
@@ -96,6 +99,7 @@ impl Job {
                 force: value["force"].as_bool()?,
                 firm: value["firm"].as_bool()?,
                 admin: value["admin"].as_bool()?,
+                in_file: value["in_file"].as_bool()?,
                 last: value["last"].as_bool()?,
             })
         };

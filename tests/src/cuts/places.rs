@@ -20,6 +20,24 @@ pub(super) struct Places {
     /// Parts of the raw LU, of so many sectors each, in which something was open at a cut since they stood firm: a
     /// parity there may be torn.
     pub open: Vec<bool>,
+    pub parts: Parts,
+}
+
+/// How sectors make stripes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Parts {
+    /// Sectors of a stripe.
+    pub sectors: u64,
+    /// Sectors of the LU before the first.
+    pub shift: u64,
+}
+
+impl Parts {
+    /// The stripe that a sector is in.
+    pub(super) fn of(self, sector: usize) -> usize {
+        let part = (sector as u64 + self.shift) / self.sectors;
+        usize::try_from(part).expect("small")
+    }
 }
 
 /// The file with the logs of a boot's writer.
@@ -27,24 +45,36 @@ pub(super) fn log_path(dir: &Path, boot: u64, writer: &str) -> PathBuf {
     dir.join(format!("log.{boot}.{writer}"))
 }
 
+/// The file that says where on the LU the file of the raw writers begins.
+pub(super) fn shift_path(dir: &Path) -> PathBuf {
+    dir.join("shift")
+}
+
 fn base_path(dir: &Path) -> PathBuf {
     dir.join("base")
 }
 
 impl Places {
-    fn new(sectors: u64, part: u64) -> Self {
+    fn new(sectors: u64, parts: Parts) -> Self {
         let many = |count: u64| vec![Place::default(); usize::try_from(count).expect("small")];
         Self {
             sectors: many(sectors),
             files: many(FILES),
             lus: many(1),
-            open: vec![false; usize::try_from(sectors.div_ceil(part)).expect("small")],
+            open: vec![false; parts.of(usize::try_from(sectors).expect("small")) + 1],
+            parts,
         }
     }
 
-    /// Reads the state before boot `boot`; `part`: sectors of a stripe of the raw LU.
-    pub(super) fn read(dir: &Path, boot: u64, sectors: u64, part: u64) -> io::Result<Self> {
-        let mut places = Self::new(sectors, part);
+    /// Reads the state before boot `boot`; `stripe`: sectors of a stripe of the raw LU.
+    pub(super) fn read(dir: &Path, boot: u64, sectors: u64, stripe: u64) -> io::Result<Self> {
+        let shift = fs::read_to_string(shift_path(dir)).ok();
+        let shift = shift.and_then(|text| text.trim().parse().ok());
+        let parts = Parts {
+            sectors: stripe,
+            shift: shift.unwrap_or_default(),
+        };
+        let mut places = Self::new(sectors, parts);
         let mut from = 0;
         if let Ok(bytes) = fs::read(base_path(dir)) {
             let mut words = bytes
@@ -59,9 +89,8 @@ impl Places {
         }
         for boot in from..boot {
             places.replay_boot(dir, boot)?;
-            let per_part = usize::try_from(part).expect("small");
-            for (open, part) in places.open.iter_mut().zip(places.sectors.chunks(per_part)) {
-                *open |= part.iter().any(|sector| !sector.later.is_empty());
+            for (index, sector) in places.sectors.iter().enumerate() {
+                places.open[parts.of(index)] |= !sector.later.is_empty();
             }
         }
         Ok(places)

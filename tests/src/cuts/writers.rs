@@ -72,7 +72,7 @@ pub(super) fn raw(dir: &Path, job: &Job, device: &str, writer: u64) -> Result<()
         Ways::Mixed => (20, 15),
         Ways::Lazy => (1, 1),
         Ways::FlushOnly => (0, 25),
-        Ways::FuaOnly => (70, 0),
+        Ways::FuaOnly => (100, 0),
     };
     for n in 1.. {
         let (first, count) = draw_place(&mut random, writer);
@@ -142,8 +142,11 @@ pub(super) fn files(dir: &Path, job: &Job, mount: &str) -> Result<(), Failure> {
         folder.sync_all().map_err(said)?;
         let step = Step::Durable;
         witness.report(Record { step, ..record }).map_err(said)?;
-        if job.ways == Ways::Lazy {
-            pause(300 + random.below(700)); // each fsync flushes every member
+        match job.ways {
+            Ways::Mixed | Ways::FlushOnly => {}
+            // Each fsync flushes every member.
+            Ways::Lazy => pause(300 + random.below(700)),
+            Ways::FuaOnly => pause(2000 + random.below(2000)),
         }
     }
     Ok(())
