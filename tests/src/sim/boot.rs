@@ -9,8 +9,8 @@ use lunar_engine::superblock::{At, decode};
 use lunar_engine::traits::SECOND;
 
 use super::disk::{GoOn, SECTOR};
-use super::model::Model;
 use super::host::Sent;
+use super::model::Model;
 use super::pages::Pages;
 use super::plan::{Between, Boot, Deed};
 use super::run::{ANSWER_LIMIT, GROUP, Law, Run, Violation, Way};
@@ -58,6 +58,8 @@ impl Run {
             }
             self.world
                 .tell(|| format!("start from {numbers:?}, force {force}"));
+            // Only a process died, and a loss now is as one while it ran.
+            let has_log = self.memory.has_log();
             self.eye.is_start.set(true);
             let parts = self.parts(members);
             let started = self
@@ -88,7 +90,16 @@ impl Run {
                 Ok(group) => {
                     self.is_exhausted = false;
                     self.is_apart = false;
+                    self.was_degraded = false;
                     self.tally.forced += u64::from(force);
+                    let before = self.not_in_sync();
+                    self.look(&group.status());
+                    // A start without force says that parity is right for who is not there.
+                    let missing = self.not_in_sync();
+                    self.proven = if force || has_log { 0 } else { missing };
+                    if missing & !(before & self.proven) != 0 {
+                        self.lose(missing & !self.proven);
+                    }
                     self.serve(group);
                     self.set_rate();
                     self.observe();
@@ -149,7 +160,7 @@ impl Run {
         let is_lost = self.has_lost_disks();
         let missing = self.troubled();
         if text.contains("not stopped cleanly and is degraded") {
-            let is_degraded = missing != 0 || self.is_apart;
+            let is_degraded = missing != 0 || self.is_apart || self.was_degraded;
             let has_log = self.plan.config.consistency.has_log();
             let is_right = self.is_torn && !has_log && self.geometry.parities() > 0 && is_degraded;
             return match is_right {

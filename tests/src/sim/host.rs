@@ -8,7 +8,7 @@ use lunar_engine::raid_group::Errno;
 use lunar_engine::traits::{HostRequest, HostVerb, RequestId};
 
 use super::disk::SECTOR;
-use super::model::{Model, Stamp, Wrong, ZEROES, fill};
+use super::model::{Before, Model, Stamp, Wrong, ZEROES, fill};
 use super::plan::Config;
 use super::random::Random;
 use super::world::{TAGS, World};
@@ -37,7 +37,7 @@ pub struct Sent {
     /// Of a flush: answers that there were.
     answers: u64,
     /// Of a read: what it might have shown when it was sent.
-    before: Vec<Vec<Stamp>>,
+    before: Vec<Before>,
     stripes: Vec<u64>,
     zero_copy: bool,
     pub answer: Rc<Cell<Option<Result<(), Errno>>>>,

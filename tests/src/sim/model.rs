@@ -23,7 +23,8 @@
 //! `none` and `bitmap` do not close it, so the law exempts it, exactly: a row (one grain of every chunk of a stripe) is *in
 //! doubt* after a power cut if it had a write that was not durable, and until it is written whole again, or the group is
 //! synced. Where a member is lost (or is not there any more) while a row is in doubt, the sectors that the lost members
-//! hold in that row may have anything. Mirrors have no such rows.
+//! hold in that row may have anything. Mirrors have no such rows. A group that starts without force after a power cut says that there are none
+//! for the members that are not there: then nothing of it is exempt. (Dirty and degraded it is refused by name.)
 //!
 //! The logs of `ppl` and `journal` close it, but for law 6 of the engine's `ppl`: where a member is lost with the power, a sector
 //! that it held and that had a write which was not durable may have anything, if other chunks (`journal`: all) had such writes in the
@@ -133,6 +134,16 @@ impl Sector {
     }
 }
 
+/// What a sector might have shown when a read was sent.
+#[derive(Debug, Clone)]
+pub struct Before {
+    visible: Vec<Stamp>,
+    is_under_way: bool,
+    is_unknown: bool,
+    /// Losses that there had been.
+    losses: u64,
+}
+
 /// A sector that has what it must not have.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wrong {
@@ -199,6 +210,8 @@ pub struct Model {
     /// bits.
     torn: BTreeMap<(u64, u64), u64>,
     hole: Hole,
+    /// Times that members were lost: what a member showed that is lost since says nothing that lasts.
+    losses: u64,
     /// Nothing is left to be synced: all copies and parities fit.
     is_whole: bool,
     answers: u64,
@@ -218,6 +231,7 @@ impl Model {
             doubt: BTreeSet::new(),
             torn: BTreeMap::new(),
             hole,
+            losses: 0,
             is_whole: false,
             answers: 0,
         }
@@ -398,6 +412,7 @@ impl Model {
     /// These slots (as bits) are not there, or not in sync.
     pub fn lost(&mut self, slots: u64) {
         self.is_whole = false;
+        self.losses += 1;
         for sector in &self.open {
             self.sectors[*sector as usize].seen = None;
         }
@@ -475,10 +490,17 @@ impl Model {
     }
 
     /// What a read that is sent now may show, beside what it may show when it ends.
-    pub fn before(&self, sectors: std::ops::Range<u64>) -> Vec<Vec<Stamp>> {
-        sectors
-            .map(|sector| self.sectors[sector as usize].visible())
-            .collect()
+    pub fn before(&self, sectors: std::ops::Range<u64>) -> Vec<Before> {
+        let before = |sector| {
+            let place = &self.sectors[sector as usize];
+            Before {
+                visible: place.visible(),
+                is_under_way: place.is_under_way(),
+                is_unknown: place.is_unknown(),
+                losses: self.losses,
+            }
+        };
+        sectors.map(before).collect()
     }
 
     /// A read has shown these bytes.
@@ -488,32 +510,33 @@ impl Model {
         &mut self,
         sectors: std::ops::Range<u64>,
         bytes: &[u8],
-        before: &[Vec<Stamp>],
+        before: &[Before],
     ) -> Result<(), Wrong> {
         let parts = bytes.chunks_exact(SECTOR as usize).zip(before);
         for (sector, (bytes, before)) in sectors.zip(parts) {
             let place = &mut self.sectors[sector as usize];
-            if place.is_unknown() {
+            if place.is_unknown() || before.is_unknown {
                 continue;
             }
             let visible = place.visible();
             let found = stamp_of(bytes, sector);
-            match found.filter(|found| visible.contains(found) || before.contains(found)) {
-                Some(found) if visible.len() > 1 && !place.is_under_way() && visible == *before => {
-                    place.seen = Some(found);
-                    if self.is_whole && place.writes.is_empty() {
-                        place.base = vec![found];
-                        place.seen = None;
-                    }
-                }
-                Some(_) => {}
-                None => {
-                    return Err(Wrong {
-                        lu: self.lu,
-                        sector,
-                        found,
-                        allowed: visible,
-                    });
+            let may = |found: &Stamp| visible.contains(found) || before.visible.contains(found);
+            let Some(stamp) = found.filter(may) else {
+                return Err(Wrong {
+                    lu: self.lu,
+                    sector,
+                    found,
+                    allowed: visible,
+                });
+            };
+            // Of what was under way meanwhile a read says nothing that lasts.
+            let is_quiet =
+                !before.is_under_way && !place.is_under_way() && before.losses == self.losses;
+            if is_quiet && visible == before.visible && visible.len() > 1 {
+                place.seen = Some(stamp);
+                if self.is_whole && place.writes.is_empty() {
+                    place.base = vec![stamp];
+                    place.seen = None;
                 }
             }
         }

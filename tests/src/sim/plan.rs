@@ -177,7 +177,8 @@ fn draw_config(random: &Random) -> Config {
     };
     let chunk = *random.of(&[4 << 10, 16 << 10, 64 << 10, 64 << 10, 128 << 10, 1 << 20]);
     let consistency = match (level, random.below(10)) {
-        (_, 0..4) if level.is_redundant() => Consistency::Bitmap,
+        (Level::Raid1 | Level::Raid10, 0..6) => Consistency::Bitmap,
+        (Level::Raid5 | Level::Raid6, 0..4) => Consistency::Bitmap,
         (Level::Raid5, 4..8) => Consistency::Ppl,
         (Level::Raid6, 4..8) => Consistency::Journal,
         _ => Consistency::None,

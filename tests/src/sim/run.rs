@@ -102,6 +102,10 @@ pub struct Run {
     pub seats: Vec<(u8, MemberState)>,
     /// More has failed than redundancy has, since the last start.
     pub is_exhausted: bool,
+    /// A member was not in sync since the last start: the disks may still say so.
+    pub was_degraded: bool,
+    /// Slots that were not there when it started without force: what they hold is proven to be right.
+    pub proven: u64,
     /// The power went since all was synced.
     pub is_torn: bool,
     /// A start with other members than the last did not come to its end: sides may be apart.
@@ -189,6 +193,8 @@ impl Run {
             witness: None,
             seats: Vec::new(),
             is_exhausted: false,
+            was_degraded: false,
+            proven: 0,
             is_torn: false,
             is_apart: false,
             has_rotted: false,
@@ -322,7 +328,7 @@ impl Run {
         Ok(())
     }
 
-    fn look(&mut self, status: &GroupStatus) {
+    pub fn look(&mut self, status: &GroupStatus) {
         let number = |disk: lunar_api::DiskUuid| disk.to_bytes()[0].wrapping_sub(1);
         self.seats = status
             .members
@@ -363,6 +369,12 @@ impl Run {
         set
     }
 
+    /// These slots (as bits) are lost from here on.
+    pub fn lose(&mut self, slots: u64) {
+        let models = self.host.models.iter_mut();
+        models.for_each(|model| model.lost(slots));
+    }
+
     /// Looks at the group, and tells the models what follows.
     pub fn observe(&mut self) {
         let Some(group) = &self.group else { return };
@@ -383,11 +395,11 @@ impl Run {
                 faults.is_failing.set(false);
             }
         }
-        if now != before || now != 0 {
-            self.host
-                .models
-                .iter_mut()
-                .for_each(|model| model.lost(now));
+        self.proven &= now;
+        self.was_degraded |= now != 0;
+        let newly = now & !before;
+        if newly != 0 {
+            self.lose(newly);
         }
         if !self.geometry.survives(self.troubled()) {
             self.is_exhausted = true;

@@ -425,6 +425,11 @@ impl Memory for SimMemory {
 }
 
 impl SimMemory {
+    /// Says whether a process died that had this memory.
+    pub fn has_log(&self) -> bool {
+        self.0[0].get() != 0
+    }
+
     /// Says whether the in-flight log in it has a live entry (the head of `inflight.rs` says where).
     pub fn has_live_entry(&self) -> bool {
         let entries = (4096..PREFIX).step_by(4096);

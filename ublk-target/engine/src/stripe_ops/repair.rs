@@ -44,7 +44,7 @@ impl<E: Env> RaidGroup<E> {
             self.readable(stripe) & 1 << own != 0
         };
         let is_doubted = self.geometry.parities() > 0 && !self.is_synced(stripe) && is_own_there();
-        if !is_doubted || grains.len() == 1 {
+        if !is_doubted {
             let whole = self.read_rows(stripe, span, lease, to, avoid).await;
             if whole.is_ok() || grains.len() == 1 {
                 return whole;
