@@ -10,7 +10,6 @@ use lunar_engine::traits::SECOND;
 
 use super::disk::{GoOn, SECTOR};
 use super::host::Sent;
-use super::model::Model;
 use super::pages::Pages;
 use super::plan::{Between, Boot, Deed};
 use super::run::{ANSWER_LIMIT, GROUP, Law, Run, Violation, Way};
@@ -96,6 +95,8 @@ impl Run {
                     self.look(&group.status());
                     // A start without force says that parity is right for who is not there.
                     let missing = self.not_in_sync();
+                    let models = self.host.models.iter_mut();
+                    models.for_each(|model| model.started(missing));
                     self.proven = if force || has_log { 0 } else { missing };
                     if missing & !(before & self.proven) != 0 {
                         self.lose(missing & !self.proven);
@@ -103,7 +104,6 @@ impl Run {
                     self.serve(group);
                     self.set_rate();
                     self.observe();
-                    self.host.models.iter_mut().for_each(Model::started);
                     return self.after_start();
                 }
                 Err(error) => match self.refused(&error)? {

@@ -392,8 +392,21 @@ impl Model {
         self.is_whole = false;
     }
 
-    /// A start has ended: what the logs do not give back is what it is from here on.
-    pub fn started(&mut self) {
+    /// A start has ended without these slots (as bits) in sync: what the logs do not give back is what it is from here on.
+    pub fn started(&mut self, slots: u64) {
+        for ((stripe, column), chunks) in &self.torn {
+            for d in 0..self.geometry.data_slots() {
+                let is_lost = slots & 1 << self.geometry.slot_of(*stripe, d) != 0;
+                if !is_lost || chunks & 1 << d == 0 {
+                    continue;
+                }
+                let in_chunk = u32::try_from(column * SECTOR).expect("within a chunk");
+                let at = self.geometry.address(*stripe, d, in_chunk);
+                for sector in self.sectors_at(at, 1) {
+                    self.sectors[sector as usize].is_any = true;
+                }
+            }
+        }
         self.torn.clear();
     }
 
@@ -415,19 +428,6 @@ impl Model {
         self.losses += 1;
         for sector in &self.open {
             self.sectors[*sector as usize].seen = None;
-        }
-        for ((stripe, column), chunks) in &self.torn {
-            for d in 0..self.geometry.data_slots() {
-                let is_lost = slots & 1 << self.geometry.slot_of(*stripe, d) != 0;
-                if !is_lost || chunks & 1 << d == 0 {
-                    continue;
-                }
-                let in_chunk = u32::try_from(column * SECTOR).expect("within a chunk");
-                let at = self.geometry.address(*stripe, d, in_chunk);
-                for sector in self.sectors_at(at, 1) {
-                    self.sectors[sector as usize].is_any = true;
-                }
-            }
         }
         for (stripe, row) in &self.doubt {
             for d in 0..self.geometry.data_slots() {
