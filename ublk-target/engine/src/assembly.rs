@@ -145,9 +145,9 @@ pub fn assemble(
     let mut reasons = Vec::new();
     let overruled = check_witness(&members, leader, conditions, &mut reasons)?;
     let geometry = said.geometry().map_err(AssemblyError::Geometry)?;
-    let seat = |older| {
+    let seat = |older, forgets| {
         let mut record = take_over(said, &members, &given_up, older);
-        if overruled || older == Older::Taken || !given_up.is_empty() {
+        if overruled || forgets || older == Older::Taken || !given_up.is_empty() {
             // Who was away may have more than what counts from here on: what it misses is not known.
             record
                 .members
@@ -157,10 +157,16 @@ pub fn assemble(
         let seats = place(&record, &members, &given_up, older);
         (record, seats)
     };
-    let (mut record, mut seats) = seat(Older::Stale);
+    let (mut record, mut seats) = seat(Older::Stale, false);
     let mut older_taken = false;
+    // By force parity is believed that may not match: then what redundancy says of a member is not what that has, also
+    // where it has missed nothing.
+    let is_unproven = said.flags.torn || said.flags.dirty && !conditions.process_death_only;
+    if conditions.force && is_unproven && geometry.parities() > 0 && missing(&seats) != 0 {
+        (record, seats) = seat(Older::Stale, true);
+    }
     if conditions.force && !geometry.survives(missing(&seats)) {
-        let all = seat(Older::Taken);
+        let all = seat(Older::Taken, true);
         if geometry.survives(missing(&all.1)) {
             older_taken = true;
             (record, seats) = all;
@@ -253,6 +259,7 @@ pub fn assemble(
             && !overruled
             && !older_taken
             && given_up.is_empty()
+            && parity != Parity::Accepted
             && (is_bitmap
                 || record.consistency.has_log() && lost_log.is_none()
                 || !record.flags.dirty),

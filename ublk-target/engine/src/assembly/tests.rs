@@ -9,6 +9,7 @@ use super::*;
 use crate::reserve::{lay_out, region_bytes};
 use crate::superblock::{BYTES, ConfigVersion, Copy, Flags, Member, MemberEntry};
 mod histories;
+mod logs;
 mod maps;
 mod replacing;
 mod unclean;
