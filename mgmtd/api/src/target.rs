@@ -235,6 +235,9 @@ pub enum TargetRequest {
         group: GroupUuid,
         slot: u16,
         member: MemberSpec,
+        /// Filled from the start, also where it is known what it has missed.
+        #[serde(default)]
+        full: bool,
     },
     /// Makes a LU and its device. Answer: `Lu`; of one that is zeroed, when it is.
     LuCreate {

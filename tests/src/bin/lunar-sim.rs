@@ -59,6 +59,7 @@ fn asked() -> Result<Asked, String> {
         let number = |text: String| -> Result<u64, String> {
             text.parse().map_err(|_| format!("{text} is no number"))
         };
+        let count = |n: u64| usize::try_from(n).map_err(|_| format!("{n} is too much"));
         match arg.as_str() {
             "--seeds" => asked.sweep.seeds = number(text()?)?,
             "--seconds" => {
@@ -66,8 +67,8 @@ fn asked() -> Result<Asked, String> {
                 asked.sweep.seeds = u64::MAX / 4;
             }
             "--from" => asked.sweep.from = number(text()?)?,
-            "--threads" => asked.sweep.threads = number(text()?)? as usize,
-            "--most-failed" => asked.sweep.most_failed = number(text()?)? as usize,
+            "--threads" => asked.sweep.threads = count(number(text()?)?)?,
+            "--most-failed" => asked.sweep.most_failed = count(number(text()?)?)?,
             "--keep" => asked.keeps = true,
             "--all" => (asked.kept, asked.planted, asked.hole) = (true, true, true),
             "--kept" => (asked.kept, asked.sweeps) = (true, false),

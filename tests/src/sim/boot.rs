@@ -4,7 +4,7 @@ use std::rc::Rc;
 
 use lunar_api::ApiError;
 use lunar_api::target::{LuSize, MemberState, ScrubOrder};
-use lunar_engine::raid_group::{RaidGroup, StartSpec};
+use lunar_engine::raid_group::{Fill, RaidGroup, StartSpec};
 use lunar_engine::superblock::{At, decode};
 use lunar_engine::traits::SECOND;
 
@@ -462,7 +462,7 @@ impl Run {
             return;
         }
         let given = self.given(number);
-        self.order(async move { group.member_replace(slot, given).await });
+        self.order(async move { group.member_replace(slot, given, Fill::Missed).await });
     }
 
     /// A fresh disk is put into a slot.
@@ -472,7 +472,7 @@ impl Run {
         };
         let number = self.add_disk(0x77);
         let given = self.given(number);
-        self.order(async move { group.member_replace(slot, given).await });
+        self.order(async move { group.member_replace(slot, given, Fill::Missed).await });
     }
 
     /// The host waits for its answers, and then asks for nothing.

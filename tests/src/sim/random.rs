@@ -29,7 +29,7 @@ impl Random {
 
     /// A number below `n`; 0 if there is none.
     pub fn below(&self, n: u64) -> u64 {
-        (u128::from(self.next()) * u128::from(n) >> 64) as u64
+        ((u128::from(self.next()) * u128::from(n)) >> 64) as u64
     }
 
     /// True in so many of a hundred cases.

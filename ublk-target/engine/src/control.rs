@@ -12,7 +12,7 @@ use crate::limits::CONFIG_PIECE;
 use crate::member::{META_BYTES, Member};
 use crate::parity;
 use crate::pool::{Lease, Quota};
-use crate::raid_group::{EIO, Errno, Given, Lu, MemberPlace, RaidGroup, Rebuild, WORKERS};
+use crate::raid_group::{EIO, Errno, Fill, Given, Lu, MemberPlace, RaidGroup, Rebuild, WORKERS};
 use crate::regions::MapsTurn;
 use crate::replay::read_log;
 use crate::reserve::{Reserve, lay_out};
@@ -495,12 +495,16 @@ impl<E: Env> RaidGroup<E> {
             })
     }
 
-    /// Puts a disk into a slot that is faulty or missing; the rebuild starts by itself. One that was in the slot before is
-    /// caught up with what it has missed, where that is known.
+    /// Puts a disk into a slot that is faulty or missing; the rebuild starts by itself.
     ///
     /// # Crash  the configuration is on the new member before any superblock names it
     /// # Errors  a disk or a slot that will not do; then nothing of the group has changed
-    pub async fn member_replace(&self, slot: u16, with: Given<E::Disk>) -> Result<(), ApiError> {
+    pub async fn member_replace(
+        &self,
+        slot: u16,
+        with: Given<E::Disk>,
+        fill: Fill,
+    ) -> Result<(), ApiError> {
         let what = "the disk was not put into the group";
         let refuse = |why: String| ApiError::new(ErrorKind::Usage, what).because(why);
         let _turn = self.configure().await;
@@ -540,9 +544,9 @@ impl<E: Env> RaidGroup<E> {
         serves()?;
         let size = with.disk.capacity();
         let needed = self.geometry.data_bytes(slot);
-        let returns = match is_copied {
-            false => self.returns_to(slot, &with).await,
-            true => None,
+        let returns = match fill {
+            Fill::Missed if !is_copied => self.returns_to(slot, &with).await,
+            _ => None,
         };
         // What its log says that it misses is noted before that is emptied.
         let returns = match (returns, &self.lanes) {

@@ -63,20 +63,31 @@ pub(crate) struct LogsFound {
     pub next: Vec<u64>,
 }
 
+/// What the members' metadata says of a group.
+pub(crate) struct Said {
+    pub geometry: Geometry,
+    pub record: GroupRecord,
+    pub config: GroupConfig,
+    pub generation: u64,
+    /// Where it has them.
+    pub maps: Option<MapsFound>,
+    pub logs: LogsFound,
+    /// A process of the group died here, and its in-flight log goes on.
+    pub died: bool,
+}
+
 impl<E: Env> RaidGroup<E> {
     /// Puts a group together in memory. States are those of the record, but who is not there is not believed.
-    /// `maps`, `logs`: what they say, where it has them. `died`: a process of the group died here, and its log goes on.
-    pub(crate) async fn launch(
-        rest: Rest<E>,
-        geometry: Geometry,
-        record: GroupRecord,
-        config: GroupConfig,
-        generation: u64,
-        seated: Seated<E::Disk>,
-        maps: Option<MapsFound>,
-        logs: LogsFound,
-        died: bool,
-    ) -> Rc<Self> {
+    pub(crate) async fn launch(rest: Rest<E>, said: Said, seated: Seated<E::Disk>) -> Rc<Self> {
+        let Said {
+            geometry,
+            record,
+            config,
+            generation,
+            maps,
+            logs,
+            died,
+        } = said;
         let has_log = record.consistency.has_log();
         rest.pool.set_aside();
         let unit = geometry.stripe_on_member();

@@ -41,7 +41,7 @@ pub const SLOTS: u64 = 2;
 /// Bytes of a lane.
 pub const LANE_BYTES: u64 = SLOTS * SLOT_BYTES;
 /// Most bytes of a unit's payloads.
-pub const PAYLOAD_MAX: u32 = (SLOT_BYTES - HEADER as u64) as u32;
+pub const PAYLOAD_MAX: u32 = (1 << 20) - 4096;
 /// Most entries of a unit.
 pub const ENTRIES_MAX: usize = (HEADER - HEAD) / ENTRY;
 /// Rows are counted in sectors of so many bytes.

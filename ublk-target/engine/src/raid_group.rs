@@ -34,6 +34,14 @@ use crate::sync::Waiters;
 use crate::traits::{Env, Tick};
 use crate::view::Views;
 
+/// How much of a disk is written that takes a slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fill {
+    /// What it has missed, if it was in the slot before and that is known; else all.
+    Missed,
+    All,
+}
+
 /// A member as the rim hands it in.
 #[derive(Debug)]
 pub struct Given<D> {

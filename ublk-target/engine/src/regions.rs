@@ -444,7 +444,7 @@ impl<E: Env> RaidGroup<E> {
                 if planted::is(Bug::MapOnOneMember) {
                     members.truncate(1);
                 }
-                let mut ios: Vec<(Rc<Member<E::Disk>>, MemberIo<E::Disk>)> = Vec::new();
+                let mut ios = Vec::new();
                 for member in members {
                     let (Some(place), Some(meta)) = (&member.place, &member.meta) else {
                         continue;

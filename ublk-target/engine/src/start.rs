@@ -10,7 +10,7 @@ use crate::config::GroupConfig;
 use crate::geometry::{Geometry, GeometryError};
 use crate::inflight::{self, Left};
 use crate::label::{read_superblock, read_superblock_to};
-use crate::launch::{LogsFound, Seated, Slot, split};
+use crate::launch::{LogsFound, Said, Seated, Slot, split};
 use crate::limits::{CONFIG_PIECE, MEMBERS_MAX};
 use crate::parity;
 use crate::planted::{self, Bug};
@@ -115,18 +115,16 @@ impl<E: Env> RaidGroup<E> {
             slots.push(Some((given, place)));
         }
         let maps = record.maps.then(|| MapsFound::none(&record));
-        let group = Self::launch(
-            rest,
+        let said = Said {
             geometry,
             record,
-            config.clone(),
+            config: config.clone(),
             generation,
-            Seated { slots, new: None },
             maps,
-            LogsFound::default(),
-            false,
-        )
-        .await;
+            logs: LogsFound::default(),
+            died: false,
+        };
+        let group = Self::launch(rest, said, Seated { slots, new: None }).await;
         for slot in 0..n {
             if !group.empty_log(&group.member(slot)).await {
                 return Err(failed(what, "a disk does not take writes"));
@@ -299,19 +297,17 @@ impl<E: Env> RaidGroup<E> {
         }
         let config =
             read_config(&rest.pool, &geometry, &record, &seated.slots, &plan.slots).await?;
-        let (generation, next) = (plan.generation, logs_found(&logs, &record));
-        let group = Self::launch(
-            rest,
+        let generation = plan.generation;
+        let said = Said {
+            logs: logs_found(&logs, &record),
             geometry,
             record,
             config,
             generation,
-            seated,
-            found,
-            next,
-            left.is_some(),
-        )
-        .await;
+            maps: found,
+            died: left.is_some(),
+        };
+        let group = Self::launch(rest, said, seated).await;
         group.floor.set(floor.unwrap_or(0).min(generation));
         for reason in plan.reasons.iter().chain(&unreadable).chain(&without) {
             group.event("Assembled", None, reason);

@@ -31,7 +31,7 @@ use std::rc::Rc;
 use lunar_api::LuUuid;
 use lunar_api::target::{Consistency, GroupState, Level, LuSize, MemberState};
 use lunar_engine::limits::{CONFIG_PIECE, MAX_IO};
-use lunar_engine::raid_group::{CreateSpec, RaidGroup, StartSpec};
+use lunar_engine::raid_group::{CreateSpec, Fill, RaidGroup, StartSpec};
 use lunar_engine::superblock::{At, decode};
 use lunar_engine::traits::{Clock, HostRequest, HostVerb, RequestId, SECOND};
 
@@ -132,7 +132,7 @@ fn member_lost_under_writes_then_replaced_and_each_other_taken_away() {
                 let slot = u16::from(lost);
                 let replaced = rig
                     .world
-                    .block_on(async move { group.member_replace(slot, new).await });
+                    .block_on(async move { group.member_replace(slot, new, Fill::Missed).await });
                 assert_eq!(replaced, Ok(()));
                 assert_eq!(rig.storm(120, || ()), 0);
                 rig.wait_synced();

@@ -58,7 +58,7 @@ pub(crate) fn rig_on(
         Level::Raid0 | Level::Linear => Consistency::None,
         Level::Raid5 if seed % 4 == 1 => Consistency::Ppl,
         Level::Raid6 if seed % 4 == 1 => Consistency::Journal,
-        _ if seed % 2 == 0 => Consistency::Bitmap,
+        _ if seed.is_multiple_of(2) => Consistency::Bitmap,
         _ => Consistency::None,
     };
     rig_with(seed, (level, chunk, consistency), stores, assume_clean)
@@ -274,7 +274,7 @@ impl Rig {
     pub(crate) fn storm_until_power_is_lost(&mut self, most: u64) {
         let before = self.model.borrow().clone();
         let mut busy: Vec<(u64, u64, Rc<Cell<bool>>)> = Vec::new();
-        let mut tags: Vec<Rc<Cell<bool>>> = vec![Rc::new(Cell::new(true)); 60];
+        let mut tags: Vec<_> = (0..60).map(|_| Rc::new(Cell::new(true))).collect();
         self.world.crash_in.set(Some(1 + self.world.random(most)));
         while !self.world.crashed() {
             let free = tags.iter().position(|done| done.get());
@@ -413,7 +413,7 @@ impl Rig {
         let (group, new) = (Rc::clone(&self.group), given(&self.world, disk, with));
         let replaced = self
             .world
-            .block_on(async move { group.member_replace(slot, new).await });
+            .block_on(async move { group.member_replace(slot, new, Fill::Missed).await });
         assert_eq!(replaced, Ok(()));
     }
 

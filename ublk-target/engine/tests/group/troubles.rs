@@ -121,7 +121,7 @@ fn disk_that_will_not_do_changes_nothing() {
         let (group, new) = (Rc::clone(&rig.group), given(&rig.world, disk, &store));
         let refused = rig
             .world
-            .block_on(async move { group.member_replace(1, new).await })
+            .block_on(async move { group.member_replace(1, new, Fill::Missed).await })
             .unwrap_err();
         assert!(refused.causes.concat().contains(why), "{refused:?}");
         let status = rig.group.status();
@@ -230,7 +230,7 @@ fn configuration_of_many_pieces_is_written_and_read() {
     let fresh = Store::new(640 << 20, 0);
     let (g, new) = (Rc::clone(&group), given(&world, 2, &fresh));
     world
-        .block_on(async move { g.member_replace(1, new).await })
+        .block_on(async move { g.member_replace(1, new, Fill::Missed).await })
         .unwrap();
     world.kill();
     let configuration = |store: &Store| {
