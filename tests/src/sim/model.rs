@@ -17,7 +17,7 @@
 //! - *Discard*: the sector has what it had, or zeroes.
 //!
 //! A value that was read is shown ever after (`seen`), with one exception: where a power cut left several values, copies may differ until the
-//! resync has passed. If a member is lost before, another copy may show another of these values: never any other.
+//! resync has passed. If a member is lost before, or cannot be read there, another copy may show another of these values: never any other.
 //!
 //! # The write hole
 //! `none` and `bitmap` do not close it, so the law exempts it, exactly: a row (one grain of every chunk of a stripe) is *in
@@ -443,8 +443,13 @@ impl Model {
         }
     }
 
-    /// Sectors of a member cannot be read: in rows in doubt they are lost. `start`: where its data begins.
+    /// Sectors of a member cannot be read: in rows in doubt they are lost, and of several values another copy may show
+    /// another. `start`: where its data begins.
     pub fn unreadable(&mut self, slot: u16, start: u64, bad: &BTreeSet<u64>) {
+        self.losses += 1;
+        for sector in &self.open {
+            self.sectors[*sector as usize].seen = None;
+        }
         for (stripe, row) in &self.doubt {
             let d = self.geometry.part_of(*stripe, slot);
             if d >= self.geometry.data_slots() {
