@@ -12,8 +12,7 @@
 #   --beside DIR      another build of Lunar (its target/release) as one more target, for before and after
 #   --all             every set on ram members, then those with md in them on null_blk members, then the report
 #   --report          measures nothing: writes the tables of tests/BENCHMARKS.md anew from the CSVs
-#   SET..             raid0 raid10 raid5 raid6 linear degraded rebuild recover null loop; default all;
-#                     policies (md's bitmap and ppl beside) only when named
+#   SET..             raid0 raid10 raid5 raid6 bitmap ppl linear degraded rebuild recover null loop; default all
 #
 # Only ratios mean anything: absolute numbers swing by a factor of two on shared cores. Each round runs the
 # workload once on every target, the order turned by one, and ratios are taken within a round. Every round is a
@@ -29,8 +28,8 @@ release=$(realpath -m "${CARGO_TARGET_DIR:-$root/target}/release")
 
 usage() { sed -n '2,/^set -u/s/^# \{0,1\}//p' "$0"; }
 bad_usage() { echo "bench: $*"; echo 'Try: tests/bench.sh --help'; exit 2; }
-all_sets=(raid0 raid10 raid5 raid6 linear degraded rebuild recover null loop)
-md_sets=(raid0 raid10 raid5 raid6 degraded rebuild)
+all_sets=(raid0 raid10 raid5 raid6 bitmap ppl linear degraded rebuild recover null loop)
+md_sets=(raid0 raid10 raid5 raid6 bitmap ppl degraded rebuild)
 in_guest='' all='' beside='' report='' rounds=5 seconds=1 members=ram mib=320 workloads='' sets=()
 while [ $# -gt 0 ]; do
   case $1 in
@@ -105,11 +104,13 @@ set_parity() { # set_parity LEVEL: Lunar's policy here is none, which is md's re
 }
 set_raid5() { set_parity 5; }
 set_raid6() { set_parity 6; }
-set_policies() { # for information: Lunar's is none
-  add_lunar raid5 4
-  add md-bitmap 4 make_md 5 bitmap 0
-  add md-ppl 4 make_md 5 ppl 0
+set_policy() { # set_policy POLICY: raid5 beside md's of the same policy, and beside one without
+  add_lunar "raid5:$1" 4
+  add "md-$1" 4 make_md 5 "$1" 0
+  add none 4 lunar_make 1 raid5
 }
+set_bitmap() { set_policy bitmap; }
+set_ppl() { set_policy ppl; }
 set_linear() {
   add_lunar linear 1
   add raw 1 make_raw

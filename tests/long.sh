@@ -5,12 +5,13 @@
 #   tests/long.sh            all of it
 #   tests/long.sh PART..     parts of tests/run.sh; the sections of the others stay as they are
 #   LUNAR_SIM_SEEDS=N        sets of seeds of the simulator's storms, default 200
+#   LUNAR_CUTS=N             power cuts, default 100 (tests/run.sh: 12)
 #   PROPTEST_CASES=N         cases of each property, default 20000 (tests/run.sh: 256)
 set -u -o pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
-export LUNAR_SIM_SEEDS=${LUNAR_SIM_SEEDS:-200} PROPTEST_CASES=${PROPTEST_CASES:-20000}
+export LUNAR_SIM_SEEDS=${LUNAR_SIM_SEEDS:-200} PROPTEST_CASES=${PROPTEST_CASES:-20000} LUNAR_CUTS=${LUNAR_CUTS:-100}
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(unit storms lab e2e matrix demo stock)
+[ ${#parts[@]} -gt 0 ] || parts=(unit sim storms lab e2e matrix cuts mutants demo stock)
 target=${CARGO_TARGET_DIR:-target}
 proof=tests/PROOF.md
 mkdir -p "$target"
@@ -31,6 +32,8 @@ for part in "${parts[@]}"; do
     printf -- '- commit %s, %s, %d minutes on %d CPUs\n' "$commit" "$started" $(((SECONDS - start + 30) / 60)) "$(nproc)"
     case $part in
       storms) printf -- '- %d sets of seeds: LUNAR_SIM_ROUND 1 to %d\n' "$LUNAR_SIM_SEEDS" "$LUNAR_SIM_SEEDS" ;;
+      cuts) printf -- '- LUNAR_CUTS_SEED %d\n' "${LUNAR_CUTS_SEED:-1}" ;;&
+      cuts | mutants) sed -nE 's/^([0-9]+ (cuts|checks) |unflushed writes|frozen at|caught )/- &/p' "$target/test-$part.log" ;;
       unit) printf -- '- %d cases of each property\n' "$PROPTEST_CASES" ;;
     esac
     printf -- '- %d passed, %d failed, %d skipped\n' "$(grep -c $'\tpassed$' "$target/test-results.tsv")" \

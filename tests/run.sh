@@ -4,13 +4,16 @@
 #   fmt clippy docs    style and documentation, as the compiler's tools see it
 #   unit               unit, property, simulator and tidy tests: nothing but a file system needed
 #   tidy               only the house rules out of `unit` (not run twice by default)
+#   sim                the simulator: the default seeds, kept runs, every planted bug, the write hole of each policy
 #   lab                the machine harness itself
 #   e2e                real /dev/ublkbN in a real kernel, see fixtures/lab.sh; of large matrices the corners
+#   cuts               power cuts, on disks with a volatile cache: LUNAR_CUTS (default 12) of them, and that bugs are found
 #   demo               the README's demo, and that it fails, and where, when bytes are flipped behind Lunar's back
 #
 # Not run by default:
 #   matrix             what e2e leaves out of its matrices: half an hour
 #   storms             the simulator's storms with LUNAR_SIM_SEEDS (default 20) more sets of seeds
+#   mutants            builds with a bug that the power cuts must find: tests/mutants.sh
 #   stock              the demo on a stock Debian kernel in QEMU, emulated where KVM does not work: half an hour
 #
 # Each test's result goes to target/test-results.tsv (name<TAB>passed|failed|skipped). The last line is
@@ -18,7 +21,7 @@
 # A new part: a function part_NAME, and its name in `parts`.
 set -u -o pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
-parts=(fmt clippy docs unit lab e2e demo)
+parts=(fmt clippy docs unit sim lab e2e cuts demo)
 
 export CARGO_TERM_COLOR=never
 export RUST_BACKTRACE=${RUST_BACKTRACE:-1}
@@ -28,7 +31,10 @@ if ! command -v cargo > /dev/null && [ -x "$HOME/.cargo/bin/cargo" ]; then
 fi
 
 part_fmt() { cargo fmt --all --check; }
-part_clippy() { cargo clippy --locked --workspace --all-targets -- -D warnings; }
+part_clippy() {
+  cargo clippy --locked --workspace --all-targets -- -D warnings \
+    && cargo clippy --locked -p lunar-engine -p lunar-tests --all-targets --features lunar-tests/planted -- -D warnings
+}
 part_docs() { RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --workspace --document-private-items; }
 part_unit() {
   if cargo nextest --version > /dev/null 2>&1; then
@@ -39,6 +45,8 @@ part_unit() {
   fi
 }
 part_tidy() { cargo test --locked -p lunar-tests --test tidy; }
+# Its binary has the engine's planted bugs in it, and lies apart from what serves anything.
+part_sim() { tests/sim.sh --all; }
 part_lab() { fixtures/selftest.sh; }
 # Boots once for each group of end-to-end tests: what one leaves behind in device-mapper does not meet the next.
 e2e_groups() { # e2e_groups GROUP..: all tests whose names contain GROUP
@@ -79,6 +87,27 @@ part_matrix() {
   LUNAR_E2E_LONG=1 e2e_groups long_levels long_layout_raid0 long_layout_raid5 long_layout_raid10 long_layout_raid6 long_discard \
     long_data_survives_member_hang long_data_file long_data_survives_member_error long_data_survives_member_vanish long_data_requests \
     long_life long_replace long_grow long_queues long_resize
+}
+part_cuts() {
+  [ "${LUNAR_TEST_ON_HOST:-}" != 1 ] || { echo "skipped: this machine's power is not cut"; return 77; }
+  fixtures/kernel/find.sh > /dev/null || return 77
+  cargo build --locked --release --workspace || return 1
+  local cuts=$target/release/lunar-cuts seed=${LUNAR_CUTS_SEED:-1} code=0 log=$target/cuts.log bug
+  "$cuts" --self-test || code=1
+  "$cuts" --cuts "${LUNAR_CUTS:-12}" --seed "$seed" || code=1
+  for bug in flush parity; do
+    # What it says of the bug that it found is no failure.
+    if "$cuts" --plant "$bug" --cuts 40 --seed "$seed" > "$log" 2>&1; then grep -E '^(caught|test) ' "$log"; else
+      cat "$log"
+      code=1
+    fi
+  done
+  return "$code"
+}
+part_mutants() {
+  [ "${LUNAR_TEST_ON_HOST:-}" != 1 ] || { echo "skipped: this machine's power is not cut"; return 77; }
+  fixtures/kernel/find.sh > /dev/null || return 77
+  tests/mutants.sh
 }
 part_demo() {
   if [ "${LUNAR_TEST_ON_HOST:-}" != 1 ]; then
@@ -128,7 +157,7 @@ part_stock() {
     *) cat "$log"; echo 'test stock_kernel_runs_the_demo ... FAILED'; return 1 ;;
   esac
 }
-declare -A limits=([unit]=30m [lab]=10m [e2e]=60m [stock]=70m [storms]=6h [matrix]=3h) # the others: 20m
+declare -A limits=([unit]=30m [sim]=30m [lab]=10m [e2e]=60m [stock]=70m [storms]=6h [matrix]=3h [cuts]=3h [mutants]=1h) # the others: 20m
 
 # Reads the output of cargo test, nextest, libtest-mimic or the lab's self-test; prints name<TAB>status.
 # A name is BINARY::TEST for cargo's tests, so that it is the same under nextest.
@@ -165,7 +194,7 @@ mkdir -p "$target"
 results=$target/test-results.tsv
 : > "$results"
 
-export -f "${parts[@]/#/part_}" part_tidy part_matrix part_storms part_stock e2e_groups e2e_group
+export -f "${parts[@]/#/part_}" part_tidy part_matrix part_storms part_stock part_mutants e2e_groups e2e_group
 export target
 summary=''
 for part in "${selected[@]}"; do

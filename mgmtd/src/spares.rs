@@ -139,6 +139,7 @@ async fn take(daemon: &Daemon, found: Match<'_>) -> Result<(), ApiError> {
             disk: spare.uuid,
             path: spare.path.clone(),
         },
+        full: false,
     };
     let status = match daemon.ask(&request, vec![fd]).await? {
         TargetAnswer::Group { group } => *group,

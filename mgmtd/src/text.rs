@@ -7,7 +7,7 @@ use lunar_api::rows::{
     DiskState, GroupHealth, Health, LuHealth, MemberHealth, ScrubRow, StatusData, StatusReply,
     Stranger, StrangerKind,
 };
-use lunar_api::target::{GroupState, Level, ScrubState, SyncAction, SyncStatus};
+use lunar_api::target::{Consistency, GroupState, Level, ScrubState, SyncAction, SyncStatus};
 use lunar_api::units::format_size;
 
 use crate::jobs::left_text;
@@ -240,8 +240,16 @@ fn group_text(
         if live.level.is_striped() {
             let _ = write!(head, ", chunk {}", format_size(live.chunk));
         }
+        if live.level.is_redundant() {
+            head += match live.consistency {
+                Consistency::None => ", none",
+                Consistency::Bitmap => ", bitmap",
+                Consistency::Ppl => ", ppl",
+                Consistency::Journal => ", journal",
+            };
+        }
         if is_write_hole_open(live) {
-            head += ", none (write hole open)";
+            head += " (write hole open)";
         }
     }
     let state = match group.state {

@@ -443,7 +443,10 @@ pub fn member_state(state: MemberState) -> DiskState {
 
 /// Parity without a log: a power loss while degraded can damage old data.
 pub fn is_write_hole_open(group: &GroupStatus) -> bool {
-    group.level.has_parity() && group.consistency == Consistency::None
+    match group.consistency {
+        Consistency::None | Consistency::Bitmap => group.level.has_parity(),
+        Consistency::Ppl | Consistency::Journal => false,
+    }
 }
 
 /// Command lines that make file systems of the group's geometry.

@@ -33,14 +33,18 @@ lunar_idle() { # waits until no job runs: a sync would be measured too
   echo 'lunar: jobs do not end' >&2
   return 1
 }
-lunar_make() { # lunar_make SYSTEM LEVEL DISKS..: prints the device; the members are zero, so their parity is right
-  local system=$1 level=$2 name=bench-$2 clean=() chunk=(--chunk 64KiB)
+# lunar_make SYSTEM LEVEL[:POLICY] DISKS..: prints the device. The members are zero, so their parity is right. POLICY: none,
+# what md does too unless told otherwise
+lunar_make() {
+  local system=$1 level=${2%:*} policy=${2#*:} clean=() chunk=(--chunk 64KiB) name
+  [ "$policy" != "$level" ] || policy=none
+  name=bench-$level-$policy
   shift 2
   [ -n "${mgmtd_pid[$system]:-}" ] || { echo 'lunar: not built. Try: cargo build --release' >&2; return 77; }
   case $level in
     linear) chunk=() ;;
     raid0) ;;
-    *) clean=(--assume-clean) ;;
+    *) clean=(--assume-clean --consistency "$policy") ;;
   esac
   {
     lunar "$system" disk add "$@" \

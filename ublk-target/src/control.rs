@@ -10,6 +10,7 @@ use std::time::Duration;
 use lunar_api::target::{MESSAGE_MAX, TARGET_API, TargetAnswer, TargetReply, TargetRequest};
 use lunar_api::{ApiError, ErrorKind, SystemUuid};
 use lunar_engine::config::Queues;
+use lunar_engine::raid_group::Fill;
 
 use crate::groups::Groups;
 use crate::socket::{self, Message};
@@ -193,9 +194,11 @@ fn dispatch(
             group,
             slot,
             member,
+            full,
         } => {
             let [fd] = take(fds)?;
-            groups.get(group)?.member_replace(slot, member, fd)
+            let fill = if full { Fill::All } else { Fill::Missed };
+            groups.get(group)?.member_replace(slot, member, fill, fd)
         }
         TargetRequest::LuCreate {
             group,

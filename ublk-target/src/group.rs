@@ -13,7 +13,7 @@ use lunar_api::target::{
 };
 use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid, LuUuid, SystemUuid};
 use lunar_engine::config::Queues;
-use lunar_engine::raid_group::{CreateSpec, Given, Parts, RaidGroup, StartSpec};
+use lunar_engine::raid_group::{CreateSpec, Fill, Given, Parts, RaidGroup, StartSpec};
 
 use self::devices::{LUS_AT_ONCE, Path};
 use self::queue_lanes::QueueLane;
@@ -356,6 +356,7 @@ impl Group {
         self: Arc<Self>,
         slot: u16,
         member: MemberSpec,
+        fill: Fill,
         fd: OwnedFd,
     ) -> TargetReply {
         let _held = lock(&self.change);
@@ -369,7 +370,7 @@ impl Group {
                     disk,
                 };
                 let group = Rc::clone(local.group()?);
-                group.member_replace(slot, given).await
+                group.member_replace(slot, given, fill).await
             })
             .flatten()?;
         Arc::clone(&self).answer()

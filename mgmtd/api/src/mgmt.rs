@@ -114,6 +114,8 @@ requests! {
     DiskReplace {
         old: String,
         new: Option<String>,
+        /// The disk is filled from the start, also where it is known what it has missed.
+        full: bool,
         dry_run: bool,
         yes: bool,
     }

@@ -55,6 +55,31 @@ impl Level {
         }
     }
 
+    /// Says whether a member may fail without loss.
+    pub fn is_redundant(self) -> bool {
+        !matches!(self, Self::Linear | Self::Raid0)
+    }
+
+    /// What a new group of this level does after a power loss, unless something else is asked for.
+    pub fn consistency(self) -> Consistency {
+        match self {
+            Self::Raid1 | Self::Raid10 => Consistency::Bitmap,
+            Self::Raid5 => Consistency::Ppl,
+            Self::Raid6 => Consistency::Journal,
+            Self::Linear | Self::Raid0 => Consistency::None,
+        }
+    }
+
+    /// Says whether a group of this level can have that policy.
+    pub fn allows(self, consistency: Consistency) -> bool {
+        match consistency {
+            Consistency::None => true,
+            Consistency::Bitmap => self.is_redundant(),
+            Consistency::Ppl => self == Self::Raid5,
+            Consistency::Journal => self == Self::Raid6,
+        }
+    }
+
     /// Says whether it has parity.
     pub fn has_parity(self) -> bool {
         matches!(self, Self::Raid5 | Self::Raid6)
@@ -71,6 +96,20 @@ pub const MEMBERS_MAX: usize = 64;
 pub enum Consistency {
     /// md's `resync`: everything is resynced after a power loss; the write hole is open.
     None,
+    /// md's `bitmap`: regions that were being written are resynced after a power loss; the write hole is open there.
+    Bitmap,
+    /// md's `ppl` (raid5): what is not modified of a stripe is logged first; what a power loss tore is made right from that, also
+    /// without a member.
+    Ppl,
+    /// raid6: what is written of a stripe is logged first, on the members that have its parity.
+    Journal,
+}
+
+impl Consistency {
+    /// Says whether writes are logged on the members.
+    pub fn has_log(self) -> bool {
+        matches!(self, Self::Ppl | Self::Journal)
+    }
 }
 
 /// State of one slot of a group, as its superblocks say it.
@@ -196,6 +235,9 @@ pub enum TargetRequest {
         group: GroupUuid,
         slot: u16,
         member: MemberSpec,
+        /// Filled from the start, also where it is known what it has missed.
+        #[serde(default)]
+        full: bool,
     },
     /// Makes a LU and its device. Answer: `Lu`; of one that is zeroed, when it is.
     LuCreate {

@@ -509,6 +509,7 @@ pub async fn replace(daemon: &Daemon, ask: DiskReplace) -> Result<Changed, ApiEr
         group: group.group,
         slot,
         member: spec,
+        full: ask.full,
     };
     let status = match daemon.ask(&request, vec![fd]).await? {
         TargetAnswer::Group { group } => *group,

@@ -10,8 +10,8 @@ use lunar_api::mgmt::{
 };
 use lunar_api::rows::{Changed, DiskState, GroupList, GroupOne, JobState};
 use lunar_api::target::{
-    Consistency, GroupState, GroupStatus, Level, MEMBERS_MAX, MemberSpec, ScrubOrder, ScrubState,
-    TargetAnswer, TargetRequest,
+    GroupState, GroupStatus, Level, MEMBERS_MAX, MemberSpec, ScrubOrder, ScrubState, TargetAnswer,
+    TargetRequest,
 };
 use lunar_api::units::format_size;
 use lunar_api::{ApiError, ErrorKind, GroupUuid};
@@ -130,7 +130,7 @@ pub async fn create(daemon: &Daemon, ask: GroupCreate) -> Result<Changed, ApiErr
         name: ask.name.clone(),
         level,
         chunk,
-        consistency: ask.consistency.unwrap_or(Consistency::None),
+        consistency: ask.consistency.unwrap_or(level.consistency()),
         assume_clean: ask.assume_clean,
         members: specs,
     };

@@ -312,12 +312,13 @@ fn disk(args: &Args, client: &mut Client, verb: &Disk) -> Result<u8, ApiError> {
             };
             change(args, client, "disk.fail", ask, yes)
         }
-        Disk::Replace { old, new } => {
+        Disk::Replace { old, new, full } => {
             let ask = |yes| {
                 let (old, new) = (absolute(old), new.as_deref().map(absolute));
                 Request::DiskReplace(mgmt::DiskReplace {
                     old,
                     new,
+                    full: *full,
                     dry_run,
                     yes,
                 })

@@ -18,30 +18,30 @@ pub(super) const SECTOR: usize = 512;
 const TAG: usize = 16;
 
 /// Memory that direct I/O takes.
-pub(super) struct Pages {
+pub(crate) struct Pages {
     bytes: Vec<u8>,
     start: usize,
     len: usize,
 }
 
 impl Pages {
-    pub(super) fn new(len: usize) -> Self {
+    pub(crate) fn new(len: usize) -> Self {
         let bytes = vec![0; len + 4096];
         let start = bytes.as_ptr().align_offset(4096);
         Self { bytes, start, len }
     }
 
-    pub(super) fn get(&self) -> &[u8] {
+    pub(crate) fn get(&self) -> &[u8] {
         &self.bytes[self.start..self.start + self.len]
     }
 
-    fn get_mut(&mut self) -> &mut [u8] {
+    pub(crate) fn get_mut(&mut self) -> &mut [u8] {
         &mut self.bytes[self.start..self.start + self.len]
     }
 }
 
 /// Opens a device or file past the page cache.
-pub(super) fn open(path: &str) -> Result<File, Failure> {
+pub(crate) fn open(path: &str) -> Result<File, Failure> {
     OpenOptions::new()
         .read(true)
         .write(true)
@@ -51,7 +51,7 @@ pub(super) fn open(path: &str) -> Result<File, Failure> {
 }
 
 /// Reads past the page cache.
-pub(super) fn read(path: &str, at: u64, len: usize) -> Result<Pages, Failure> {
+pub(crate) fn read(path: &str, at: u64, len: usize) -> Result<Pages, Failure> {
     let mut pages = Pages::new(len);
     open(path)?
         .read_exact_at(pages.get_mut(), at)

@@ -446,7 +446,7 @@ fn degraded() -> Result<(), Failure> {
     sh(&erased)?;
     content_is_right(&rig, "degraded")?;
     rebuild_rate(&rig, "12MiB")?;
-    rig.lunar(&["disk", "replace", &paths[1], &paths[1], "--yes"])?;
+    rig.lunar(&["disk", "replace", &paths[1], &paths[1], "--full", "--yes"])?;
     let mut rounds = 0;
     for at in [10, 44, 14, 40, 18, 36] {
         let group = rig.json(&["group", "show", "data"])?;

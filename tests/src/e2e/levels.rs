@@ -178,7 +178,7 @@ fn put_back(
         ),
         30,
     )?;
-    rig.lunar(&["disk", "replace", path, path])?;
+    rig.lunar(&["disk", "replace", path, path, "--full"])?;
     meanwhile()?;
     until("the slot is in sync", 100, || {
         Ok(rig.state()?.1[slot] == "in_sync")

@@ -3,10 +3,11 @@
 pub mod rig;
 pub mod shell;
 
-mod blocks;
+pub(crate) mod blocks;
 mod cli;
 mod concurrent;
 mod config;
+mod crash;
 mod data;
 mod discard;
 mod disks;
@@ -50,6 +51,7 @@ pub fn tests() -> Vec<Test> {
     spares::tests(&mut all);
     import::tests(&mut all);
     config::tests(&mut all);
+    crash::tests(&mut all);
     all
 }
 

@@ -12,7 +12,8 @@
 //!    itself (a snapshot put back, a disk that lied about its writes): stale too. Only where it cannot be done without, and with
 //!    `force`, it is taken as it is.
 //! 5. No more members are missing than the level can do without. `force` does not help: there is no data.
-//! 6. Parity, not cleanly stopped and degraded: parity may not match, and the missing member cannot be told from it:
+//! 6. Parity, not cleanly stopped (under policy `bitmap`: and with any region marked; with a log: and one of the logs
+//!    cannot be read) and degraded: parity may not match, and the missing member cannot be told from it:
 //!    refused without `force`. Not so after the mere death of the process, whose in-flight log is there.
 //!    Mirrors need no parity: every copy holds old or new.
 //!
@@ -21,11 +22,12 @@
 //!
 //! Invariant: the same superblocks in another order give the same plan.
 
-use lunar_api::target::{Level, MemberState, Witness};
+use lunar_api::target::{Consistency, Level, MemberState, Witness};
 use lunar_api::{DiskUuid, GroupUuid, History};
 
 use crate::geometry::Geometry;
 use crate::limits::PARENTS_MAX;
+use crate::planted::{self, Bug};
 use crate::superblock::{GroupRecord, Superblock};
 
 mod error;
@@ -44,6 +46,10 @@ pub struct Present<'a> {
     pub superblock: &'a Superblock,
     /// For messages.
     pub path: &'a str,
+    /// Its intent map has marks, or it has none.
+    pub is_marked: bool,
+    /// Its log, where the policy has one, cannot be read.
+    pub is_log_lost: bool,
 }
 
 /// Under which conditions a group starts.
@@ -68,8 +74,11 @@ pub enum SlotPlan {
     InSync(usize),
     /// There, but it missed writes: it needs a rebuild from the start.
     Stale(usize),
-    /// There, and right below the cursor of its entry.
+    /// There, and right below the cursor of its entry; or, where that says since when it was away, but for what is in the
+    /// missed map.
     Rebuilding(usize),
+    /// There again: it has all but what is in the missed map, and is caught up.
+    Returning(usize),
     /// Failed, and not there.
     Faulty,
     /// Nobody there.
@@ -101,11 +110,15 @@ pub struct Plan {
     /// From here on (bytes of a member's data area): 0 after an unclean stop, else as recorded. A degraded raid5 is
     /// resynced by the rebuild, a raid6 after it, as is a raid5 that had been rebuilt in part.
     pub synced_to: u64,
+    /// Regions that are marked are to be made right again.
+    pub marked_unsynced: bool,
     /// What was rebuilt of a mirror is not believed: it and the copy that is read may differ in what was being written,
-    /// and who was told of one may not be shown the other later.
+    /// and who was told of one may not be shown the other later. Nor what was rebuilt on a member whose log is lost.
     pub rebuild_anew: bool,
     /// The flag `torn` of the next superblock.
     pub torn: bool,
+    /// It is known what who is not there any more will have missed: nothing but what is written, and what is marked.
+    pub notes_missed: bool,
     /// Disks that were given but have no slot any more.
     pub surplus: Vec<usize>,
     /// What a person should know, a sentence each.
@@ -132,15 +145,28 @@ pub fn assemble(
     let mut reasons = Vec::new();
     let overruled = check_witness(&members, leader, conditions, &mut reasons)?;
     let geometry = said.geometry().map_err(AssemblyError::Geometry)?;
-    let seat = |older| {
-        let record = take_over(said, &members, &given_up, older);
+    let seat = |older, forgets| {
+        let mut record = take_over(said, &members, &given_up, older);
+        if overruled || forgets || older == Older::Taken || !given_up.is_empty() {
+            // Who was away may have more than what counts from here on: what it misses is not known.
+            record
+                .members
+                .iter_mut()
+                .for_each(|entry| entry.left_at = 0);
+        }
         let seats = place(&record, &members, &given_up, older);
         (record, seats)
     };
-    let (mut record, mut seats) = seat(Older::Stale);
+    let (mut record, mut seats) = seat(Older::Stale, false);
     let mut older_taken = false;
+    // By force parity is believed that may not match: then what redundancy says of a member is not what that has, also
+    // where it has missed nothing.
+    let is_unproven = said.flags.torn || said.flags.dirty && !conditions.process_death_only;
+    if conditions.force && is_unproven && geometry.parities() > 0 && missing(&seats) != 0 {
+        (record, seats) = seat(Older::Stale, true);
+    }
     if conditions.force && !geometry.survives(missing(&seats)) {
-        let all = seat(Older::Taken);
+        let all = seat(Older::Taken, true);
         if geometry.survives(missing(&all.1)) {
             older_taken = true;
             (record, seats) = all;
@@ -163,14 +189,23 @@ pub fn assemble(
     check_redundancy(&geometry, missing(&seats), &lost)?;
 
     let is_unclean = record.flags.dirty && !conditions.process_death_only;
-    let parity = check_parity(
-        &geometry,
-        record,
-        &lost,
-        is_unclean,
-        conditions,
-        &mut reasons,
-    )?;
+    let is_bitmap = record.consistency == Consistency::Bitmap;
+    let in_sync = |m: &&Found<'_>| slots.contains(&SlotPlan::InSync(m.index));
+    let is_marked = members.iter().filter(in_sync).any(|m| m.is_marked);
+    let lost_log = members.iter().filter(in_sync).find(|m| m.is_log_lost);
+    let lost_log = lost_log.filter(|_| record.consistency.has_log());
+    // What tells of what was being written, if anything does.
+    let is_all_torn = is_unclean
+        && match record.consistency {
+            Consistency::None => true,
+            Consistency::Bitmap => false,
+            Consistency::Ppl | Consistency::Journal => lost_log.is_some(),
+        };
+    let is_doubted = match is_bitmap {
+        true => (record.flags.torn || is_unclean) && is_marked,
+        false => record.flags.torn || is_all_torn,
+    };
+    let parity = check_parity(&geometry, &lost, is_doubted, conditions, &mut reasons)?;
     let is_rebuilt_in_part = record
         .members
         .iter()
@@ -184,8 +219,14 @@ pub fn assemble(
         (true, Parity::Accepted) if is_rebuilt_in_part => 0,
         (true, _) if older_taken => 0,
         (true, Parity::Accepted) => record.synced_to,
-        (true, Parity::Right | Parity::Torn) if is_unclean => {
-            reasons.push("it was not stopped cleanly: all of it is resynced".to_owned());
+        (true, Parity::Right | Parity::Torn) if is_all_torn => {
+            reasons.push(match lost_log {
+                Some(member) => format!(
+                    "it was not stopped cleanly, and the log on {} cannot be read: all of it is resynced",
+                    member.path
+                ),
+                None => "it was not stopped cleanly: all of it is resynced".to_owned(),
+            });
             0
         }
         (true, Parity::Right | Parity::Torn) => record.synced_to,
@@ -214,8 +255,22 @@ pub fn assemble(
         given_up: given_up.iter().map(|m| m.group.history).collect(),
         resync: synced_to < geometry.member_bytes(),
         synced_to,
-        torn: parity == Parity::Torn,
-        rebuild_anew: is_unclean && geometry.is_mirrored(),
+        notes_missed: record.maps
+            && !overruled
+            && !older_taken
+            && given_up.is_empty()
+            && parity != Parity::Accepted
+            && (is_bitmap
+                || record.consistency.has_log() && lost_log.is_none()
+                || !record.flags.dirty),
+        torn: parity == Parity::Torn || is_bitmap && is_doubted && parity != Parity::Accepted,
+        marked_unsynced: is_bitmap && is_doubted && parity != Parity::Accepted,
+        rebuild_anew: is_unclean
+            && (geometry.is_mirrored()
+                || record.consistency.has_log()
+                    && members
+                        .iter()
+                        .any(|m| m.is_log_lost && slots.contains(&SlotPlan::Rebuilding(m.index)))),
         surplus: members
             .iter()
             .filter(|m| !is_used(m))
@@ -257,15 +312,30 @@ impl Plan {
             record.parents.truncate(PARENTS_MAX);
         }
         record.flags.deleted = false;
+        let (floor, notes_missed) = (record.floor, self.notes_missed);
+        // Where nothing was proven yet it has more to be given than what is noted from here on.
+        let is_whole = record.synced_to == record.member_bytes;
         for (entry, plan) in record.members.iter_mut().zip(&self.slots) {
+            if planted::is(Bug::StaleMemberTaken) && matches!(plan, SlotPlan::InSync(_)) {
+                (entry.state, entry.left_at) = (MemberState::InSync, 0);
+            }
             let is_held = match plan {
                 SlotPlan::InSync(_) | SlotPlan::Rebuilding(_) | SlotPlan::Faulty => true,
+                SlotPlan::Returning(_) => {
+                    entry.state = MemberState::Rebuilding;
+                    true
+                }
                 SlotPlan::Stale(_) => {
                     matches!(entry.state, MemberState::Faulty | MemberState::Missing)
                 }
                 SlotPlan::Missing => false,
             };
             if !is_held {
+                entry.left_at = match (plan, entry.state) {
+                    (SlotPlan::Missing, MemberState::InSync) if notes_missed && is_whole => floor,
+                    (SlotPlan::Missing, _) => entry.left_at,
+                    _ => 0,
+                };
                 entry.state = MemberState::Missing;
                 entry.rebuilt_to = 0;
             }
@@ -291,7 +361,7 @@ impl SlotPlan {
     /// Returns the number of the disk that the running group works with: a stale one waits for its rebuild.
     pub fn used(self) -> Option<usize> {
         match self {
-            Self::InSync(disk) | Self::Rebuilding(disk) => Some(disk),
+            Self::InSync(disk) | Self::Rebuilding(disk) | Self::Returning(disk) => Some(disk),
             Self::Stale(_) | Self::Faulty | Self::Missing => None,
         }
     }
@@ -299,7 +369,10 @@ impl SlotPlan {
     /// Returns the number of the disk that is in the slot.
     pub fn disk(self) -> Option<usize> {
         match self {
-            Self::InSync(disk) | Self::Stale(disk) | Self::Rebuilding(disk) => Some(disk),
+            Self::InSync(disk)
+            | Self::Stale(disk)
+            | Self::Rebuilding(disk)
+            | Self::Returning(disk) => Some(disk),
             Self::Faulty | Self::Missing => None,
         }
     }
@@ -313,6 +386,8 @@ struct Found<'a> {
     superblock: &'a Superblock,
     slot: u16,
     group: &'a GroupRecord,
+    is_marked: bool,
+    is_log_lost: bool,
 }
 
 impl Found<'_> {
@@ -327,7 +402,13 @@ fn check_members<'a>(
     present: &[Present<'a>],
 ) -> Result<Vec<Found<'a>>, AssemblyError> {
     let mut members: Vec<Found<'a>> = Vec::new();
-    for (index, Present { superblock, path }) in present.iter().copied().enumerate() {
+    for (index, one) in present.iter().enumerate() {
+        let Present {
+            superblock,
+            path,
+            is_marked,
+            is_log_lost,
+        } = *one;
         let member = superblock
             .member
             .as_ref()
@@ -349,6 +430,8 @@ fn check_members<'a>(
             superblock,
             slot: member.slot,
             group: &member.group,
+            is_marked,
+            is_log_lost,
         });
     }
     if members.is_empty() {
@@ -414,13 +497,12 @@ fn check_redundancy(
 /// Rule 6.
 fn check_parity(
     geometry: &Geometry,
-    record: &GroupRecord,
     lost: &[String],
-    is_unclean: bool,
+    is_doubted: bool,
     conditions: Conditions,
     reasons: &mut Vec<String>,
 ) -> Result<Parity, AssemblyError> {
-    if geometry.parities() == 0 || !(record.flags.torn || is_unclean) {
+    if geometry.parities() == 0 || !is_doubted || planted::is(Bug::WriteHoleAccepted) {
         return Ok(Parity::Right);
     }
     if lost.is_empty() || conditions.process_death_only {

@@ -1,12 +1,16 @@
 //! What a group does by itself: resync, rebuild, clean marks, and failing members that do not answer.
 
+use std::cell::Ref;
 use std::collections::VecDeque;
 use std::rc::Rc;
 
 use lunar_api::target::{MemberState, SyncAction, SyncStatus};
 
 use crate::limits::HOLES_MAX;
+use crate::planted::{self, Bug};
 use crate::raid_group::RaidGroup;
+use crate::region_map::RegionSet;
+use crate::regions::Maps;
 use crate::serve::bits;
 use crate::stripe_table::{Item, JoinId, Task};
 use crate::sync::{either, join};
@@ -153,6 +157,7 @@ impl<E: Env> RaidGroup<E> {
         while !self.stopping.get() {
             self.look().await;
             let _ = self.wait_durable().await;
+            self.unmark_quiet().await;
             let now = self.clock.now();
             let requests = self.requests_seen();
             if requests != seen || self.active_writes.get() != 0 {
@@ -229,9 +234,89 @@ impl<E: Env> RaidGroup<E> {
             return true;
         }
         let is_done = self.synced.get() == self.geometry.stripes();
-        self.geometry.redundancy() > 0
-            && !(is_done && self.holes.borrow().is_empty())
-            && self.has_sync_redundancy()
+        let is_done = is_done && self.holes.borrow().is_empty() && self.first_unsynced().is_none();
+        self.geometry.redundancy() > 0 && !is_done && self.has_sync_redundancy()
+    }
+
+    /// The next stripe from `at` on that a sync has to do: all from its cursor on, and below it what lies in regions that are
+    /// not proven, or that a member which comes back has missed.
+    fn next_to_sync(&self, at: u64, cursor: u64) -> u64 {
+        let (stripes, unit) = (self.geometry.stripes(), self.geometry.stripe_on_member());
+        let Some(maps) = self.maps.as_ref().filter(|_| at < cursor) else {
+            return at.max(cursor).min(stripes);
+        };
+        let region = self
+            .set_to_sync(maps)
+            .next(maps.regions_of(&(at..at + 1), unit).start);
+        let marked = region.map(|region| maps.stripes_of(region, unit).start.max(at));
+        marked.unwrap_or(cursor).min(cursor)
+    }
+
+    fn set_to_sync<'a>(&self, maps: &'a Maps) -> Ref<'a, RegionSet> {
+        match self.catches_up() {
+            true => maps.behind.borrow(),
+            false => maps.unsynced.borrow(),
+        }
+    }
+
+    fn catches_up(&self) -> bool {
+        self.rebuild.get().is_some_and(|rebuild| rebuild.catches_up)
+    }
+
+    /// Where the sync that is to be done begins: stripes below are done, but for those in regions of the maps, if any are.
+    fn sync_cursor(&self) -> u64 {
+        match self.rebuild.get() {
+            Some(rebuild) if rebuild.catches_up => self.geometry.stripes(),
+            Some(rebuild) => rebuild.done,
+            None => self.synced.get(),
+        }
+    }
+
+    /// Stripes that are done before a sync begins, and those that are done when it ends.
+    fn sync_extent(&self) -> (u64, u64) {
+        let (cursor, stripes) = (self.sync_cursor(), self.geometry.stripes());
+        let (mut marked, mut counted) = (0, self.first_to_sync());
+        if let Some(maps) = self.maps.as_ref().filter(|_| counted < cursor) {
+            let unit = self.geometry.stripe_on_member();
+            for region in self.set_to_sync(maps).iter() {
+                let range = maps.stripes_of(region, unit);
+                let range = range.start.max(counted)..range.end.min(cursor);
+                marked += range.end.saturating_sub(range.start);
+                counted = range.end.max(counted);
+            }
+        }
+        match marked {
+            0 => (cursor, stripes),
+            marked => (0, marked + stripes - cursor),
+        }
+    }
+
+    fn first_to_sync(&self) -> u64 {
+        let cursor = self.sync_cursor();
+        match self.rebuild.get() {
+            Some(rebuild) if !rebuild.catches_up => cursor,
+            Some(_) | None => self.next_to_sync(0, cursor),
+        }
+    }
+
+    /// A sync has passed all stripes before this one: regions before it are done.
+    fn passed(&self, stripe: u64) {
+        let set = match (&self.maps, self.rebuild.get()) {
+            (Some(maps), Some(rebuild)) if rebuild.catches_up => &maps.behind,
+            (Some(maps), None) => &maps.unsynced,
+            _ => return,
+        };
+        let (unit, stripes) = (self.geometry.stripe_on_member(), self.geometry.stripes());
+        let maps = self.maps.as_ref().expect("looked at above");
+        let mut set = set.borrow_mut();
+        while let Some(region) = set.next(0) {
+            let is_early = planted::is(Bug::CaughtUpEarly) && self.catches_up();
+            if maps.stripes_of(region, unit).end.min(stripes) > stripe && !is_early {
+                break;
+            }
+            set.remove(region);
+            self.views.advance();
+        }
     }
 
     /// A resync or rebuild that has not begun yet, or waits to be tried again.
@@ -242,16 +327,17 @@ impl<E: Env> RaidGroup<E> {
         if self.failed.get() || self.stopping.get() || !self.has_sync_work() {
             return None;
         }
-        let (action, slot, done) = match self.rebuild.get() {
-            Some(rebuild) => (SyncAction::Recover, Some(rebuild.slot), rebuild.done),
-            None => (SyncAction::Resync, None, self.synced.get()),
+        let (action, slot) = match self.rebuild.get() {
+            Some(rebuild) => (SyncAction::Recover, Some(rebuild.slot)),
+            None => (SyncAction::Resync, None),
         };
+        let (done, total) = self.sync_extent();
         let done = done.saturating_sub(self.holes.borrow().len() as u64);
         let unit = self.geometry.stripe_on_member();
         Some(SyncStatus {
             action,
             done: done * unit,
-            total: self.geometry.stripes() * unit,
+            total: total * unit,
             rate: 0,
             slot,
         })
@@ -279,11 +365,12 @@ impl<E: Env> RaidGroup<E> {
         let wanted = self.sync_wanted.get();
         let stripes = self.geometry.stripes();
         let unit = self.geometry.stripe_on_member();
-        let mut next = match slot {
-            Some(_) => self.rebuild.get().map_or(0, |r| r.done),
-            None => self.synced.get(),
-        };
-        let mut done = next;
+        let catches_up = self.catches_up();
+        let cursor = self.sync_cursor();
+        let mut next = self.first_to_sync();
+        let (begun, total) = self.sync_extent();
+        // The cursor, and stripes done since it began.
+        let (mut done, mut did) = (cursor, 0);
         let left_out = self.holes.borrow().len();
         let again: Vec<u64> = match next == stripes {
             true => self.holes.borrow().iter().copied().collect(),
@@ -295,12 +382,20 @@ impl<E: Env> RaidGroup<E> {
             self.event(
                 &format!("{name}Started"),
                 slot,
-                &format!("from {} of {stripes} stripes", next),
+                &match (begun == 0 && cursor > 0, slot) {
+                    (false, _) => format!("from {cursor} of {stripes} stripes"),
+                    (true, None) => {
+                        format!("{total} of {stripes} stripes, in regions that were being written")
+                    }
+                    (true, Some(_)) => format!(
+                        "{total} of {stripes} stripes, in regions that it has missed writes of"
+                    ),
+                },
             );
         }
         let mut window: VecDeque<(u64, JoinId)> = VecDeque::new();
         let (mut saved, mut saved_at) = (done, self.clock.now());
-        let mut pace = Pace::new(saved_at, done);
+        let mut pace = Pace::new(saved_at, begun);
         let mut result = Ok(());
         loop {
             let busy = pace.is_busy(self.clock.now(), self.requests_seen());
@@ -309,15 +404,16 @@ impl<E: Env> RaidGroup<E> {
             while !gone && result.is_ok() && (window.len() as u64) < room {
                 let stripe = match next < stripes {
                     true => {
-                        next += 1;
-                        next - 1
+                        let stripe = next;
+                        next = self.next_to_sync(stripe + 1, cursor);
+                        stripe
                     }
                     false => match again.next() {
                         Some(hole) => hole,
                         None => break,
                     },
                 };
-                if let Some(mut rebuild) = self.rebuild.get() {
+                if let Some(mut rebuild) = self.rebuild.get().filter(|_| !catches_up) {
                     rebuild.window = next;
                     self.rebuild.set(Some(rebuild));
                 }
@@ -343,7 +439,9 @@ impl<E: Env> RaidGroup<E> {
                 }
                 Err(_) if counts && is_again => {}
                 _ if counts && (ended.is_ok() || self.leave_out(stripe)) => {
-                    done += 1;
+                    did += 1;
+                    done += u64::from(stripe >= cursor);
+                    self.passed(window.front().map_or(next, |(next, _)| *next));
                     match (slot, self.rebuild.get()) {
                         (Some(_), Some(mut rebuild)) => {
                             rebuild.done = done;
@@ -360,9 +458,9 @@ impl<E: Env> RaidGroup<E> {
             if pace.is_second(now) || self.sync_status.borrow().is_none() {
                 let status = SyncStatus {
                     action,
-                    done: done * unit,
-                    total: stripes * unit,
-                    rate: pace.rate(now, done, unit),
+                    done: (begun + did) * unit,
+                    total: total * unit,
+                    rate: pace.rate(now, begun + did, unit),
                     slot,
                 };
                 *self.sync_status.borrow_mut() = Some(status);
@@ -377,7 +475,7 @@ impl<E: Env> RaidGroup<E> {
         let mut why = "an I/O error on what it reads; tried again in 60 s".to_owned();
         if result.is_ok() && self.is_current(slot, wanted) {
             let holes = self.holes.borrow().len();
-            let is_whole = done == stripes && holes == 0;
+            let is_whole = next == stripes && done == stripes && holes == 0;
             result = if is_whole {
                 self.sync_end(slot, wanted).await
             } else {
@@ -385,12 +483,12 @@ impl<E: Env> RaidGroup<E> {
                 self.save_cursor(slot, wanted, done).await
             };
             if result.is_ok() && is_whole {
-                let text = format!("{stripes} of {stripes} stripes");
+                let text = format!("{} of {stripes} stripes", begun + did);
                 self.event(&format!("{name}Finished"), slot, &text);
                 if slot.is_some() {
                     self.event("SpareActive", slot, "it is filled, and in sync from now on");
                 }
-            } else if result.is_ok() && done == stripes {
+            } else if result.is_ok() && next == stripes && done == stripes {
                 why = self.holes_text(if slot.is_some() { "rebuilt" } else { "synced" });
                 if let Some(slot) = slot {
                     why.clone_into(&mut self.member(slot).reason.borrow_mut());
@@ -453,6 +551,9 @@ impl<E: Env> RaidGroup<E> {
     }
 
     async fn save_cursor(&self, slot: Option<u16>, wanted: u64, done: u64) -> Result<(), ()> {
+        if self.catches_up() {
+            return Ok(()); // What is missed is noted until it has all of it.
+        }
         self.flush_members().await.map_err(|_| ())?;
         if !self.is_current(slot, wanted) {
             return Err(());
@@ -464,6 +565,10 @@ impl<E: Env> RaidGroup<E> {
             .first()
             .map_or(done, |hole| done.min(*hole));
         match slot {
+            Some(_) if planted::is(Bug::CursorAhead) => {
+                let ahead = (done + 256).min(self.geometry.stripes());
+                self.durable_rebuild.set(ahead);
+            }
             Some(_) => self.durable_rebuild.set(done),
             None => self.durable_synced.set(done),
         }
@@ -473,7 +578,9 @@ impl<E: Env> RaidGroup<E> {
     }
 
     async fn sync_end(&self, slot: Option<u16>, wanted: u64) -> Result<(), ()> {
-        self.flush_members().await.map_err(|_| ())?;
+        if !planted::is(Bug::SyncUnflushed) {
+            self.flush_members().await.map_err(|_| ())?;
+        }
         if !self.is_current(slot, wanted) {
             return Err(());
         }
@@ -481,11 +588,19 @@ impl<E: Env> RaidGroup<E> {
             // Whoever reads it from now on relies on data that is flushed; a crash before the publish only
             // repeats the end of the rebuild.
             self.in_sync.set(self.in_sync.get() | 1 << slot);
-            let from = self.rebuild.take().map_or(0, |rebuild| rebuild.from);
+            let rebuild = self.rebuild.take();
+            let (from, catches_up) = rebuild.map_or((0, false), |r| (r.from, r.catches_up));
             self.member(slot).state.set(MemberState::InSync);
+            self.member(slot).left_at.set(0);
             self.member(slot).reason.borrow_mut().clear();
             let whole = self.in_sync.get().count_ones() == u32::from(self.geometry.members());
-            if whole && self.geometry.parities() == 1 {
+            if let Some(maps) = self.maps.as_ref().filter(|_| whole) {
+                maps.forget_missed();
+                if self.geometry.parities() == 1 && !catches_up && from == 0 {
+                    maps.unsynced.borrow_mut().clear();
+                }
+            }
+            if whole && self.geometry.parities() == 1 && !catches_up {
                 // Every row from there on was read and written: parity is right wherever the rebuilt slot is. (Of two
                 // parities only one is sure to fit what was computed.)
                 if self.synced.get() >= from {
@@ -496,7 +611,7 @@ impl<E: Env> RaidGroup<E> {
                 }
             }
         }
-        if self.synced.get() == self.geometry.stripes() {
+        if self.synced.get() == self.geometry.stripes() && self.first_unsynced().is_none() {
             self.record.borrow_mut().flags.torn = false;
         }
         self.durable_rebuild.set(0);

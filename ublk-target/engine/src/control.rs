@@ -6,14 +6,17 @@ use lunar_api::target::{DeletedLu, LuSize, MemberState, ZeroStatus};
 use lunar_api::{ApiError, DiskUuid, ErrorKind, LuUuid};
 
 use crate::config::{ConfigError, GroupConfig, LuConfig, Queues};
+use crate::label::read_superblock;
+use crate::lanes::Lane;
 use crate::limits::CONFIG_PIECE;
-use crate::member::Member;
+use crate::member::{META_BYTES, Member};
 use crate::parity;
 use crate::pool::{Lease, Quota};
-use crate::raid_group::{EIO, Errno, Given, Lu, MemberPlace, RaidGroup, Rebuild, WORKERS};
-use crate::reserve::lay_out;
+use crate::raid_group::{EIO, Errno, Fill, Given, Lu, MemberPlace, RaidGroup, Rebuild, WORKERS};
+use crate::regions::MapsTurn;
+use crate::replay::read_log;
+use crate::reserve::{Reserve, lay_out};
 use crate::serve::bits;
-use crate::superblock::BYTES;
 use crate::traits::{Buf, Clock, Disk, DiskVerb, Env, MILLISECOND, Piece, SECOND, Tick};
 
 fn failed(what: &str, why: impl ToString) -> ApiError {
@@ -496,7 +499,12 @@ impl<E: Env> RaidGroup<E> {
     ///
     /// # Crash  the configuration is on the new member before any superblock names it
     /// # Errors  a disk or a slot that will not do; then nothing of the group has changed
-    pub async fn member_replace(&self, slot: u16, with: Given<E::Disk>) -> Result<(), ApiError> {
+    pub async fn member_replace(
+        &self,
+        slot: u16,
+        with: Given<E::Disk>,
+        fill: Fill,
+    ) -> Result<(), ApiError> {
         let what = "the disk was not put into the group";
         let refuse = |why: String| ApiError::new(ErrorKind::Usage, what).because(why);
         let _turn = self.configure().await;
@@ -535,8 +543,24 @@ impl<E: Env> RaidGroup<E> {
         };
         serves()?;
         let size = with.disk.capacity();
-        let reserve = lay_out(size).map_err(|error| refuse(error.to_string()))?;
         let needed = self.geometry.data_bytes(slot);
+        let returns = match fill {
+            Fill::Missed if !is_copied => self.returns_to(slot, &with).await,
+            _ => None,
+        };
+        // What its log says that it misses is noted before that is emptied.
+        let returns = match (returns, &self.lanes) {
+            (Some(place), Some(_)) => self.note_log(&with, &place).await?.then_some(place),
+            (returns, _) => returns,
+        };
+        let place = match &returns {
+            Some(place) => place.clone(),
+            None => MemberPlace {
+                device_size: size,
+                reserve: lay_out(size).map_err(|error| refuse(error.to_string()))?,
+            },
+        };
+        let reserve = &place.reserve;
         if reserve.data_bytes < needed {
             return Err(refuse(format!(
                 "it has room for {} bytes of data, the group needs {}",
@@ -563,16 +587,20 @@ impl<E: Env> RaidGroup<E> {
                 "the configuration in memory is not the one on the disks",
             ));
         }
-        let place = MemberPlace {
-            device_size: size,
-            reserve,
+        let memory = |bytes| async move {
+            let leased = self.config_memory(bytes).await;
+            leased.map_err(|why| failed(what, why))
         };
-        let meta = self
-            .config_memory(BYTES)
-            .await
-            .map_err(|why| failed(what, why))?;
+        let meta = memory(META_BYTES).await?;
         let state = MemberState::Rebuilding;
         let member = Rc::new(Member::present(slot, state, (with, place), meta));
+        if self.lanes.is_some() {
+            let pages = memory(Lane::PAGES).await?;
+            member.lane.replace(Some(Lane::new(pages, 0)));
+        }
+        if returns.is_some() {
+            member.left_at.set(self.member(slot).left_at.get());
+        }
         let bad = self
             .put_config(&json, version.current, &[Rc::clone(&member)])
             .await;
@@ -580,6 +608,18 @@ impl<E: Env> RaidGroup<E> {
             Ok(0) => {}
             Ok(_) => return Err(failed(what, "it does not take writes")),
             Err(why) => return Err(failed(what, why)),
+        }
+        // Leased before: who writes maps waits for disks only. No map is written until it is a member.
+        let pages = memory(CONFIG_PIECE).await?;
+        let turn = self.maps_turn().await;
+        if let Some(turn) = &turn
+            && self.put_maps(turn, &pages, &[Rc::clone(&member)]).await != 0
+        {
+            return Err(failed(what, "it does not take writes"));
+        }
+        drop(pages);
+        if !self.empty_log(&member).await {
+            return Err(failed(what, "it does not take writes"));
         }
         serves()?;
         if is_copied {
@@ -589,7 +629,7 @@ impl<E: Env> RaidGroup<E> {
                     "the disk that it was to be copied from has failed",
                 ));
             }
-            return self.replace_by_copy(slot, member).await;
+            return self.replace_by_copy(slot, member, turn).await;
         }
         self.members.borrow_mut()[usize::from(slot)] = member;
         self.durable_rebuild.set(0);
@@ -600,12 +640,14 @@ impl<E: Env> RaidGroup<E> {
         self.views.advance();
         // A sync that still runs is about another disk: from here on it counts nothing as done.
         self.want_sync();
-        self.rebuild.set(Some(Rebuild {
-            slot,
-            from: 0,
-            done: 0,
-            window: 0,
+        if let Some(maps) = &self.maps {
+            maps.begin_behind();
+        }
+        self.rebuild.set(Some(match returns {
+            Some(_) => Rebuild::catching_up(slot),
+            None => Rebuild::new(slot, 0),
         }));
+        drop(turn);
         self.advance();
         self.publish()
             .await
@@ -617,15 +659,64 @@ impl<E: Env> RaidGroup<E> {
         }
     }
 
+    /// Where the data lies on a disk that was in this slot, and of which it is known what it has missed since. None: it is
+    /// filled from the start.
+    async fn returns_to(&self, slot: u16, with: &Given<E::Disk>) -> Option<MemberPlace> {
+        let old = self.member(slot);
+        let left_at = old.left_at.get();
+        if left_at == 0 || with.uuid != old.uuid {
+            return None;
+        }
+        let said = read_superblock(&with.disk, &self.pool).await.ok()?;
+        let member = said.member?;
+        let record = self.record.borrow();
+        let (was, is) = (&member.group.history, &record.history);
+        // Of another history it may have what nobody else was told of; below `left_at` it is an older copy of itself.
+        let is_ours = was == is || record.parents.contains(was);
+        let is_it = said.system == self.system
+            && said.disk == with.uuid
+            && member.group.uuid == self.id
+            && member.slot == slot
+            && member.group.member_bytes == record.member_bytes;
+        (is_it && is_ours && said.generation >= left_at).then(|| MemberPlace {
+            device_size: said.device_size,
+            reserve: Reserve {
+                layout: member.layout,
+                data_bytes: self.geometry.data_bytes(slot),
+                end_copy: said.end_copy,
+            },
+        })
+    }
+
+    /// Notes what a member that is back was to have the parity of as it left; false if its log cannot be read.
+    async fn note_log(&self, with: &Given<E::Disk>, place: &MemberPlace) -> Result<bool, ApiError> {
+        let what = "the disk was not put into the group";
+        let memory = self.config_memory(CONFIG_PIECE).await;
+        let memory = memory.map_err(|why| failed(what, why))?;
+        let (at, scratch) = (place.reserve.layout.logs.offset, (&memory, 0..CONFIG_PIECE));
+        let log = read_log(&with.disk, at, self.id, &scratch, true).await;
+        if log.newest.is_none() {
+            return Ok(false);
+        }
+        if let Some(maps) = &self.maps {
+            maps.note_missed(|missed| log.mark(&self.record.borrow(), missed));
+        }
+        let noted = self.write_maps().await;
+        noted.map_err(|_| failed(what, "too few members are left"))?;
+        Ok(true)
+    }
+
     /// Has a disk filled by copying the one in a slot, which stays until it is whole.
     async fn replace_by_copy(
         &self,
         slot: u16,
         member: Rc<Member<E::Disk>>,
+        turn: Option<MapsTurn<'_>>,
     ) -> Result<(), ApiError> {
         let what = "the disk was not put into the group";
         let (uuid, path) = (member.uuid, member.path.clone());
         self.begin_copy(slot, member, 0);
+        drop(turn);
         self.advance();
         self.publish()
             .await

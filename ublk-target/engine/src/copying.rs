@@ -57,6 +57,8 @@ impl<E: Env> RaidGroup<E> {
         let done = done.max(first);
         let window = Rc::new(Cell::new(self.copied_bytes(slot, done)));
         to.counts.set(false);
+        // Both have the same units: whichever of them is in the slot, its log is whole.
+        to.lane.replace(self.member(slot).lane.borrow().clone());
         *self.member(slot).twin.borrow_mut() = Some(Twin {
             member: Rc::clone(&to),
             window: Rc::clone(&window),
@@ -138,10 +140,8 @@ impl<E: Env> RaidGroup<E> {
         }
         self.durable_rebuild.set(0);
         self.rebuild.set(Some(Rebuild {
-            slot: copying.slot,
-            from: copying.done.get(),
-            done: copying.done.get(),
             window: copying.next.get(),
+            ..Rebuild::new(copying.slot, copying.done.get())
         }));
         self.want_sync();
         true

@@ -10,6 +10,7 @@ use lunar_api::target::{Level, ScrubState};
 use lunar_api::{ApiError, ErrorKind};
 
 use crate::geometry::{Geometry, GeometryError};
+use crate::limits::REGIONS_MAX;
 use crate::raid_group::{MemberPlace, RaidGroup};
 use crate::reserve::region_bytes;
 use crate::traits::Env;
@@ -115,6 +116,16 @@ impl<E: Env> RaidGroup<E> {
         if self.copying().is_some() || self.has_sync_work() {
             return refuse("its members are being synced".into(), "lunar job list");
         }
+        // Marks stand for regions of this size.
+        let region = self.record.borrow().region_bytes;
+        let regions = grown.member_bytes().div_ceil(region);
+        if self.maps.is_some() && regions > REGIONS_MAX {
+            let why = format!(
+                "its maps have {REGIONS_MAX} regions of {region} bytes at most, and members of {} bytes have {regions}",
+                grown.member_bytes()
+            );
+            return refuse(why, "a group made on the larger disks has larger regions");
+        }
         let scrub = self.scrub.borrow().as_ref().map(|scrub| scrub.state);
         if matches!(scrub, Some(ScrubState::Running | ScrubState::Paused)) {
             let why = "a scrub is under way, or paused: it knows of the stripes that there were";
@@ -123,7 +134,9 @@ impl<E: Env> RaidGroup<E> {
         {
             let mut record = self.record.borrow_mut();
             record.member_bytes = grown.member_bytes();
-            record.region_bytes = region_bytes(grown.member_bytes());
+            if !record.maps {
+                record.region_bytes = region_bytes(grown.member_bytes());
+            }
             if grown.level() == Level::Linear {
                 for (slot, entry) in (0..).zip(&mut record.members) {
                     entry.data_bytes = grown.data_bytes(slot);
@@ -136,6 +149,9 @@ impl<E: Env> RaidGroup<E> {
             grown.capacity()
         );
         self.geometry.grow(grown);
+        if let Some(maps) = &self.maps {
+            maps.grow(regions);
+        }
         if self.geometry.redundancy() == 0 {
             let all = self.geometry.member_bytes() / self.geometry.stripe_on_member();
             self.synced.set(all);

@@ -11,11 +11,13 @@ use crate::config::GroupConfig;
 use crate::geometry::Geometry;
 use crate::growing::Shape;
 use crate::inflight::InflightLog;
-use crate::member::Member;
+use crate::lanes::{Lane, Lanes};
+use crate::member::{META_BYTES, Member};
 use crate::pool::{Pool, Quota};
 use crate::raid_group::{Given, MemberPlace, Parts, RaidGroup, Rebuild};
+use crate::regions::{Maps, MapsFound};
 use crate::stripe_table::StripeTable;
-use crate::superblock::{BYTES, GroupRecord, Replacement};
+use crate::superblock::{GroupRecord, Replacement};
 use crate::sync::Waiters;
 use crate::traits::Env;
 use crate::view::Views;
@@ -52,18 +54,41 @@ pub(crate) struct Seated<D> {
     pub new: Option<(Slot<D>, Replacement)>,
 }
 
+/// What is known of the logs on the members.
+#[derive(Debug, Default)]
+pub(crate) struct LogsFound {
+    /// Of the newest unit of the group.
+    pub number: u64,
+    /// The slot of each member's next unit.
+    pub next: Vec<u64>,
+}
+
+/// What the members' metadata says of a group.
+pub(crate) struct Said {
+    pub geometry: Geometry,
+    pub record: GroupRecord,
+    pub config: GroupConfig,
+    pub generation: u64,
+    /// Where it has them.
+    pub maps: Option<MapsFound>,
+    pub logs: LogsFound,
+    /// A process of the group died here, and its in-flight log goes on.
+    pub died: bool,
+}
+
 impl<E: Env> RaidGroup<E> {
     /// Puts a group together in memory. States are those of the record, but who is not there is not believed.
-    /// `died`: a process of the group died here, and its log goes on.
-    pub(crate) async fn launch(
-        rest: Rest<E>,
-        geometry: Geometry,
-        record: GroupRecord,
-        config: GroupConfig,
-        generation: u64,
-        seated: Seated<E::Disk>,
-        died: bool,
-    ) -> Rc<Self> {
+    pub(crate) async fn launch(rest: Rest<E>, said: Said, seated: Seated<E::Disk>) -> Rc<Self> {
+        let Said {
+            geometry,
+            record,
+            config,
+            generation,
+            maps,
+            logs,
+            died,
+        } = said;
+        let has_log = record.consistency.has_log();
         rest.pool.set_aside();
         let unit = geometry.stripe_on_member();
         let (mut in_sync, mut rebuild) = (0, None);
@@ -76,17 +101,21 @@ impl<E: Env> RaidGroup<E> {
                         MemberState::InSync => in_sync |= 1 << i,
                         MemberState::Rebuilding => {
                             let done = entry.rebuilt_to / unit;
-                            rebuild = Some(Rebuild {
-                                slot: i,
-                                from: done,
-                                done,
-                                window: done,
+                            rebuild = Some(match entry.left_at {
+                                0 => Rebuild::new(i, done),
+                                _ => Rebuild::catching_up(i),
                             });
                         }
                         MemberState::Faulty | MemberState::Missing => {}
                     }
-                    let meta = rest.pool.lease(Quota::Work, BYTES).await;
+                    let meta = rest.pool.lease(Quota::Work, META_BYTES).await;
                     let member = Member::present(i, state, (given, place), meta);
+                    if has_log {
+                        let next = logs.next.get(usize::from(i)).copied().unwrap_or(0);
+                        let pages = rest.pool.lease(Quota::Work, Lane::PAGES).await;
+                        member.lane.replace(Some(Lane::new(pages, next)));
+                    }
+                    member.left_at.set(entry.left_at);
                     members.push(Rc::new(member));
                 }
                 None => {
@@ -94,18 +123,22 @@ impl<E: Env> RaidGroup<E> {
                         state = MemberState::Missing;
                     }
                     let path = format!("(was disk {})", entry.disk);
-                    members.push(Rc::new(Member::new(i, entry.disk, path, state)));
+                    let member = Member::new(i, entry.disk, path, state);
+                    member.left_at.set(entry.left_at);
+                    members.push(Rc::new(member));
                 }
             }
         }
         let mut copied = None;
         if let Some((Some(seat), new)) = seated.new {
-            let meta = rest.pool.lease(Quota::Work, BYTES).await;
+            let meta = rest.pool.lease(Quota::Work, META_BYTES).await;
             let member = Member::present(new.slot, MemberState::Rebuilding, seat, meta);
             copied = Some((Rc::new(member), new));
         }
         let synced = record.synced_to / unit;
         let log = InflightLog::start(&rest.pool, record.uuid, generation, died);
+        let maps = maps.map(|found| Maps::new(&record, found));
+        let lanes = Lanes::new(&record, &rest.pool, logs.number);
         let lus = config.lus.clone();
         let group = Rc::new(Self {
             id: record.uuid,
@@ -124,6 +157,7 @@ impl<E: Env> RaidGroup<E> {
             failed: Cell::new(false),
             dirty: Cell::new(record.flags.dirty),
             dirty_durable: Cell::new(record.flags.dirty),
+            durable_history: Cell::new(record.history),
             record: RefCell::new(record),
             rate_min: Cell::new(config.options.rebuild_min_bytes.unwrap_or(RATE_MIN)),
             rate_max: Cell::new(config.options.rebuild_max_bytes),
@@ -142,7 +176,9 @@ impl<E: Env> RaidGroup<E> {
             happened: Waiters::default(),
             lus: RefCell::default(),
             stripes: StripeTable::new(),
+            maps,
             log,
+            lanes,
             hung: RefCell::default(),
             kept: RefCell::default(),
             requests: Cell::new(0),

@@ -74,6 +74,8 @@ pub const QUEUES_MAX: u16 = 64;
 
 /// Regions of an intent or missed map: 2^20 bits are 128 KiB a map.
 pub const REGIONS_MAX: u64 = 1 << 20;
+/// Regions that a group is given where they are large enough: its marks are three pages, and it may grow sixteenfold.
+pub const REGIONS_WANTED: u64 = 1 << 16;
 /// Smallest region of a map, in bytes.
 pub const REGION_MIN: u64 = MIB;
 

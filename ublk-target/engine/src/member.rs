@@ -9,9 +9,14 @@ use std::task::{Context, Poll};
 use lunar_api::DiskUuid;
 use lunar_api::target::{MemberState, MemberStatus};
 
+use crate::lanes::Lane;
 use crate::pool::Lease;
 use crate::raid_group::{Given, MemberPlace};
+use crate::superblock::BYTES;
 use crate::traits::{Buf, Disk, DiskError, DiskVerb, Piece};
+
+/// Bytes of a member's private memory: a superblock, and a page of a map.
+pub(crate) const META_BYTES: usize = 2 * BYTES;
 
 /// A disk in a slot, or the lack of one. Another disk in the slot is another `Member`.
 pub(crate) struct Member<D> {
@@ -22,8 +27,11 @@ pub(crate) struct Member<D> {
     pub disk: RefCell<Option<Rc<D>>>,
     /// Where its metadata lies; none if the disk is not there.
     pub place: Option<MemberPlace>,
-    /// A place for its superblock, held for as long as it or a write of it: publishing never waits for memory.
+    /// A place for its superblock, and one for a page of a map, held for as long as it or a write of it: publishing never
+    /// waits for memory.
     pub meta: Option<Lease>,
+    /// The log on it, where the group has one.
+    pub lane: RefCell<Option<Rc<Lane>>>,
     /// Bytes from the start of the disk to the group's data.
     pub data_offset: u64,
     /// A write or flush of it failed. Whoever waited for that comes to `RaidGroup::fail` later: perhaps when
@@ -32,6 +40,8 @@ pub(crate) struct Member<D> {
     /// It has refused to zero a range: without giving the space back, and with it.
     pub no_zeroing: [Cell<bool>; 2],
     pub state: Cell<MemberState>,
+    /// The entry's `left_at` of its superblocks.
+    pub left_at: Cell<u64>,
     /// What fails on it fails the slot: not so while it is filled to replace another, or leaves.
     pub counts: Cell<bool>,
     /// The disk that gets what is written here too.
@@ -66,10 +76,12 @@ impl<D: Disk> Member<D> {
             disk: RefCell::default(),
             place: None,
             meta: None,
+            lane: RefCell::default(),
             data_offset: 0,
             to_blame: Cell::new(false),
             no_zeroing: Default::default(),
             state: Cell::new(state),
+            left_at: Cell::new(0),
             counts: Cell::new(true),
             twin: RefCell::default(),
             reason: RefCell::default(),
@@ -82,7 +94,7 @@ impl<D: Disk> Member<D> {
         }
     }
 
-    /// A member that is there. `meta` has room for a superblock.
+    /// A member that is there. `meta`: [`META_BYTES`].
     pub(crate) fn present(
         slot: u16,
         state: MemberState,

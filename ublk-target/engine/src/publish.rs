@@ -12,6 +12,7 @@ use lunar_api::target::{GroupState, MemberState};
 use crate::limits::PARENTS_MAX;
 use crate::member::Member;
 use crate::parity;
+use crate::planted::{self, Bug};
 use crate::raid_group::{EIO, Errno, MemberPlace, RaidGroup};
 use crate::serve::bits;
 use crate::superblock::{
@@ -40,14 +41,28 @@ impl<E: Env> RaidGroup<E> {
         }
         self.in_sync.set(self.in_sync.get() & !slots);
         self.views.advance();
+        let catches_up = self.rebuild.get().is_some_and(|rebuild| rebuild.catches_up);
+        if let Some(maps) = self.maps.as_ref().filter(|_| slots & !rebuilding != 0) {
+            maps.begin_missed();
+        }
         if rebuilding & slots != 0 {
             self.rebuild.set(None);
             self.durable_rebuild.set(0);
             self.holes.borrow_mut().clear();
         }
+        // Where nothing was proven yet it has more to be given than what is noted from here on.
+        let is_whole =
+            self.synced.get() == self.geometry.stripes() && self.holes.borrow().is_empty();
         for slot in bits(slots) {
             let member = self.member(slot);
             member.state.set(MemberState::Faulty);
+            member.left_at.set(match rebuilding & 1 << slot {
+                // What every member has on its disk: it does not come back as an older copy of itself.
+                0 if self.maps.is_some() && is_whole => self.floor.get(),
+                0 => 0,
+                _ if catches_up => member.left_at.get(),
+                _ => 0,
+            });
             *member.reason.borrow_mut() = why.to_owned();
             self.give_up(&member);
             // md's words: a disk that was being filled was a spare until then.
@@ -118,7 +133,7 @@ impl<E: Env> RaidGroup<E> {
     }
 
     /// Those of the slots whose failure was that of the disk which is there now.
-    fn blamed(&self, slots: u64) -> u64 {
+    pub(crate) fn blamed(&self, slots: u64) -> u64 {
         bits(slots)
             .filter(|slot| self.member(*slot).to_blame.get())
             .fold(0, |set, slot| set | 1 << slot)
@@ -126,6 +141,9 @@ impl<E: Env> RaidGroup<E> {
 
     /// Waits until the superblocks say what memory says now; writes them if nobody else does.
     pub(crate) async fn wait_durable(&self) -> Result<(), Errno> {
+        if planted::is(Bug::DegradeNotDurable) && self.in_sync.get() != self.geometry.slots() {
+            return Ok(());
+        }
         self.publish().await
     }
 
@@ -136,6 +154,10 @@ impl<E: Env> RaidGroup<E> {
         }
         if self.stopping.get() || self.failed.get() {
             return Err(EIO);
+        }
+        if planted::is(Bug::DirtyNotDurable) {
+            self.dirty.set(true);
+            return Ok(());
         }
         if !self.dirty.replace(true) {
             self.advance();
@@ -152,7 +174,8 @@ impl<E: Env> RaidGroup<E> {
             return;
         }
         let requests = self.requests_seen();
-        if self.flush_members().await.is_err() {
+        let flushes = !planted::is(Bug::CleanUnflushed);
+        if flushes && self.flush_members().await.is_err() {
             return;
         }
         // A write that came and went meanwhile is not flushed.
@@ -220,6 +243,8 @@ impl<E: Env> RaidGroup<E> {
     }
 
     async fn publish_once(&self) -> Result<(), Errno> {
+        // A superblock that says that a member has left relies on what is noted of it.
+        self.write_maps().await?;
         let generation = self.generation.get();
         let dirty = self.dirty.get();
         // From here on the disks may say that it is clean.
@@ -262,7 +287,8 @@ impl<E: Env> RaidGroup<E> {
                     offset: 0,
                     len: 4096,
                 };
-                let verb = DiskVerb::Write { fua: true };
+                let fua = !planted::is(Bug::SuperblockWithoutFua);
+                let verb = DiskVerb::Write { fua };
                 let at = block.copy_at(copy);
                 let io = member.submit_meta(verb, at, 4096, Buf::Pool(meta), &[piece]);
                 ios.push((member, io));
@@ -296,6 +322,7 @@ impl<E: Env> RaidGroup<E> {
             self.drop_copy("superblock could not be written");
         }
         self.durable.set(generation);
+        self.durable_history.set(record.history);
         self.floor.set(generation);
         self.dirty_durable.set(dirty);
         Ok(())
@@ -324,6 +351,7 @@ impl<E: Env> RaidGroup<E> {
                         MemberState::Rebuilding => self.durable_rebuild.get() * unit,
                         MemberState::InSync | MemberState::Faulty | MemberState::Missing => 0,
                     },
+                    left_at: member.left_at.get(),
                 })
                 .collect(),
             replacement: self.copying().map(|copying| Replacement {

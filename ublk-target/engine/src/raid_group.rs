@@ -12,7 +12,7 @@ use std::rc::Rc;
 use lunar_api::target::{
     Consistency, GroupStatus, Level, LuCounters, LuStatus, SyncStatus, TargetEvent, Witness,
 };
-use lunar_api::{DiskUuid, GroupUuid, LuUuid, SystemUuid};
+use lunar_api::{DiskUuid, GroupUuid, History, LuUuid, SystemUuid};
 
 use crate::config::{GroupConfig, LuConfig, ScrubRecord};
 use crate::control::Zeroing;
@@ -21,8 +21,11 @@ use crate::extents::ExtentMap;
 use crate::geometry::{Geometry, Piece};
 use crate::growing::Shape;
 use crate::inflight::InflightLog;
+use crate::lanes::Lanes;
 use crate::member::Member;
+use crate::planted::{self, Bug};
 use crate::pool::{Closed, Lease, Pool, Quota};
+use crate::regions::Maps;
 use crate::reserve::Reserve;
 use crate::stripe_ops::scrub::Finding;
 use crate::stripe_table::StripeTable;
@@ -30,6 +33,14 @@ use crate::superblock::GroupRecord;
 use crate::sync::Waiters;
 use crate::traits::{Env, Tick};
 use crate::view::Views;
+
+/// How much of a disk is written that takes a slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fill {
+    /// What it has missed, if it was in the slot before and that is known; else all.
+    Missed,
+    All,
+}
 
 /// A member as the rim hands it in.
 #[derive(Debug)]
@@ -106,6 +117,30 @@ pub(crate) struct Rebuild {
     pub done: u64,
     /// Stripes below may be under work: writes go there too.
     pub window: u64,
+    /// It has all but what it missed while it was away: only that is filled, and it is not read before the end.
+    pub catches_up: bool,
+}
+
+impl Rebuild {
+    /// Of a disk of which so many stripes are right.
+    pub(crate) fn new(slot: u16, done: u64) -> Self {
+        Self {
+            slot,
+            from: done,
+            done,
+            window: done,
+            catches_up: false,
+        }
+    }
+
+    /// Of a disk that has been away.
+    pub(crate) fn catching_up(slot: u16) -> Self {
+        Self {
+            window: u64::MAX,
+            catches_up: true,
+            ..Self::new(slot, 0)
+        }
+    }
 }
 
 /// Counters of a LU, as cells.
@@ -232,6 +267,8 @@ pub struct RaidGroup<E: Env> {
     pub(crate) config: RefCell<GroupConfig>,
     pub(crate) generation: Cell<u64>,
     pub(crate) durable: Cell<u64>,
+    /// The history that the disks say with it.
+    pub(crate) durable_history: Cell<History>,
     /// What every member in sync or rebuilding says at least on its disk.
     pub(crate) floor: Cell<u64>,
     pub(crate) publishing: Cell<bool>,
@@ -243,7 +280,11 @@ pub struct RaidGroup<E: Env> {
 
     pub(crate) lus: RefCell<Vec<Option<Rc<Lu>>>>,
     pub(crate) stripes: StripeTable,
+    /// None where there is no redundancy, and of a group from before there were maps.
+    pub(crate) maps: Option<Maps>,
     pub(crate) log: InflightLog,
+    /// The logs on the members, where the policy has them.
+    pub(crate) lanes: Option<Lanes>,
     /// Members that were given up while I/O of theirs was not over; they hold memory until it is.
     pub(crate) hung: RefCell<Vec<Rc<E::Disk>>>,
     /// What entries of the log name that stay for a successor.
@@ -306,7 +347,9 @@ impl<E: Env> RaidGroup<E> {
     /// Slots whose chunk of this stripe can be believed, as bits.
     pub(crate) fn readable(&self, stripe: u64) -> u64 {
         match self.rebuild.get() {
-            Some(rebuild) if stripe < rebuild.done && !self.is_hole(stripe) => {
+            Some(rebuild)
+                if stripe < rebuild.done && !rebuild.catches_up && !self.is_hole(stripe) =>
+            {
                 self.in_sync.get() | 1 << rebuild.slot
             }
             _ => self.in_sync.get(),
@@ -316,6 +359,7 @@ impl<E: Env> RaidGroup<E> {
     /// Slots that a write of this stripe goes to, as bits.
     pub(crate) fn writable(&self, stripe: u64) -> u64 {
         match self.rebuild.get() {
+            Some(_) if planted::is(Bug::RebuildMissesWrites) => self.in_sync.get(),
             Some(rebuild) if stripe < rebuild.window => self.in_sync.get() | 1 << rebuild.slot,
             _ => self.in_sync.get(),
         }
@@ -340,7 +384,9 @@ impl<E: Env> RaidGroup<E> {
 
     /// Says whether the redundancy of a stripe is right where nobody is writing.
     pub(crate) fn is_synced(&self, stripe: u64) -> bool {
-        stripe < self.synced.get() && !self.is_hole(stripe)
+        let is_proven =
+            stripe < self.synced.get() && !self.is_hole(stripe) && !self.is_unsynced(stripe);
+        is_proven || planted::is(Bug::UnsyncedBelieved)
     }
 
     pub(crate) fn rebuilding(&self) -> Option<u16> {
@@ -393,7 +439,7 @@ impl<E: Env> RaidGroup<E> {
             consistency: record.consistency,
             state: self.group_state(),
             reason: self.reason(),
-            history: record.history,
+            history: self.durable_history.get(),
             generation: self.durable.get(),
             capacity: self.geometry.capacity(),
             capacity_max: self.capacity_max(),

@@ -4,7 +4,7 @@
 //! 0        4 KiB left alone (partition table, boot sector)
 //! 4 KiB    superblock, copy 0
 //! 8 KiB    bad blocks    32 KiB
-//!          intent map   256 KiB     2^20 bits are 128 KiB; 33 pages of 4032 bytes with a head each, spare
+//!          intent map   256 KiB     2^20 bits are 274 sectors of 480 bytes with a head each, 140 KiB; the rest is spare
 //!          missed map   256 KiB
 //!          configuration, slot A and B   1 to 8 MiB each (1/1024 of the disk)
 //!          log lanes    2 to 64 MiB      (1/256 of the disk)
@@ -21,7 +21,7 @@
 use lunar_api::units::{KIB, MIB};
 
 use crate::limits::{
-    CONFIG_MAX, CONFIG_SLOT_MIN, GRAIN, MEMBER_BYTES_MAX, MEMBER_MIN, REGION_MIN, REGIONS_MAX,
+    CONFIG_MAX, CONFIG_SLOT_MIN, GRAIN, MEMBER_BYTES_MAX, MEMBER_MIN, REGION_MIN, REGIONS_WANTED,
 };
 
 /// Where copy 0 of the superblock is, in bytes.
@@ -193,11 +193,11 @@ pub fn member_bytes(reserves: &[Reserve]) -> u64 {
     reserves.iter().map(|r| r.data_bytes).min().unwrap_or(0)
 }
 
-/// Returns the region of the intent and missed maps: the smallest power of two from 1 MiB with which a map
-/// has at most 2^20.
+/// Returns the region of the intent and missed maps of a new group: the smallest power of two from 1 MiB with which a map
+/// has at most 2^16.
 pub fn region_bytes(member_bytes: u64) -> u64 {
     member_bytes
-        .div_ceil(REGIONS_MAX)
+        .div_ceil(REGIONS_WANTED)
         .next_power_of_two()
         .max(REGION_MIN)
 }
@@ -207,7 +207,8 @@ mod tests {
     use lunar_api::units::{GIB, TIB};
 
     use super::*;
-    use crate::limits::{RESERVE_MIN, RESERVE_PART};
+    use crate::limits::{REGIONS_MAX, RESERVE_MIN, RESERVE_PART};
+    use crate::region_map::MAP_BYTES;
 
     fn check(device: u64) {
         let r = lay_out(device).unwrap();
@@ -245,9 +246,8 @@ mod tests {
             "{device}: {reserve}"
         );
         let bits = r.data_bytes.div_ceil(region_bytes(r.data_bytes));
-        assert!(
-            bits <= REGIONS_MAX && bits.div_ceil(4032 * 8) * GRAIN + GRAIN <= r.layout.intent.len
-        );
+        assert!(bits <= REGIONS_MAX);
+        assert!(r.layout.intent.len >= MAP_BYTES && r.layout.missed.len >= MAP_BYTES);
         let pages = r.data_bytes.div_ceil(GRAIN).div_ceil(CHECKSUMS_A_PAGE);
         assert!(r.layout.checksums.len >= pages * GRAIN);
     }
@@ -315,9 +315,9 @@ mod tests {
         for (bytes, region) in [
             (0, MIB),
             (MIB, MIB),
-            (TIB, MIB),
-            (TIB + MIB, 2 * MIB),
-            (5 * TIB, 8 * MIB),
+            (64 * GIB, MIB),
+            (64 * GIB + MIB, 2 * MIB),
+            (5 * TIB, 128 * MIB),
         ] {
             assert_eq!(region_bytes(bytes), region, "{bytes}");
         }

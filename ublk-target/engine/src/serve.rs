@@ -9,6 +9,7 @@ use crate::geometry::{Piece as GroupPiece, Spot};
 use crate::limits::MEMBERS_MAX;
 use crate::member::{MemberIo, add};
 use crate::plan::Span;
+use crate::planted::{self, Bug};
 use crate::pool::{LEASE_MAX, Lease, Quota};
 use crate::raid_group::{EIO, Errno, Lu, RaidGroup};
 use crate::stripe_table::{Copied, Item, JoinId, Task};
@@ -452,7 +453,12 @@ impl<E: Env> RaidGroup<E> {
     pub(crate) async fn flush(&self) -> Result<(), Errno> {
         let mut ios: Ios<E> = ArrayVec::new();
         let mut failed = 0;
-        for slot in bits(self.writable(0) | self.in_sync.get()) {
+        let slots = self.writable(0) | self.in_sync.get();
+        let skipped = match planted::is(Bug::FlushSkipsMember) {
+            true => 1 << slots.trailing_zeros(),
+            false => 0,
+        };
+        for slot in bits(slots & !skipped) {
             ios.push((
                 slot,
                 Some(

@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use lunar_api::target::{Level, MemberState};
+use lunar_api::target::{Consistency, Level, MemberState};
 use lunar_api::{ApiError, DiskUuid, ErrorKind, History};
 
 use crate::assembly::{self, Conditions, Plan, Present, SlotPlan};
@@ -10,11 +10,15 @@ use crate::config::GroupConfig;
 use crate::geometry::{Geometry, GeometryError};
 use crate::inflight::{self, Left};
 use crate::label::{read_superblock, read_superblock_to};
-use crate::launch::{Seated, Slot, split};
+use crate::launch::{LogsFound, Said, Seated, Slot, split};
 use crate::limits::{CONFIG_PIECE, MEMBERS_MAX};
 use crate::parity;
+use crate::planted::{self, Bug};
 use crate::pool::{Lease, Pool, Quota};
 use crate::raid_group::{CreateSpec, Given, MemberPlace, Parts, RaidGroup, StartSpec};
+use crate::region_map::{Kind, RegionSet};
+use crate::regions::{MapsFound, read_map, regions};
+use crate::replay::{self, MemberLog, Scratch, read_log};
 use crate::reserve::{Reserve, lay_out, region_bytes};
 use crate::serve::bits;
 use crate::superblock::{BYTES, ConfigVersion, Flags, GroupRecord, MemberEntry, Superblock};
@@ -56,6 +60,15 @@ impl<E: Env> RaidGroup<E> {
         let n = u16::try_from(members.len()).expect("MEMBERS_MAX is below 2^16");
         let geometry = shape(&spec, &reserves).map_err(|error| refuse(error.to_string()))?;
         let config = GroupConfig::new(&spec.name).map_err(|error| refuse(error.to_string()))?;
+        if !spec.level.allows(spec.consistency) {
+            let why = match spec.consistency {
+                Consistency::None | Consistency::Bitmap => "no redundancy to be made right again",
+                Consistency::Ppl => "no single parity to be logged",
+                Consistency::Journal => "no two parities to be logged",
+            };
+            let why = format!("a {:?} has {why}", spec.level);
+            return Err(refuse(why.to_lowercase()).hint("leave --consistency away"));
+        }
         let clean = spec.assume_clean || geometry.redundancy() == 0;
         let record = GroupRecord {
             uuid: spec.group,
@@ -71,6 +84,7 @@ impl<E: Env> RaidGroup<E> {
             logical_block,
             physical_block: 4096,
             member_bytes: geometry.member_bytes(),
+            maps: geometry.redundancy() > 0,
             region_bytes: region_bytes(geometry.member_bytes()),
             synced_to: if clean { geometry.member_bytes() } else { 0 },
             log_lanes: 1,
@@ -83,6 +97,7 @@ impl<E: Env> RaidGroup<E> {
                     disk: m.uuid,
                     state: MemberState::InSync,
                     rebuilt_to: 0,
+                    left_at: 0,
                     data_bytes: match spec.level {
                         Level::Linear => geometry.data_bytes(slot),
                         _ => 0,
@@ -99,16 +114,29 @@ impl<E: Env> RaidGroup<E> {
             };
             slots.push(Some((given, place)));
         }
-        let group = Self::launch(
-            rest,
+        let maps = record.maps.then(|| MapsFound::none(&record));
+        let said = Said {
             geometry,
             record,
-            config.clone(),
+            config: config.clone(),
             generation,
-            Seated { slots, new: None },
-            false,
-        )
-        .await;
+            maps,
+            logs: LogsFound::default(),
+            died: false,
+        };
+        let group = Self::launch(rest, said, Seated { slots, new: None }).await;
+        for slot in 0..n {
+            if !group.empty_log(&group.member(slot)).await {
+                return Err(failed(what, "a disk does not take writes"));
+            }
+        }
+        if let Some(turn) = group.maps_turn().await {
+            let lease = group.pool.lease(Quota::Work, CONFIG_PIECE).await;
+            let members = group.members.borrow().clone();
+            if group.put_maps(&turn, &lease, &members).await != 0 {
+                return Err(failed(what, "a disk does not take writes"));
+            }
+        }
         group.write_config(config).await?;
         if group.in_sync.get().count_ones() < u32::from(n) {
             return Err(failed(what, group.reason()));
@@ -184,6 +212,22 @@ impl<E: Env> RaidGroup<E> {
         // A log of another time of the group says nothing about these disks.
         let left = inflight::read(&rest.pool, spec.group, memory)
             .filter(|left| generation.is_some_and(|generation| left.generation >= generation));
+        // After a power loss nothing of the memory is needed.
+        let leased = match left {
+            Some(_) => None,
+            None => Some(rest.pool.lease(Quota::Work, CONFIG_PIECE).await),
+        };
+        let scratch = match &leased {
+            Some(lease) => (lease, 0..CONFIG_PIECE),
+            None => (&whole, page..page + BYTES),
+        };
+        let mut maps = Vec::new();
+        let mut logs = Vec::new();
+        for (superblock, given) in superblocks.iter().zip(&readable) {
+            maps.push(read_maps(superblock, &given.disk, (&whole, page)).await);
+            logs.push(read_log_of(superblock, &given.disk, &scratch, left.is_none()).await);
+        }
+        drop(leased);
         let conditions = Conditions {
             witness: spec.witness,
             force: spec.force,
@@ -194,9 +238,12 @@ impl<E: Env> RaidGroup<E> {
         let present: Vec<Present<'_>> = superblocks
             .iter()
             .zip(&readable)
-            .map(|(superblock, given)| Present {
+            .zip(maps.iter().zip(&logs))
+            .map(|((superblock, given), (maps, log))| Present {
                 superblock,
                 path: &given.path,
+                is_marked: maps.as_ref().is_none_or(|maps| !maps.intent.is_empty()),
+                is_log_lost: log.newest.is_none(),
             })
             .collect();
         let plan = assembly::assemble(spec.group, &present, conditions)
@@ -230,6 +277,14 @@ impl<E: Env> RaidGroup<E> {
             .filter(|disk| record.slot_of(**disk).is_some())
             .map(left_out)
             .collect();
+        let mut found = find_maps(&plan, &record, maps);
+        if let Some(found) = &mut found {
+            mark_logged(&plan, &record, &logs, found);
+        }
+        let logs: Vec<(u16, MemberLog)> = (0..)
+            .zip(&plan.slots)
+            .filter_map(|(slot, plan)| Some((slot, logs[plan.used()?].clone())))
+            .collect();
         let seated = seat(&plan, readable, &superblocks, &record);
         // Replay comes first: what is read from here on may take the memory that it writes from.
         let mut unreplayed = 0;
@@ -237,23 +292,28 @@ impl<E: Env> RaidGroup<E> {
             unreplayed =
                 left.unreplayed | replay(&rest.pool, left, page, &record, &seated.slots).await;
             inflight::replayed(&rest.pool, unreplayed);
+        } else if record.consistency.has_log() && record.flags.dirty {
+            unreplayed = replay::replay(&rest.pool, &record, &seated.slots, &logs).await;
         }
         let config =
             read_config(&rest.pool, &geometry, &record, &seated.slots, &plan.slots).await?;
         let generation = plan.generation;
-        let group = Self::launch(
-            rest,
+        let said = Said {
+            logs: logs_found(&logs, &record),
             geometry,
             record,
             config,
             generation,
-            seated,
-            left.is_some(),
-        )
-        .await;
+            maps: found,
+            died: left.is_some(),
+        };
+        let group = Self::launch(rest, said, seated).await;
         group.floor.set(floor.unwrap_or(0).min(generation));
         for reason in plan.reasons.iter().chain(&unreadable).chain(&without) {
             group.event("Assembled", None, reason);
+        }
+        if let Some(text) = group.unsynced_text() {
+            group.event("Assembled", None, &text);
         }
         if group.in_sync.get().count_ones() < u32::from(group.geometry.members()) {
             group.event("DegradedArray", None, &group.reason());
@@ -265,8 +325,24 @@ impl<E: Env> RaidGroup<E> {
                 .await
                 .map_err(|_| failed(what, "too few members took the superblock"))?;
         }
+        // Not before: what a log said has to be durable, and what was lost with one.
+        for slot in bits(group.geometry.slots()) {
+            let member = group.member(slot);
+            let log = logs.iter().find(|(of, _)| *of == slot);
+            let is_lost = log.is_some_and(|(_, log)| log.newest.is_none());
+            let is_filled = group.rebuilding() == Some(slot) && member.left_at.get() != 0;
+            let twin = member.twin.borrow().as_ref().map(|t| Rc::clone(&t.member));
+            if (is_lost || is_filled) && !group.empty_log(&member).await {
+                unreplayed |= 1 << slot;
+            }
+            if let Some(twin) = twin
+                && !group.empty_log(&twin).await
+            {
+                group.drop_copy("its log could not be written");
+            }
+        }
         if unreplayed != 0 {
-            let why = "did not take what a dead process was writing";
+            let why = "did not take what was being written";
             for slot in bits(unreplayed) {
                 group.member(slot).to_blame.set(true);
             }
@@ -286,6 +362,108 @@ impl<E: Env> RaidGroup<E> {
         }
         Ok(group)
     }
+}
+
+/// Reads the log of a member whose group has them.
+async fn read_log_of<D: Disk>(
+    superblock: &Superblock,
+    disk: &D,
+    scratch: &Scratch<'_>,
+    payloads: bool,
+) -> MemberLog {
+    match &superblock.member {
+        Some(member) if member.group.consistency.has_log() => {
+            let (at, group) = (member.layout.logs.offset, member.group.uuid);
+            read_log(disk, at, group, scratch, payloads).await
+        }
+        _ => MemberLog::default(),
+    }
+}
+
+/// Marks what the logs are about: a member that leaves now may not have it, nor the one that comes back.
+fn mark_logged(plan: &Plan, record: &GroupRecord, logs: &[MemberLog], found: &mut MapsFound) {
+    if !record.consistency.has_log() {
+        return;
+    }
+    for slot in &plan.slots {
+        let Some(disk) = slot.used() else { continue };
+        let to = match slot {
+            SlotPlan::InSync(_) => &mut found.intent.any,
+            _ => &mut found.missed.any,
+        };
+        logs[disk].mark(record, to);
+    }
+}
+
+fn logs_found(logs: &[(u16, MemberLog)], record: &GroupRecord) -> LogsFound {
+    let mut found = LogsFound {
+        number: logs.iter().map(|(_, log)| log.number()).max().unwrap_or(0),
+        next: vec![0; record.members.len()],
+    };
+    for (slot, log) in logs {
+        found.next[usize::from(*slot)] = log.next();
+    }
+    found
+}
+
+/// What a member has of the maps.
+struct MemberMaps {
+    intent: RegionSet,
+    missed: RegionSet,
+}
+
+/// Reads the maps of a member whose group keeps them.
+async fn read_maps<D: Disk>(
+    superblock: &Superblock,
+    disk: &D,
+    memory: (&Lease, usize),
+) -> Option<MemberMaps> {
+    let member = superblock.member.as_ref()?;
+    let (layout, group) = (&member.layout, &member.group);
+    if !group.maps {
+        return None;
+    }
+    let (intent, missed) = (layout.intent.offset, layout.missed.offset);
+    Some(MemberMaps {
+        intent: read_map(disk, intent, (Kind::Intent, group), memory).await,
+        missed: read_map(disk, missed, (Kind::Missed, group), memory).await,
+    })
+}
+
+/// Joins what the members have of the maps: marked is what any member in sync has marked; on all members is what every member
+/// in use has marked.
+fn find_maps(
+    plan: &Plan,
+    record: &GroupRecord,
+    maps: Vec<Option<MemberMaps>>,
+) -> Option<MapsFound> {
+    if !record.maps {
+        return None;
+    }
+    let mut found = MapsFound::none(record);
+    found.is_unsynced = plan.marked_unsynced;
+    let mut is_first = true;
+    let used = plan.slots.iter().filter_map(|slot| slot.used());
+    for disk in used.chain(plan.replacement) {
+        let in_sync = plan.slots.contains(&SlotPlan::InSync(disk));
+        // One that has none yet says nothing, and takes what the others have with the next page.
+        let none = RegionSet::new(regions(record));
+        let (intent, missed) = match &maps[disk] {
+            Some(maps) => (&maps.intent, &maps.missed),
+            None => (&none, &none),
+        };
+        for (to, from) in [(&mut found.intent, intent), (&mut found.missed, missed)] {
+            match is_first {
+                true => to.all.clone_from(from),
+                false => to.all.keep_all(from),
+            }
+            if in_sync {
+                to.any.add_all(from);
+            }
+        }
+        is_first = false;
+    }
+    Some(found)
 }
 
 fn foreign(path: &str, superblock: &Superblock) -> ApiError {
@@ -421,6 +599,9 @@ async fn replay<D: Disk>(
     record: &GroupRecord,
     slots: &[Slot<D>],
 ) -> u64 {
+    if planted::is(Bug::ReplayForgotten) {
+        return 0;
+    }
     let whole = pool.whole();
     let mut failed = 0;
     for segment in &left.segments {

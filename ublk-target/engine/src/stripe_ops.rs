@@ -14,6 +14,7 @@ use crate::limits::MEMBERS_MAX;
 use crate::member::{MemberIo, add};
 use crate::parity;
 use crate::plan::{GRAIN, StripeState};
+use crate::planted::{self, Bug};
 use crate::pool::Lease;
 use crate::raid_group::{EIO, RaidGroup};
 use crate::stripe_table::{Batch, Item, Task};
@@ -39,6 +40,14 @@ impl<E: Env> RaidGroup<E> {
     pub async fn worker(self: Rc<Self>) {
         let mut batch = Batch::new();
         while let Some((stripe, head)) = self.stripes.take(&mut batch).await {
+            let is_early = planted::is(Bug::LockReleasedEarly)
+                && matches!(
+                    batch.first().map(|item| &item.task),
+                    Some(Task::Write { .. })
+                );
+            if is_early {
+                self.stripes.release(head);
+            }
             let result = match batch.first().map(|item| &item.task) {
                 Some(Task::Write { .. }) if self.geometry.redundancy() == 0 => {
                     self.write_alone(stripe, &batch).await
@@ -69,7 +78,7 @@ impl<E: Env> RaidGroup<E> {
                 };
                 self.stripes.done(&item, result.map_err(|errno| errno.0));
             }
-            if !is_handed_over {
+            if !is_handed_over && !is_early {
                 self.stripes.release(head);
             }
         }

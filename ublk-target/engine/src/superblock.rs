@@ -15,9 +15,12 @@ use crate::limits::{
     CONFIG_MAX, GRAIN, MEMBER_BYTES_MAX, MEMBER_MIN, MEMBERS_MAX, PARENTS_MAX, REGION_MIN,
     REGIONS_MAX,
 };
+use crate::ppl::LANE_BYTES;
+use crate::region_map::MAP_BYTES;
 use crate::reserve::{Area, COPY_0_AT, Layout, SUPERBLOCK_BYTES};
 
 mod raw;
+use raw::consistency_to_byte;
 #[cfg(test)]
 mod tests;
 
@@ -102,6 +105,8 @@ pub struct GroupRecord {
     pub physical_block: u32,
     /// Bytes of the data area of every member (linear: of the largest).
     pub member_bytes: u64,
+    /// The intent and missed maps are kept.
+    pub maps: bool,
     /// Bytes of a region of the intent and missed maps.
     pub region_bytes: u64,
     /// Parity and mirrors are right below this byte of the members' data areas.
@@ -161,8 +166,11 @@ pub struct MemberEntry {
     /// Who is, or was last, in this slot; nil only if missing.
     pub disk: DiskUuid,
     pub state: MemberState,
-    /// While rebuilding: bytes of its data area that are right. Else 0.
+    /// While rebuilding from the start: bytes of its data area that are right. Else 0.
     pub rebuilt_to: u64,
+    /// While it is not in sync: what it misses of the time since its own superblock had this generation is in the missed
+    /// map. A rebuild is a catching up then. 0: what it misses is not known.
+    pub left_at: u64,
     /// linear: bytes of its data area. Else 0: it is that of all.
     pub data_bytes: u64,
 }
@@ -341,7 +349,14 @@ impl Superblock {
                 field: "floor",
                 value: member.group.floor,
             }),
-            Some(member) => member.check(self.disk, end_copy, self.device_size),
+            Some(member) => {
+                let left = member.group.members.iter().map(|entry| entry.left_at);
+                if let Some(value) = left.max().filter(|left| *left > self.generation) {
+                    let field = "generation that a member left at";
+                    return Err(SuperblockError::Field { field, value });
+                }
+                member.check(self.disk, end_copy, self.device_size)
+            }
         }
     }
 }
@@ -374,6 +389,24 @@ impl Member {
         for (name, area) in self.layout.areas() {
             if area != Area::default() {
                 check_area(name, area, device_size)?;
+            }
+        }
+        for (name, area, is_used, least) in [
+            ("intent map", self.layout.intent, group.maps, MAP_BYTES),
+            ("missed map", self.layout.missed, group.maps, MAP_BYTES),
+            (
+                "log lanes",
+                self.layout.logs,
+                group.consistency.has_log(),
+                LANE_BYTES,
+            ),
+        ] {
+            if is_used && area.len < least {
+                return Err(SuperblockError::Area {
+                    area: name,
+                    offset: area.offset,
+                    len: area.len,
+                });
             }
         }
         let config = self.layout.config[usize::from(group.config.current)];
@@ -501,6 +534,17 @@ impl GroupRecord {
                 (1..=64).contains(&self.log_lanes),
             ),
             (
+                "maps",
+                self.maps.into(),
+                self.maps <= (geometry.redundancy() > 0),
+            ),
+            (
+                "consistency",
+                consistency_to_byte(self.consistency).into(),
+                self.level.allows(self.consistency)
+                    && (self.maps || self.consistency == Consistency::None),
+            ),
+            (
                 "config slot",
                 self.config.current.into(),
                 self.config.current < 2,
@@ -539,10 +583,14 @@ impl GroupRecord {
         const { assert!(MEMBERS_MAX * size_of::<raw::RawMember>() <= BYTES / 2) };
         for (slot, entry) in self.members.iter().enumerate() {
             let has_disk = !entry.disk.is_nil();
+            let (rebuilt_to, left_at) = (entry.rebuilt_to, entry.left_at);
+            let left_ok = left_at == 0 || self.maps && has_disk;
             let (disk_ok, cursor_ok) = match entry.state {
-                MemberState::InSync | MemberState::Faulty => (has_disk, entry.rebuilt_to == 0),
-                MemberState::Rebuilding => (has_disk, self.is_cursor(entry.rebuilt_to)),
-                MemberState::Missing => (true, entry.rebuilt_to == 0),
+                MemberState::InSync => (has_disk, rebuilt_to == 0 && left_at == 0),
+                MemberState::Faulty => (has_disk, rebuilt_to == 0 && left_ok),
+                MemberState::Rebuilding if left_at != 0 => (has_disk, rebuilt_to == 0 && left_ok),
+                MemberState::Rebuilding => (has_disk, self.is_cursor(rebuilt_to)),
+                MemberState::Missing => (true, rebuilt_to == 0 && left_ok),
             };
             if !disk_ok {
                 return Err(SuperblockError::Field {

@@ -117,11 +117,12 @@ impl<E: Env> RaidGroup<E> {
     pub fn view(&self) -> (GroupView, Vec<Option<Rc<E::Disk>>>) {
         let members = self.members.borrow();
         let first_hole = self.holes.borrow().first().copied();
+        let doubted = first_hole.into_iter().chain(self.first_unsynced());
         let view = GroupView {
             version: self.views.wanted.get(),
             geometry: Geometry::clone(&self.geometry),
             readable: self.in_sync.get(),
-            synced: first_hole.map_or(self.synced.get(), |hole| hole.min(self.synced.get())),
+            synced: doubted.fold(self.synced.get(), u64::min),
             is_copied: members.iter().any(|member| member.twin.borrow().is_some()),
             members: members
                 .iter()

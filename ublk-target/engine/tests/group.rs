@@ -7,6 +7,10 @@ mod erases;
 mod growing;
 #[path = "group/levels.rs"]
 mod levels;
+#[path = "group/logs.rs"]
+mod logs;
+#[path = "group/maps.rs"]
+mod maps;
 #[path = "group/power.rs"]
 mod power;
 #[path = "group/replacing.rs"]
@@ -27,7 +31,7 @@ use std::rc::Rc;
 use lunar_api::LuUuid;
 use lunar_api::target::{Consistency, GroupState, Level, LuSize, MemberState};
 use lunar_engine::limits::{CONFIG_PIECE, MAX_IO};
-use lunar_engine::raid_group::{CreateSpec, RaidGroup, StartSpec};
+use lunar_engine::raid_group::{CreateSpec, Fill, RaidGroup, StartSpec};
 use lunar_engine::superblock::{At, decode};
 use lunar_engine::traits::{Clock, HostRequest, HostVerb, RequestId, SECOND};
 
@@ -128,7 +132,7 @@ fn member_lost_under_writes_then_replaced_and_each_other_taken_away() {
                 let slot = u16::from(lost);
                 let replaced = rig
                     .world
-                    .block_on(async move { group.member_replace(slot, new).await });
+                    .block_on(async move { group.member_replace(slot, new, Fill::Missed).await });
                 assert_eq!(replaced, Ok(()));
                 assert_eq!(rig.storm(120, || ()), 0);
                 rig.wait_synced();
@@ -274,7 +278,7 @@ fn killed_process_loses_nothing_healthy_or_degraded() {
 
 #[test]
 fn clean_stop_starts_without_resync_unclean_with_and_degraded_not_at_all() {
-    let mut rig = rig(41, Level::Raid5, 4, 65536, true);
+    let mut rig = rig_of(41, Level::Raid5, 4, 65536, Consistency::None);
     rig.storm(30, || ());
     let group = Rc::clone(&rig.group);
     assert_eq!(

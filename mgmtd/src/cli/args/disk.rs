@@ -55,7 +55,7 @@ pub(crate) enum Disk {
     },
     /// Put NEW, or a spare, in the place of OLD: copied from OLD while that is in sync, else rebuilt
     #[command(
-        after_help = "Examples:\n  lunar disk replace 2 5\n  lunar disk replace 2 --wait     (takes a spare)"
+        after_help = "Examples:\n  lunar disk replace 2 5\n  lunar disk replace 2 --wait      (takes a spare)\n  lunar disk replace 2 2 --full    (what it holds is not trusted)"
     )]
     Replace {
         /// Number, name or path
@@ -64,6 +64,9 @@ pub(crate) enum Disk {
         /// Number, name or path; without: a spare
         #[arg(add = ArgValueCandidates::new(complete::disks))]
         new: Option<String>,
+        /// Fill it from the start, also where it is known what it has missed
+        #[arg(long)]
+        full: bool,
     },
     /// Take disks back
     #[command(after_help = "Examples:\n  lunar disk remove 2\n  lunar disk remove 3-5 --wipe")]

@@ -11,7 +11,7 @@ use crate::complete;
 pub(crate) enum Group {
     /// Make a group
     #[command(
-        after_help = "Examples:\n  lunar group create data --level raid5 --disks 1-4\n  lunar group create fast --level raid0 --disks 5,6 --chunk 128KiB\n  lunar group create safe --level raid1 --disks 7,8 --assume-clean     (both known to be zero)\n  lunar group create wide --level raid10 --disks 1-5\n  lunar group create big --level linear --disks 1-3     (of different sizes)"
+        after_help = "Examples:\n  lunar group create data --level raid5 --disks 1-4\n  lunar group create fast --level raid0 --disks 5,6 --chunk 128KiB\n  lunar group create safe --level raid1 --disks 7,8 --assume-clean     (both known to be zero)\n  lunar group create wide --level raid10 --disks 1-5\n  lunar group create home --level raid5 --disks 1-4 --consistency bitmap\n  lunar group create big --level linear --disks 1-3     (of different sizes)"
     )]
     Create(Create),
     /// List groups
@@ -112,6 +112,7 @@ pub(crate) struct Create {
     /// Contiguous piece on one member; default 64KiB
     #[arg(long, value_parser = size)]
     pub(crate) chunk: Option<u64>,
+    /// What is done after a power loss; default: ppl for raid5, journal for raid6, bitmap for raid1 and raid10
     #[arg(long)]
     pub(crate) consistency: Option<ConsistencyArg>,
     /// The members are known to be zero: no first sync
@@ -175,12 +176,21 @@ impl From<LevelArg> for Level {
 pub(crate) enum ConsistencyArg {
     /// Everything is resynced after a power loss; the write hole is open
     None,
+    /// Only regions that were being written are resynced after a power loss; default of raid1 and raid10
+    Bitmap,
+    /// raid5: partial parity is logged before each write, so that nothing is lost with the power and a disk at once
+    Ppl,
+    /// raid6: each write is logged first, so that nothing is lost with the power and two disks at once
+    Journal,
 }
 
 impl From<ConsistencyArg> for Consistency {
     fn from(consistency: ConsistencyArg) -> Self {
         match consistency {
             ConsistencyArg::None => Self::None,
+            ConsistencyArg::Bitmap => Self::Bitmap,
+            ConsistencyArg::Ppl => Self::Ppl,
+            ConsistencyArg::Journal => Self::Journal,
         }
     }
 }

@@ -6,13 +6,15 @@ use lunar_api::target::MemberState;
 
 use super::{AssemblyError, Found, Side, sorted};
 use crate::limits::PARENTS_MAX;
+use crate::planted::{self, Bug};
 use crate::superblock::MemberEntry;
 
 /// Rule 2.
 pub(super) fn find_leader<'a>(members: &[Found<'a>]) -> Result<Found<'a>, AssemblyError> {
     let newest = |a: &Found<'a>, b: &Found<'a>| {
         // Among equals the first: they are the same but for their slot.
-        if b.generation() > a.generation() {
+        let is_newer = b.generation() > a.generation();
+        if is_newer != (planted::is(Bug::OlderGenerationWins) && a.generation() != b.generation()) {
             *b
         } else {
             *a

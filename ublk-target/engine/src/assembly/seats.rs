@@ -4,6 +4,7 @@ use lunar_api::DiskUuid;
 use lunar_api::target::MemberState;
 
 use super::{Found, SlotPlan};
+use crate::planted::{self, Bug};
 use crate::superblock::{GroupRecord, MemberEntry, Replacement};
 
 /// Rule 4, where a disk was to be replaced: whoever of the two is there. The one that is filled is in no slot while the
@@ -70,16 +71,36 @@ pub(super) fn place(
     older: Older,
 ) -> Vec<Seat> {
     let mut seats = Vec::new();
+    // One after the other.
+    let mut is_filled = record.replacement.is_some()
+        || record
+            .members
+            .iter()
+            .any(|e| e.state == MemberState::Rebuilding);
     for (slot, entry) in record.members.iter().enumerate() {
         let found = members.iter().find(|m| m.superblock.disk == entry.disk);
         let counts = matches!(entry.state, MemberState::InSync | MemberState::Rebuilding);
+        let counts = counts || planted::is(Bug::StaleMemberTaken);
         let in_place = found.filter(|m| counts && usize::from(m.slot) == slot);
         let is_given_up = found.is_some_and(|m| given_up.iter().any(|g| g.index == m.index));
         let below = in_place.filter(|m| m.generation() < record.floor);
+        let below = below.filter(|_| !planted::is(Bug::StaleMemberTaken));
         let is_taken = older == Older::Taken && entry.state == MemberState::InSync;
         let in_place = in_place.filter(|_| !is_given_up && (below.is_none() || is_taken));
+        let returns = found.filter(|m| {
+            let was = m.group.history;
+            let is_ours = was == record.history || record.parents.contains(&was);
+            let knows = entry.left_at != 0 && m.generation() >= entry.left_at && is_ours;
+            // Of what had its parity on it, and was being written as it left, its own log knows.
+            let has_log = !(record.consistency.has_log() && m.is_log_lost);
+            entry.state == MemberState::Missing && knows && has_log && usize::from(m.slot) == slot
+        });
         let plan = match (entry.state, found, in_place) {
             (MemberState::Rebuilding, _, Some(m)) => SlotPlan::Rebuilding(m.index),
+            (MemberState::Missing, Some(m), _) if returns.is_some() && !is_filled => {
+                is_filled = true;
+                SlotPlan::Returning(m.index)
+            }
             (_, _, Some(m)) => SlotPlan::InSync(m.index),
             (_, Some(m), None) => SlotPlan::Stale(m.index),
             (MemberState::Faulty, None, None) => SlotPlan::Faulty,
@@ -95,6 +116,9 @@ pub(super) fn place(
             ),
             (None, SlotPlan::Stale(_)) => {
                 format!("{path} (slot {slot}) missed writes: it needs a rebuild")
+            }
+            (None, SlotPlan::Returning(_)) => {
+                format!("{path} (slot {slot}) is back: it is caught up with what it has missed")
             }
             (None, plan) => describe(slot, entry.disk, plan),
         };
@@ -130,6 +154,7 @@ fn describe(slot: usize, disk: DiskUuid, plan: SlotPlan) -> String {
         SlotPlan::InSync(_) => "is in sync",
         SlotPlan::Stale(_) => "is stale",
         SlotPlan::Rebuilding(_) => "is being rebuilt",
+        SlotPlan::Returning(_) => "is caught up",
         SlotPlan::Faulty => "has failed",
         SlotPlan::Missing => "is not there",
     };

@@ -9,6 +9,8 @@ use super::*;
 use crate::reserve::{lay_out, region_bytes};
 use crate::superblock::{BYTES, ConfigVersion, Copy, Flags, Member, MemberEntry};
 mod histories;
+mod logs;
+mod maps;
 mod replacing;
 mod unclean;
 
@@ -26,6 +28,10 @@ fn disk(slot: usize) -> DiskUuid {
 #[derive(Clone)]
 struct World {
     superblocks: Vec<Superblock>,
+    /// Slots whose intent map has marks, as bits.
+    marked: u64,
+    /// Slots whose log cannot be read, as bits.
+    lost_logs: u64,
 }
 
 impl World {
@@ -36,6 +42,7 @@ impl World {
             disk: disk(slot),
             state: MemberState::InSync,
             rebuilt_to: 0,
+            left_at: 0,
             data_bytes: match level {
                 Level::Linear => reserve.data_bytes,
                 _ => 0,
@@ -55,6 +62,7 @@ impl World {
             logical_block: 512,
             physical_block: 4096,
             member_bytes: reserve.data_bytes,
+            maps: false,
             region_bytes: region_bytes(reserve.data_bytes),
             synced_to: reserve.data_bytes,
             log_lanes: 1,
@@ -77,6 +85,8 @@ impl World {
         };
         Self {
             superblocks: (0..members).map(superblock).collect(),
+            marked: 0,
+            lost_logs: 0,
         }
     }
 
@@ -111,6 +121,8 @@ impl World {
             .map(|(slot, path)| Present {
                 superblock: &self.superblocks[*slot],
                 path,
+                is_marked: self.marked & 1 << slot != 0,
+                is_log_lost: self.lost_logs & 1 << slot != 0,
             })
             .collect();
         let result = assemble(GROUP, &present, conditions);
@@ -155,6 +167,7 @@ fn assert_order_is_nothing(
                 SlotPlan::InSync(i) => SlotPlan::InSync(turn(i)),
                 SlotPlan::Stale(i) => SlotPlan::Stale(turn(i)),
                 SlotPlan::Rebuilding(i) => SlotPlan::Rebuilding(turn(i)),
+                SlotPlan::Returning(i) => SlotPlan::Returning(turn(i)),
                 SlotPlan::Faulty | SlotPlan::Missing => slot,
             })
             .collect(),
@@ -256,6 +269,8 @@ fn nobody_strangers_and_twins_are_refused() {
     let twins = [0, 1].map(|i| Present {
         superblock: &world.superblocks[1],
         path: ["/dev/a", "/dev/b"][i],
+        is_marked: false,
+        is_log_lost: false,
     });
     let refused = assemble(GROUP, &twins, FORCE).unwrap_err();
     let (a, b) = ("/dev/a".to_owned(), "/dev/b".to_owned());
@@ -413,12 +428,14 @@ fn a_disk_that_was_in_another_slot_is_stale() {
             disk: disk(2),
             state: MemberState::Rebuilding,
             rebuilt_to: MIB,
+            left_at: 0,
             data_bytes: 0,
         };
         group.members[2] = MemberEntry {
             disk: DiskUuid::from_bytes([77; 16]),
             state: MemberState::InSync,
             rebuilt_to: 0,
+            left_at: 0,
             data_bytes: 0,
         };
     });
@@ -462,6 +479,7 @@ fn an_empty_slot_is_missing() {
             disk: DiskUuid::NIL,
             state: MemberState::Missing,
             rebuilt_to: 0,
+            left_at: 0,
             data_bytes: 0,
         };
     });

@@ -16,7 +16,9 @@ use crate::inflight::{SEGMENTS_MAX, Segment, ZEROES};
 use crate::limits::MEMBERS_MAX;
 use crate::parity;
 use crate::plan::GRAIN;
+use crate::planted::{self, Bug};
 use crate::pool::{Lease, Quota};
+use crate::ppl::{What, sectors_of};
 use crate::raid_group::{EIO, Errno, Lu, RaidGroup};
 use crate::stripe_table::{Copied, Item, Task};
 use crate::traits::{Buf, DiskError, DiskVerb, Env, Piece};
@@ -174,6 +176,7 @@ impl<E: Env> RaidGroup<E> {
         // Leased before an entry of the log is taken: who has one waits for disks only.
         let zeroes = self.lease(Quota::Work, ZEROES_BYTES).await?;
         parity::zero(zeroes.cells(0..ZEROES_BYTES));
+        let _entered = self.enter(first..first + count).await?;
         let unit = self.geometry.stripe_on_member();
         let mut from = first;
         while from < first + count {
@@ -187,19 +190,35 @@ impl<E: Env> RaidGroup<E> {
                 to += 1;
             }
             let (at, len) = (from * unit, (to - from) * unit);
-            self.erase_members(slots, (at, len), unmap, &zeroes).await?;
-            from = to;
+            let mut slots = slots;
+            if planted::is(Bug::DiscardWithoutParity) {
+                let parity = self.geometry.parity_slots(from);
+                slots &= !parity.fold(0, |set, slot| set | 1 << slot);
+            }
+            if self.erase_members(slots, (at, len), unmap, &zeroes).await? {
+                from = to;
+            }
         }
         self.wait_durable().await
     }
 
+    /// Erases a range of these members; false if one of them did not take the log, and is out now.
     async fn erase_members(
         &self,
         slots: u64,
         (at, len): (u64, u64),
         unmap: bool,
         zeroes: &Lease,
-    ) -> Result<(), Errno> {
+    ) -> Result<bool, Errno> {
+        let unit = self.geometry.stripe_on_member();
+        let what = What::Whole {
+            stripe: at / unit,
+            stripes: u32::try_from(len / unit).expect("at most HELD_MAX"),
+            rows: sectors_of(0..u32::try_from(self.geometry.chunk()).expect("at most 1 MiB")),
+        };
+        let Some(noted) = self.log_write(slots, &[(what, 0)]).await? else {
+            return Ok(false);
+        };
         let entry = self.log.open().await;
         let mut logged: ArrayVec<Segment, MEMBERS_MAX> = ArrayVec::new();
         logged.extend(bits(slots).map(|slot| {
@@ -218,7 +237,8 @@ impl<E: Env> RaidGroup<E> {
             self.fail(failed, "zeroing failed").await?;
         }
         self.log.clear(entry);
-        Ok(())
+        drop(noted);
+        Ok(true)
     }
 
     /// Zeroes a range of these members, each in the best way that it takes; returns those that failed.

@@ -1,6 +1,7 @@
 //! Where the bytes of a band are while it is written, and the arithmetic on them.
 
 use std::cell::Cell;
+use std::ops::Range;
 
 use arrayvec::ArrayVec;
 
@@ -128,6 +129,50 @@ impl<'a> BandBuffers<'a> {
             (None, Some(q), false) => gf::combine_to(q, terms),
             (None, Some(q), true) => gf::combine_into(q, terms),
             (None, None, _) => {}
+        }
+    }
+
+    /// Sums up what is not modified of these grains, from what `compute` has left: parity less the new data.
+    ///
+    /// # Shape   one parity, part `data`; `to`: of the grains' bytes
+    pub(super) fn unmodified_to(
+        &self,
+        batch: &'a [Item],
+        data: u16,
+        (grains, modified): (&Range<u32>, u64),
+        to: &[Cell<u8>],
+    ) {
+        let from = ((grains.start - self.band.rows.start) * GRAIN) as usize;
+        let bytes = from..from + ((grains.end - grains.start) * GRAIN) as usize;
+        let new = bits(modified).map(|d| {
+            let (lease, offset, _) = self.source(batch, d);
+            lease.cells(offset + bytes.start..offset + bytes.end)
+        });
+        let parity = &self.buffer(data)[bytes.clone()];
+        let sources: ArrayVec<&[Cell<u8>], MEMBERS_MAX> = new.chain([parity]).collect();
+        parity::xor_to(to, &sources);
+    }
+
+    /// The rows of the band, in bytes of a chunk, by which data chunks are modified there.
+    pub(super) fn runs(&self, batch: &[Item], mut each: impl FnMut(Range<u32>, u64)) {
+        let rows = self.band.rows.start * GRAIN..self.band.rows.end * GRAIN;
+        if self.band.partial == 0 {
+            return each(rows, self.band.modified);
+        }
+        let span = |d: u16| {
+            let (.., span) = self.item(batch, d);
+            span.start.max(rows.start)..span.end.min(rows.end)
+        };
+        let mut borders: ArrayVec<u32, { 2 * MEMBERS_MAX }> = ArrayVec::new();
+        borders.extend(bits(self.band.modified).flat_map(|d| [span(d).start, span(d).end]));
+        borders.sort_unstable();
+        for pair in borders.windows(2).filter(|pair| pair[0] < pair[1]) {
+            let covers = |d: &u16| span(*d).start <= pair[0] && pair[1] <= span(*d).end;
+            let modified = bits(self.band.modified).filter(covers);
+            let modified = modified.fold(0, |set, d| set | 1 << d);
+            if modified != 0 {
+                each(pair[0]..pair[1], modified);
+            }
         }
     }
 

@@ -37,10 +37,18 @@ impl<E: Env> RaidGroup<E> {
         to: u32,
         avoid: u64,
     ) -> Result<(), Errno> {
-        let whole = self.read_rows(stripe, span, lease, to, avoid).await;
         let grains = span.grains();
-        if whole.is_ok() || grains.len() == 1 {
-            return whole;
+        // What redundancy is not proven for is taken from its own member, but for what that cannot give.
+        let is_own_there = || {
+            let own = self.geometry.slot_of(stripe, span.data);
+            self.readable(stripe) & 1 << own != 0
+        };
+        let is_doubted = self.geometry.parities() > 0 && !self.is_synced(stripe) && is_own_there();
+        if !is_doubted {
+            let whole = self.read_rows(stripe, span, lease, to, avoid).await;
+            if whole.is_ok() || grains.len() == 1 {
+                return whole;
+            }
         }
         // Two members may be unreadable at different places: what redundancy can give back it gives grain by grain.
         for grain in grains {
@@ -227,9 +235,14 @@ impl<E: Env> RaidGroup<E> {
             let len = (part.end - part.start) as usize;
             // One lease for all: who holds work memory must not wait for more.
             let lease = self.lease(Quota::Work, members * len).await?;
-            let whole = self.repair_rows(stripe, slot, part.clone(), &lease).await;
-            if whole.is_err() {
-                // Another member may be unreadable too, at other grains of these.
+            let is_whole = self.is_synced(stripe)
+                && self
+                    .repair_rows(stripe, slot, part.clone(), &lease)
+                    .await
+                    .is_ok();
+            if !is_whole {
+                // Another member may be unreadable too, at other grains of these; or it is not proven what
+                // redundancy says, and taken only for those that cannot be read.
                 for at in part.step_by(GRAIN as usize) {
                     let from = self.chunk_at(stripe) + u64::from(at);
                     let grain = piece(0, GRAIN as usize);

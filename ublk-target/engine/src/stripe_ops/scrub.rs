@@ -5,13 +5,15 @@ use std::ops::Range;
 
 use arrayvec::ArrayVec;
 
-use super::write::{Write, Writes};
+use super::write::{Write, Writes, copy_entries};
 use super::{Ios, PASS_BYTES, absolute, piece, rows_of, sum_data};
 use crate::geometry::{Geometry, Spot};
+use crate::lanes::{Entries, LogKind};
 use crate::limits::MEMBERS_MAX;
 use crate::parity;
 use crate::plan::GRAIN;
 use crate::pool::{Lease, Quota};
+use crate::ppl::{What, sectors_of};
 use crate::raid_group::{EIO, Errno, RaidGroup};
 use crate::serve::bits;
 use crate::stripe_ops::band_buffers::WORK;
@@ -182,7 +184,26 @@ impl<E: Env> RaidGroup<E> {
                 source: WORK,
             };
             let writes: Writes = compared.writes.iter().map(write).collect();
+            let slots = self.geometry.parity_slots(stripe);
+            let slots = slots.fold(0, |set, slot| set | 1 << slot) & self.in_sync.get();
+            // raid5 writes parity alone; all data of the rows is what it is computed from.
+            let entries = match self.lanes.as_ref().map(|lanes| lanes.kind) {
+                None => Entries::new(),
+                Some(LogKind::Journal) => copy_entries(&writes),
+                Some(LogKind::PartialParity) => {
+                    let what = What::Whole {
+                        stripe,
+                        stripes: 1,
+                        rows: sectors_of(rows.clone()),
+                    };
+                    std::iter::once((what, 0)).collect()
+                }
+            };
+            let Some(logged) = self.log_write(slots, &entries).await? else {
+                return Err(EIO);
+            };
             self.write_logged(&[], Some(&work), &writes, false).await?;
+            drop(logged);
             // Only what reads back as it should counts as repaired.
             written = true;
         }

@@ -7,10 +7,13 @@ use arrayvec::ArrayVec;
 use super::band_buffers::{BandBuffers, WORK};
 use super::{Ios, PASS_BYTES, PASS_IOS, absolute, piece};
 use crate::inflight::{SEGMENTS_MAX, Segment};
+use crate::lanes::{Entries, Lanes, LogKind};
 use crate::limits::MEMBERS_MAX;
 use crate::member::add;
 use crate::plan::{BANDS_MAX, Band, GRAIN, Mode, Span, WRITES_MAX, cut, plan_band};
+use crate::planted::{self, Bug};
 use crate::pool::{Lease, Quota};
+use crate::ppl::{ENTRIES_MAX, PAYLOAD_MAX, What, grains_of, sectors_of};
 use crate::raid_group::{EIO, Errno, RaidGroup};
 use crate::serve::bits;
 use crate::stripe_table::{Copied, Item, Task};
@@ -35,14 +38,18 @@ enum Pass {
     },
     /// The bytes of some writes could not be had: the pass is for the others.
     NotCopied,
+    /// A member did not take the log, and is not written to any more.
+    NotLogged,
 }
 
 impl<E: Env> RaidGroup<E> {
     /// Writes data and parity of one stripe.
     ///
-    /// # Crash  process: the in-flight log has every write of a pass before the first of them is issued. Power:
-    /// data and parity may be torn; policy `none` resyncs the group (write hole open)
+    /// # Crash  process: the in-flight log has every write of a pass before the first of them is issued. Power: data and
+    /// parity may be torn. Policies `ppl`, `journal`: the log on the parity members makes them right, it is durable before
+    /// the first write. `bitmap` resyncs the regions that it has marked, `none` the group (write hole open)
     pub(super) async fn write_parity(&self, stripe: u64, batch: &[Item]) -> Result<(), Errno> {
+        let _entered = self.enter(stripe..stripe + 1).await?;
         let (mut next, mut attempts, mut is_first) = (0, 0, true);
         'again: loop {
             attempts += 1;
@@ -63,8 +70,9 @@ impl<E: Env> RaidGroup<E> {
                 }
             }
             let state = self.stripe_state(stripe);
-            let grains = PASS_BYTES / crate::plan::GRAIN as usize;
-            let rows_max = (grains / usize::from(self.geometry.members())).max(1);
+            // With every part in a buffer, and one for the log with its edges; and what is logged of it fits a unit.
+            let grains = PASS_BYTES / crate::plan::GRAIN as usize - 16;
+            let rows_max = (grains / (usize::from(self.geometry.members()) + 1)).max(1);
             let mut bands = Bands::new();
             let mut exhausted = false;
             let rows_max = u32::try_from(rows_max).expect("at most 256");
@@ -87,14 +95,14 @@ impl<E: Env> RaidGroup<E> {
             }
             // Where bands are cut depends on the writes that are done alone: what is done stays done in a new plan.
             while next < bands.len() {
-                let end = pass_end(&bands, next);
+                let end = self.pass_end(batch, &bands, next);
                 match self
                     .write_pass(stripe, batch, &bands[next..end], fua)
                     .await?
                 {
                     Pass::Done => (next, attempts) = (end, 0),
                     // Only the first pass copies: nothing was written yet.
-                    Pass::NotCopied => continue 'again,
+                    Pass::NotCopied | Pass::NotLogged => continue 'again,
                     Pass::Unreadable { slots, rows } => {
                         for slot in bits(slots) {
                             self.repair(stripe, slot, &rows).await?;
@@ -114,7 +122,9 @@ impl<E: Env> RaidGroup<E> {
         bands: &[Band],
         fua: bool,
     ) -> Result<Pass, Errno> {
-        let bytes: usize = bands.iter().map(|band| band.buffers() * band.bytes()).sum();
+        let held: usize = bands.iter().map(|band| band.buffers() * band.bytes()).sum();
+        let summed = bands.iter().map(|band| self.logged_sum(batch, band).0);
+        let bytes = held + summed.sum::<usize>();
         let work = match bytes {
             0 => None,
             bytes => Some(self.lease(Quota::Work, bytes).await?),
@@ -199,9 +209,116 @@ impl<E: Env> RaidGroup<E> {
             }
             at += band.buffers() * band.bytes();
         }
+        // The log first: what tears from here on is written right from it.
+        let entries = match self.lanes.as_ref().map(|lanes| lanes.kind) {
+            None => Entries::new(),
+            Some(_) if planted::is(Bug::NotLogged) => Entries::new(),
+            Some(_) if bands.iter().all(|band| self.is_whole(band)) => whole_entries(stripe, bands),
+            Some(LogKind::Journal) => copy_entries(&writes),
+            Some(LogKind::PartialParity) => {
+                self.sum_entries(stripe, batch, bands, (work.as_ref(), held))
+            }
+        };
+        let parities = self.geometry.parity_slots(stripe);
+        let parities = parities.fold(0, |set, slot| set | 1 << slot) & writable;
+        let Some(logged) = self.log_write(parities, &entries).await? else {
+            return Ok(Pass::NotLogged);
+        };
         self.write_logged(batch, work.as_ref(), &writes, fua)
             .await?;
+        drop(logged);
         Ok(Pass::Done)
+    }
+
+    /// Says whether all data of a band's rows is written.
+    fn is_whole(&self, band: &Band) -> bool {
+        let all = u64::MAX >> (64 - self.geometry.data_slots());
+        band.modified == all && band.partial == 0
+    }
+
+    /// Bytes of the sums that are logged of a band, and entries.
+    fn logged_sum(&self, batch: &[Item], band: &Band) -> (usize, usize) {
+        let is_ours = |lanes: &Lanes| lanes.kind == LogKind::PartialParity;
+        let is_summed = self.lanes.as_ref().is_some_and(is_ours) && band.parity != 0;
+        if !is_summed || self.is_whole(band) {
+            return (0, 1);
+        }
+        let layout = BandBuffers {
+            band,
+            work: None,
+            base: 0,
+        };
+        let (mut bytes, mut entries) = (0, 0);
+        layout.runs(batch, |rows, _| {
+            let grains = grains_of(sectors_of(rows));
+            bytes += ((grains.end - grains.start) * GRAIN) as usize;
+            entries += 1;
+        });
+        (bytes, entries)
+    }
+
+    /// Entries with the sums of what is not modified, which go to `work` from `at` on.
+    fn sum_entries(
+        &self,
+        stripe: u64,
+        batch: &[Item],
+        bands: &[Band],
+        (work, mut at): (Option<&Lease>, usize),
+    ) -> Entries {
+        let mut entries = Entries::new();
+        let mut base = 0;
+        for band in bands {
+            let layout = BandBuffers { band, work, base };
+            base += band.buffers() * band.bytes();
+            let Some(work) = work.filter(|_| band.parity != 0 && !self.is_whole(band)) else {
+                entries.extend(whole_entries(stripe, std::slice::from_ref(band)));
+                continue;
+            };
+            layout.runs(batch, |rows, modified| {
+                let rows = sectors_of(rows);
+                let grains = grains_of(rows);
+                let len = ((grains.end - grains.start) * GRAIN) as usize;
+                let to = work.cells(at..at + len);
+                let data = self.geometry.data_slots();
+                layout.unmodified_to(batch, data, (&grains, modified), to);
+                let what = What::Partial {
+                    stripe,
+                    rows,
+                    modified,
+                };
+                entries.push((what, absolute(work, at)));
+                at += len;
+            });
+        }
+        entries
+    }
+
+    /// How many bands one pass takes: by memory, by I/Os, by room in the logs.
+    fn pass_end(&self, batch: &[Item], bands: &[Band], start: usize) -> usize {
+        let (mut bytes, mut reads, mut writes, mut logged, mut entries) = (0, 0, 0, 0, 0);
+        let is_journal = |lanes: &Lanes| lanes.kind == LogKind::Journal;
+        let mut is_copied = false;
+        for (i, band) in bands.iter().enumerate().skip(start) {
+            let written = (band.modified | band.parity).count_ones() as usize;
+            let sum = self.logged_sum(batch, band);
+            bytes += band.buffers() * band.bytes() + sum.0;
+            entries += sum.1;
+            reads += band.buffers();
+            writes += written;
+            logged += written * band.bytes();
+            is_copied |= !self.is_whole(band);
+            let is_full = bytes > PASS_BYTES
+                || reads > PASS_IOS
+                || writes > SEGMENTS_MAX.min(ENTRIES_MAX)
+                || entries > ENTRIES_MAX
+                || (is_copied
+                    && logged > PAYLOAD_MAX as usize
+                    && self.lanes.as_ref().is_some_and(is_journal));
+            if i > start && is_full {
+                return i;
+            }
+        }
+        bands.len()
     }
 
     /// Begins to copy what the host writes, where that is left to the worker.
@@ -244,7 +361,9 @@ impl<E: Env> RaidGroup<E> {
                 from: write.from,
             }
         }));
-        self.log.commit(&entry, &logged);
+        if !planted::is(Bug::LogAfterData) {
+            self.log.commit(&entry, &logged);
+        }
         let mut ios: Ios<E> = ArrayVec::new();
         for write in writes {
             let lease = match (write.source, work) {
@@ -265,12 +384,16 @@ impl<E: Env> RaidGroup<E> {
                 offset: write.from - absolute(lease, 0),
                 len: write.len,
             };
+            let fua = fua && !planted::is(Bug::FuaIgnored);
             let (verb, len) = (DiskVerb::Write { fua }, u64::from(write.len));
             let member = self.member(write.slot);
             let io = member.submit(verb, write.at, len, Buf::Pool(lease), &[piece]);
             ios.push((write.slot, Some(io)));
         }
         let failed = self.finish(&mut ios).await;
+        if planted::is(Bug::LogAfterData) {
+            self.log.commit(&entry, &logged);
+        }
         if failed != 0
             && let Err(errno) = self.fail(failed, "write failed").await
         {
@@ -297,6 +420,7 @@ impl<E: Env> RaidGroup<E> {
         if self.failed.get() {
             return Err(EIO);
         }
+        let _entered = self.enter(stripe..stripe + 1).await?;
         let copies = usize::from(self.geometry.copies_of_each());
         for part in batch.chunks(SEGMENTS_MAX / copies) {
             let mut fua = false;
@@ -380,16 +504,32 @@ fn push_write(to: &mut Writes, write: Write) {
     }
 }
 
-/// How many bands one pass takes: by memory, by I/Os, by room in the log.
-fn pass_end(bands: &[Band], start: usize) -> usize {
-    let (mut bytes, mut reads, mut writes) = (0, 0, 0);
-    for (i, band) in bands.iter().enumerate().skip(start) {
-        bytes += band.buffers() * band.bytes();
-        reads += band.buffers();
-        writes += (band.modified | band.parity).count_ones() as usize;
-        if i > start && (bytes > PASS_BYTES || reads > PASS_IOS || writes > SEGMENTS_MAX) {
-            return i;
-        }
-    }
-    bands.len()
+/// Entries of rows whose data is all written.
+fn whole_entries(stripe: u64, bands: &[Band]) -> Entries {
+    let entry = |band: &Band| {
+        let what = What::Whole {
+            stripe,
+            stripes: 1,
+            rows: sectors_of(band.rows.start * GRAIN..band.rows.end * GRAIN),
+        };
+        (what, 0)
+    };
+    bands
+        .iter()
+        .filter(|band| band.parity != 0)
+        .map(entry)
+        .collect()
+}
+
+/// Entries with all that is written.
+pub(super) fn copy_entries(writes: &[Write]) -> Entries {
+    let entry = |write: &Write| {
+        let what = What::Copy {
+            slot: write.slot,
+            at: write.at,
+            len: write.len,
+        };
+        (what, write.from)
+    };
+    writes.iter().map(entry).collect()
 }

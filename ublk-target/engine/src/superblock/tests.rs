@@ -21,6 +21,7 @@ fn sample() -> Superblock {
         disk: DiskUuid::from_bytes(uuid(n)),
         state,
         rebuilt_to,
+        left_at: 0,
         data_bytes: 0,
     };
     let group = GroupRecord {
@@ -37,6 +38,7 @@ fn sample() -> Superblock {
         logical_block: 512,
         physical_block: 4096,
         member_bytes: reserve.data_bytes,
+        maps: false,
         region_bytes: region_bytes(reserve.data_bytes),
         synced_to: 3 * MIB,
         log_lanes: 1,
@@ -309,7 +311,7 @@ fn raw_fields_out_of_range_are_refused() {
         (262, 65, "members"),
         (267, 1, "flags"),
         (2048 + 16, 0, "member state"),
-        (2048 + 16, 5, "member state"),
+        (2048 + 16, 6, "member state"),
     ] {
         let refused = refusal(at, &[value]);
         assert!(
@@ -320,6 +322,9 @@ fn raw_fields_out_of_range_are_refused() {
     for at in [286, 476, 2047, 2048 + 17, 2048 + 4 * 32, 4095] {
         assert_eq!(refusal(at, &[1]), SuperblockError::Reserved { at });
     }
+    // Catching up, since no generation.
+    let at = 2048 + 16;
+    assert_eq!(refusal(at, &[5]), SuperblockError::Reserved { at });
     // A hole in the list of parents, and a free disk with remains of a group.
     assert!(matches!(
         refusal(104, &[0; 16]),
@@ -403,6 +408,36 @@ fn one_broken_thing_is_refused() {
         }),
         ("rebuild cursor", |_, m| {
             m.group.members[2].rebuilt_to = m.group.member_bytes + 4096
+        }),
+        ("rebuild cursor", |_, m| m.group.members[2].left_at = 7),
+        ("rebuild cursor", |_, m| {
+            m.group.maps = true;
+            m.group.members[0].left_at = 7;
+        }),
+        ("member left at", |s, m| {
+            m.group.maps = true;
+            m.group.members[2].rebuilt_to = 0;
+            m.group.members[2].left_at = s.generation + 1;
+        }),
+        ("missed map", |_, m| {
+            m.group.maps = true;
+            m.layout.missed.len = 4096;
+        }),
+        ("maps", |_, m| {
+            m.group.maps = true;
+            m.group.level = Level::Raid0;
+        }),
+        ("consistency", |_, m| {
+            m.group.consistency = Consistency::Bitmap
+        }),
+        ("consistency", |_, m| {
+            m.group.maps = true;
+            m.group.consistency = Consistency::Journal;
+        }),
+        ("log lanes", |_, m| {
+            m.group.maps = true;
+            m.group.consistency = Consistency::Ppl;
+            m.layout.logs.len = 4096;
         }),
         ("history", |_, m| m.group.history = History::NIL),
         ("parents", |_, m| {
@@ -585,6 +620,9 @@ fn superblocks() -> impl Strategy<Value = Superblock> {
             MemberState::Rebuilding,
             MemberState::Missing,
         ];
+        let generation = generation.clamp(1, u64::MAX - 1);
+        let maps = !matches!(level, Level::Raid0 | Level::Linear) && generation % 3 != 0;
+        let left_at = if maps { generation / 2 } else { 0 };
         let members = (0..members)
             .map(|i| {
                 let state = states[(i + members) % 3];
@@ -598,7 +636,11 @@ fn superblocks() -> impl Strategy<Value = Superblock> {
                 MemberEntry {
                     disk: DiskUuid::from_bytes(disk),
                     state,
-                    rebuilt_to,
+                    rebuilt_to: if left_at == 0 { rebuilt_to } else { 0 },
+                    left_at: match state {
+                        MemberState::InSync => 0,
+                        _ => left_at,
+                    },
                     data_bytes: match level {
                         Level::Linear => member_bytes - i as u64 % 2 * MIB,
                         _ => 0,
@@ -608,7 +650,7 @@ fn superblocks() -> impl Strategy<Value = Superblock> {
             .collect::<Vec<_>>();
         let slot = u16::try_from(generation % members.len() as u64).unwrap();
         let mut superblock = sample();
-        superblock.generation = generation.clamp(1, u64::MAX - 1);
+        superblock.generation = generation;
         superblock.device_size = device_size;
         superblock.end_copy = reserve.end_copy;
         superblock.disk = members[usize::from(slot)].disk;
@@ -634,6 +676,13 @@ fn superblocks() -> impl Strategy<Value = Superblock> {
         };
         group.member_bytes = member_bytes;
         group.region_bytes = region_bytes(member_bytes);
+        group.maps = maps;
+        group.consistency = match (maps, generation % 3, level) {
+            (true, 1, _) => Consistency::Bitmap,
+            (true, 2, Level::Raid5) => Consistency::Ppl,
+            (true, 2, Level::Raid6) => Consistency::Journal,
+            _ => Consistency::None,
+        };
         group.synced_to = cursor;
         group.config.current = current;
         group.members = members;

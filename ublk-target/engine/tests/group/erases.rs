@@ -178,7 +178,7 @@ fn erased_and_written_reads_as_the_model_says() {
             eprintln!("{members:?}");
             let rig = rig(seed + round(), level, n, chunk, true);
             rig.set(members);
-            rig.mixed(40, stripe_of(level, n, chunk));
+            rig.mixed(60, stripe_of(level, n, chunk));
             rig.check();
             assert!(rig.stores[0].zeroed.get() > 0);
             let status = rig.group.status();

@@ -372,7 +372,7 @@ fn read_that_waits_for_room_does_not_go_on_with_a_disk_that_is_being_filled() {
         rig.disks.push(NEW);
         let (group, new) = (Rc::clone(&rig.group), given(&rig.world, NEW, &fresh));
         rig.world.spawn(async move {
-            let _ = group.member_replace(slot, new).await;
+            let _ = group.member_replace(slot, new, Fill::Missed).await;
         });
         let copying = || rig.group.status().replacement.is_some();
         while !copying() {

@@ -53,8 +53,33 @@ pub(crate) fn rig_on(
     chunk: u64,
     assume_clean: bool,
 ) -> Rig {
+    // Every test runs with one of the policies; its seed says with which.
+    let consistency = match level {
+        Level::Raid0 | Level::Linear => Consistency::None,
+        Level::Raid5 if seed % 4 == 1 => Consistency::Ppl,
+        Level::Raid6 if seed % 4 == 1 => Consistency::Journal,
+        _ if seed.is_multiple_of(2) => Consistency::Bitmap,
+        _ => Consistency::None,
+    };
+    rig_with(seed, (level, chunk, consistency), stores, assume_clean)
+}
+
+/// As [`rig`], of disks that are zero, with this policy.
+pub(crate) fn rig_of(seed: u64, level: Level, n: u8, chunk: u64, consistency: Consistency) -> Rig {
+    let stores = (0..n).map(|_| Store::new(DISK, 0)).collect();
+    rig_with(seed, (level, chunk, consistency), stores, true)
+}
+
+fn rig_with(
+    seed: u64,
+    (level, chunk, consistency): (Level, u64, Consistency),
+    stores: Vec<Rc<Store>>,
+    assume_clean: bool,
+) -> Rig {
     let n = stores.len() as u8;
-    eprintln!("{level:?} of {n}, chunk {chunk}, assume_clean {assume_clean}, seed {seed}");
+    eprintln!(
+        "{level:?} of {n}, chunk {chunk}, {consistency:?}, assume_clean {assume_clean}, seed {seed}"
+    );
     let world = World::new(seed);
     let members = stores
         .iter()
@@ -63,9 +88,11 @@ pub(crate) fn rig_on(
         .collect();
     let memory = memory();
     let parts = parts(&world, members, &memory);
-    let group = world
-        .block_on(RaidGroup::create(parts, spec(level, chunk, assume_clean)))
-        .unwrap();
+    let spec = CreateSpec {
+        consistency,
+        ..spec(level, chunk, assume_clean)
+    };
+    let group = world.block_on(RaidGroup::create(parts, spec)).unwrap();
     run(&world, &group);
     let g = Rc::clone(&group);
     let handle =
@@ -243,6 +270,79 @@ impl Rig {
         }
     }
 
+    /// Many writes, and power is lost in the midst of them: each sector of those under way is old or new.
+    pub(crate) fn storm_until_power_is_lost(&mut self, most: u64) {
+        let before = self.model.borrow().clone();
+        let mut busy: Vec<(u64, u64, Rc<Cell<bool>>)> = Vec::new();
+        let mut tags: Vec<_> = (0..60).map(|_| Rc::new(Cell::new(true))).collect();
+        self.world.crash_in.set(Some(1 + self.world.random(most)));
+        while !self.world.crashed() {
+            let free = tags.iter().position(|done| done.get());
+            let tag = free.expect("at most 24 are under way");
+            let sectors = 1 + self
+                .world
+                .random([1, 8, 300][self.world.random(3) as usize]);
+            let at = self.world.random(LU_BYTES / 512 - sectors) * 512;
+            let len = sectors * 512;
+            // Nothing is written twice: what was there before is known of all that is under way.
+            let overlaps = busy.iter().any(|b| at < b.0 + b.1 && b.0 < at + len);
+            if !overlaps && busy.iter().filter(|b| !b.2.get()).count() < 24 {
+                let bytes: Vec<u8> = (0..len).map(|_| self.world.random(256) as u8).collect();
+                let place = at as usize..(at + len) as usize;
+                self.model.borrow_mut()[place.clone()].copy_from_slice(&bytes);
+                self.known.borrow_mut()[place].fill(true);
+                self.world.pages.borrow_mut()[tag] = bytes;
+                let done = Rc::new(Cell::new(false));
+                busy.push((at, len, Rc::clone(&done)));
+                tags[tag] = Rc::clone(&done);
+                let request = Self::request(tag as u16, HostVerb::Write { fua: false }, at, len);
+                let group = Rc::clone(&self.group);
+                self.world.spawn(async move {
+                    if group.serve(0, request).await == Ok(()) {
+                        done.set(true);
+                    }
+                });
+            }
+            let count = || busy.iter().filter(|b| b.2.get()).count();
+            let seen = count();
+            if busy.iter().filter(|b| !b.2.get()).count() >= 24 || overlaps {
+                let all = busy.len();
+                self.world.run_until(|| count() > seen || count() == all);
+            }
+            if busy.len() > 200 {
+                let all = busy.len();
+                self.world.run_until(|| count() == all);
+            }
+            if busy.len() > 200 {
+                break;
+            }
+        }
+        self.world.crash_in.set(Some(0));
+        self.world.kill();
+        // What was not answered is what it was, or what it should be: nobody knows.
+        for (at, len, done) in busy {
+            if !done.get() {
+                let place = at as usize..(at + len) as usize;
+                self.model.borrow_mut()[place.clone()].copy_from_slice(&before[place.clone()]);
+                self.known.borrow_mut()[place].fill(false);
+            }
+        }
+    }
+
+    /// The bytes of what nobody can know are what is read now: from here on they do not change by themselves.
+    pub(crate) fn settle(&self) {
+        let now = self.read_all();
+        *self.model.borrow_mut() = now;
+        self.known.borrow_mut().fill(true);
+    }
+
+    pub(crate) fn stop(&self) {
+        let group = Rc::clone(&self.group);
+        let stopped = self.world.block_on(async move { group.stop(false).await });
+        assert_eq!(stopped, Ok(()));
+        self.world.kill();
+    }
+
     /// Many writers at once, none overlapping another in flight by sectors, all sharing stripes.
     pub(crate) fn storm(&self, writes: u64, mut at_half: impl FnMut()) -> u64 {
         let errors = Rc::new(Cell::new(0));
@@ -313,7 +413,7 @@ impl Rig {
         let (group, new) = (Rc::clone(&self.group), given(&self.world, disk, with));
         let replaced = self
             .world
-            .block_on(async move { group.member_replace(slot, new).await });
+            .block_on(async move { group.member_replace(slot, new, Fill::Missed).await });
         assert_eq!(replaced, Ok(()));
     }
 

@@ -1,5 +1,7 @@
 //! Disks that hang, are late, are replaced meanwhile or have bad sectors; memory that runs out; starts with some left out.
 
+use lunar_engine::geometry::Geometry;
+
 use super::*;
 
 /// A leg answers a write with an error, another one is slow: the write's end comes after the first is replaced.
@@ -119,7 +121,7 @@ fn disk_that_will_not_do_changes_nothing() {
         let (group, new) = (Rc::clone(&rig.group), given(&rig.world, disk, &store));
         let refused = rig
             .world
-            .block_on(async move { group.member_replace(1, new).await })
+            .block_on(async move { group.member_replace(1, new, Fill::Missed).await })
             .unwrap_err();
         assert!(refused.causes.concat().contains(why), "{refused:?}");
         let status = rig.group.status();
@@ -228,7 +230,7 @@ fn configuration_of_many_pieces_is_written_and_read() {
     let fresh = Store::new(640 << 20, 0);
     let (g, new) = (Rc::clone(&group), given(&world, 2, &fresh));
     world
-        .block_on(async move { g.member_replace(1, new).await })
+        .block_on(async move { g.member_replace(1, new, Fill::Missed).await })
         .unwrap();
     world.kill();
     let configuration = |store: &Store| {
@@ -519,4 +521,61 @@ fn one_of_two_without_bytes(rig: &Rig, len: u64) {
     assert_eq!(*answers.borrow(), [(1, false), (2, true)]);
     let now = rig.group.status().lus[0].counters.merged;
     assert_eq!(now, merged + 1, "one batch had both");
+}
+
+/// Whoever notes what a group says takes it for what the disks say: a start that finds something older is refused.
+#[test]
+fn status_says_no_history_that_is_not_durable() {
+    let rig = rig(411, Level::Raid1, 3, 65536, true);
+    assert_eq!(rig.storm(10, || ()), 0);
+    let before = rig.group.status();
+    rig.world.crash_in.set(Some(1));
+    let group = Rc::clone(&rig.group);
+    let failed = async move { group.member_fail(uuid(2), "by hand").await };
+    assert!(rig.world.try_block_on(failed).is_none());
+    let now = rig.group.status();
+    assert_eq!(now.members[2].state, MemberState::Faulty);
+    assert_eq!(
+        (now.history, now.generation),
+        (before.history, before.generation)
+    );
+}
+
+/// Given parity that was never made right, when one sector of a chunk cannot be read, then all that can be is what it was.
+#[test]
+fn what_can_be_read_is_not_taken_from_redundancy_that_is_not_proven() {
+    for (level, n) in [(Level::Raid5, 4), (Level::Raid6, 5)] {
+        for is_write in [false, true] {
+            let rig = rig(412, level, n, 65536, false);
+            let status = rig.group.status();
+            let geometry =
+                Geometry::new(level, n.into(), 65536, status.member_bytes).expect("a group");
+            // The sync has not come so far.
+            let stripe = LU_BYTES / geometry.stripe_bytes() - 1;
+            let synced = status.sync.map_or(u64::MAX, |sync| sync.done);
+            assert!(synced <= stripe * 65536, "{synced}");
+            let model = rig.model.borrow().clone();
+            // In the third grain of the second chunk.
+            let slot = usize::from(geometry.slot_of(stripe, 1));
+            let sector = (status.members[slot].data_offset + stripe * 65536 + 8192) / 512;
+            rig.stores[slot].faults.bad.borrow_mut().insert(sector);
+            let first = stripe * geometry.stripe_bytes();
+            if is_write {
+                // Of the first, for which the second is read.
+                rig.world.pages.borrow_mut()[5] = vec![9; 8192];
+                let verb = HostVerb::Write { fua: false };
+                let request = Rig::request(5, verb, first + 4608, 8192);
+                let group = Rc::clone(&rig.group);
+                let written = async move { group.serve(0, request).await };
+                assert_eq!(rig.world.block_on(written), Ok(()));
+            }
+            let at = first + 65536;
+            assert!(rig.read(at, 65536).is_ok());
+            for part in [0..8192, 12288..65536_u64] {
+                let bytes = rig.read(at + part.start, part.end - part.start);
+                let right = &model[(at + part.start) as usize..(at + part.end) as usize];
+                assert!(bytes.as_deref() == Ok(right), "{level:?}, write {is_write}");
+            }
+        }
+    }
 }

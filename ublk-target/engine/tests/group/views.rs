@@ -380,7 +380,7 @@ fn copy_waits_for_writes_that_go_to_the_old_disk_alone() {
         follower.stores.borrow_mut().push((9, Rc::clone(&new)));
         let (group, given) = (Rc::clone(&rig.group), given(&rig.world, 9, &new));
         rig.world.spawn(async move {
-            assert_eq!(group.member_replace(0, given).await, Ok(()));
+            assert_eq!(group.member_replace(0, given, Fill::Missed).await, Ok(()));
         });
         rig.sleep(5);
         let sync = rig.group.status().sync.unwrap();

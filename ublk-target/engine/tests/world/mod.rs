@@ -308,6 +308,13 @@ impl Store {
         self.len
     }
 
+    /// Another disk with the same content.
+    pub(crate) fn copy(&self) -> Rc<Self> {
+        let other = Self::new(self.len as usize, self.fill);
+        *other.pages.borrow_mut() = self.pages.borrow().clone();
+        other
+    }
+
     /// Lets what hangs happen after all; nobody waits for it any more.
     pub(crate) fn land(&self) {
         for (landed, action) in self.hung.take() {

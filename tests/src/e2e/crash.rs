@@ -1,0 +1,119 @@
+//! The server process dies under load, again and again, with as much in flight as there can be.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::rig::Rig;
+use super::shell::{Failure, pause, sh, sh_in, until};
+use super::{Test, add, ensure};
+
+/// In flight at every kill, at least.
+const IN_FLIGHT: u64 = 16;
+
+pub(super) fn tests(to: &mut Vec<Test>) {
+    for (level, policy, lost) in [
+        ("raid5", "ppl", 0),
+        ("raid5", "ppl", 1),
+        ("raid5", "none", 1),
+        ("raid5", "bitmap", 1),
+        ("raid6", "journal", 2),
+        ("raid10", "bitmap", 1),
+    ] {
+        let name =
+            format!("crash_target_killed_with_requests_in_flight_{level}_{policy}_{lost}_away");
+        add(to, name, move || killed(level, policy, lost, 5));
+    }
+    add(to, "long_crash_fifty_kills_with_requests_in_flight", || {
+        killed("raid5", "ppl", 0, 50)
+    });
+}
+
+fn in_flight(device: &str) -> Result<u64, Failure> {
+    let counts = sh(&format!("cat /sys/block/$(basename {device})/inflight"))?;
+    let count = |n: &str| n.parse::<u64>().map_err(|error| error.to_string());
+    counts.split_whitespace().map(count).sum()
+}
+
+fn served(rig: &Rig) -> Result<u64, Failure> {
+    let counters = &rig.json(&["lu", "show", "vol"])?["counters"];
+    let count = |key: &str| counters[key].as_u64().unwrap_or(0);
+    Ok(count("reads") + count("writes") + count("flushes") + count("discards"))
+}
+
+/// Given a mounted LU under verified load at queue depth 32, also with members away, when ublk-target is stopped until
+/// 16 requests and more wait for it, the load is held, and ublk-target is killed, over and over, then every one of those
+/// requests is served by its successor, none fails, all reads as written, and the file system has no fault.
+fn killed(level: &str, policy: &str, lost: usize, kills: u32) -> Result<(), Failure> {
+    let rig = Rig::new()?;
+    let disks = if level == "raid6" { 5 } else { 4 };
+    let create = ["--level", level, "--consistency", policy, "--assume-clean"];
+    let paths = rig.array("ram", disks, 200, &create)?;
+    for path in &paths[1..1 + lost] {
+        rig.lunar(&["disk", "fail", path, "--yes"])?;
+    }
+    let device = rig.device()?;
+    sh(&format!(
+        "mkfs.ext4 -q -F {device} && mkdir -p /mnt/c && mount {device} /mnt/c"
+    ))?;
+    let ended = Arc::new(AtomicBool::new(false));
+    let load = std::thread::spawn({
+        let ended = Arc::clone(&ended);
+        move || {
+            // It ends when the file that it looks for is there.
+            let result = sh_in(
+                "echo $$ > /tmp/load.pid
+                 fio --name=c --directory=/mnt/c --size=80m --direct=1 --ioengine=io_uring --iodepth=32 \
+                   --rw=randwrite --bsrange=512-64k --blockalign=512 --verify=crc32c --verify_fatal=1 --time_based \
+                   --runtime=36000 --verify_backlog=512 --verify_state_save=0 --trigger-file=/tmp/load.end --trigger=true \
+                   > /tmp/fio.out 2>&1 || { cat /tmp/fio.out; exit 1; }",
+                1200,
+            );
+            ended.store(true, Ordering::SeqCst);
+            result
+        }
+    });
+    let result = kill_all(&rig, &device, kills, &ended);
+    let _ = sh("touch /tmp/load.end; pkill -CONT fio");
+    load.join()
+        .map_err(|_| "thread")?
+        .map_err(|why| format!("{why}\n{}", rig.log_tail()))?;
+    sh("rm -f /tmp/load.end")?;
+    result?;
+    sh_in(&format!("umount /mnt/c && e2fsck -fn {device}"), 100)?;
+    let state = rig.state()?.0;
+    let wanted = if lost > 0 { "degraded" } else { "optimal" };
+    ensure(state == wanted, || format!("the group is {state}"))
+}
+
+fn kill_all(rig: &Rig, device: &str, kills: u32, ended: &AtomicBool) -> Result<(), Failure> {
+    for kill in 0..kills {
+        pause(300 + u64::from(kill) * 37 % 500);
+        let pid = rig.target_pid()?;
+        sh(&format!("kill -STOP {pid}"))?;
+        // The verifying reads of the load come one after the other: then there is nothing to be held, for a moment.
+        let full = until("16 requests are in flight", 60, || {
+            if in_flight(device)? < IN_FLIGHT && !ended.load(Ordering::SeqCst) {
+                sh(&format!(
+                    "kill -CONT {pid}; sleep 0.05; kill -STOP {pid}; sleep 0.2"
+                ))?;
+            }
+            Ok(in_flight(device)? >= IN_FLIGHT)
+        });
+        sh("pkill -STOP -x fio")?;
+        let waiting = in_flight(device)?;
+        sh(&format!("kill -KILL {pid}"))?;
+        full?;
+        until("a successor that has served them", 60, || {
+            Ok(rig.target_pid().is_ok_and(|new| new != pid) && in_flight(device)? == 0)
+        })
+        .map_err(|why| format!("kill {kill}: {why}\n{}", rig.log_tail()))?;
+        // The load still stands: what the successor has served are those requests. mgmtd asks it now and then.
+        let reissued = until("they are counted", 20, || Ok(served(rig)? >= waiting));
+        sh("pkill -CONT -x fio")?;
+        reissued.map_err(|why| format!("kill {kill}: of {waiting} in flight: {why}"))?;
+        ensure(!ended.load(Ordering::SeqCst), || {
+            format!("the load ended before kill {kill}")
+        })?;
+    }
+    Ok(())
+}
