@@ -7,6 +7,7 @@
 #   sim                the simulator: the default seeds, kept runs, every planted bug, the write hole of each policy
 #   lab                the machine harness itself
 #   e2e                real /dev/ublkbN in a real kernel, see fixtures/lab.sh; of large matrices the corners
+#   fuzz               readers of superblocks, maps, logs, configurations and calls, LUNAR_FUZZ_CASES (default 1000000) inputs each
 #   cuts               power cuts, on disks with a volatile cache: LUNAR_CUTS (default 12) of them, and that bugs are found
 #   demo               the README's demo, and that it fails, and where, when bytes are flipped behind Lunar's back
 #
@@ -21,7 +22,7 @@
 # A new part: a function part_NAME, and its name in `parts`.
 set -u -o pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
-parts=(fmt clippy docs unit sim lab e2e cuts demo)
+parts=(fmt clippy docs unit sim lab e2e fuzz cuts demo)
 
 export CARGO_TERM_COLOR=never
 export RUST_BACKTRACE=${RUST_BACKTRACE:-1}
@@ -47,6 +48,10 @@ part_unit() {
 part_tidy() { cargo test --locked -p lunar-tests --test tidy; }
 # Its binary has the engine's planted bugs in it, and lies apart from what serves anything.
 part_sim() { tests/sim.sh --all; }
+# A million inputs each, where `unit` has some thousands.
+part_fuzz() {
+  LUNAR_FUZZ_CASES=${LUNAR_FUZZ_CASES:-1000000} cargo test --locked -p lunar-engine -p mgmtd --test fuzz
+}
 part_lab() { fixtures/selftest.sh; }
 # Boots once for each group of end-to-end tests: what one leaves behind in device-mapper does not meet the next.
 e2e_groups() { # e2e_groups GROUP..: all tests whose names contain GROUP
@@ -80,13 +85,13 @@ e2e_group() {
 }
 part_e2e() {
   # The long ones first, so that the guests end together.
-  e2e_groups life_ import_ levels_ discard_ data_file layout_ data_survives_member_vanish manage_ queues_ replace_ data_survives_member_hang cli_ \
+  e2e_groups life_ crash_ import_ levels_ discard_ data_file layout_ data_survives_member_vanish manage_ queues_ replace_ data_survives_member_hang cli_ \
     scrub_ spare_ resize_ grow_ data_verified data_survives_member_error data_requests hostile_ config_ data_overlapping data_counters
 }
 part_matrix() {
   LUNAR_E2E_LONG=1 e2e_groups long_levels long_layout_raid0 long_layout_raid5 long_layout_raid10 long_layout_raid6 long_discard \
     long_data_survives_member_hang long_data_file long_data_survives_member_error long_data_survives_member_vanish long_data_requests \
-    long_life long_replace long_grow long_queues long_resize
+    long_life long_crash long_replace long_grow long_queues long_resize
 }
 part_cuts() {
   [ "${LUNAR_TEST_ON_HOST:-}" != 1 ] || { echo "skipped: this machine's power is not cut"; return 77; }

@@ -4,6 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
+use lunar_api::target::MemberState;
 use lunar_api::{ApiError, ErrorKind};
 
 use crate::probe::{Identity, identify};
@@ -21,7 +22,7 @@ impl View {
         let exact = |d: &&DiskSave| {
             d.number.to_string() == name || d.path == name || d.uuid.to_string() == name
         };
-        if let Some(disk) = self.tables.disks.values().find(exact) {
+        if let Some(disk) = self.there_first(self.tables.disks.values().filter(exact)) {
             return Ok(disk);
         }
         let mut paths = paths_of(name).into_iter();
@@ -34,7 +35,23 @@ impl View {
     fn disk_at(&self, path: &Path) -> Option<&DiskSave> {
         let there = disk_identity(path)?;
         let same = |d: &&DiskSave| disk_identity(Path::new(&d.path)) == Some(there);
-        self.tables.disks.values().find(same)
+        self.there_first(self.tables.disks.values().filter(same))
+    }
+
+    /// Of disks with one path the one that is there: another one may have had it before.
+    fn there_first<'a>(&self, disks: impl Iterator<Item = &'a DiskSave>) -> Option<&'a DiskSave> {
+        disks.min_by_key(|d| !self.is_there(d))
+    }
+
+    /// Says whether a disk serves, or was found where its row says when it was looked for last.
+    pub fn is_there(&self, disk: &DiskSave) -> bool {
+        self.serves(disk) || self.live.probes.contains_key(&disk.uuid)
+    }
+
+    /// Says whether a disk is in sync in its group, or filled.
+    pub fn serves(&self, disk: &DiskSave) -> bool {
+        let state = self.member(disk.uuid).map(|(_, member)| member.state);
+        matches!(state, Some(MemberState::InSync | MemberState::Rebuilding))
     }
 
     /// Finds a group by number, name or identity, or by a disk or a LU of it.

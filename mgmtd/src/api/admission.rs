@@ -68,9 +68,21 @@ pub(super) fn check_kind(path: &Path) -> Result<Identity, ApiError> {
     }
 }
 
+/// The disks that were where this one is, and that are not in service.
+pub(super) fn were_there(view: &View, identity: Identity) -> Vec<DiskSave> {
+    let disks = view.tables.disks.values();
+    let away = disks.filter(|d| is_at(d, identity) && !view.serves(d));
+    away.cloned().collect()
+}
+
+/// The disk that this one is; none if another one was there before.
 pub(super) fn known_disk(view: &View, identity: Identity) -> Option<&DiskSave> {
     let mut disks = view.tables.disks.values();
-    disks.find(|d| identify(Path::new(&d.path)).is_ok_and(|other| other == identity))
+    disks.find(|d| is_at(d, identity) && view.is_there(d))
+}
+
+fn is_at(disk: &DiskSave, identity: Identity) -> bool {
+    identify(Path::new(&disk.path)).is_ok_and(|other| other == identity)
 }
 
 pub(super) async fn check_fresh(

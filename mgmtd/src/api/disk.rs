@@ -11,7 +11,9 @@ use lunar_api::target::{MemberSpec, MemberState, TargetAnswer, TargetRequest};
 use lunar_api::units::format_size;
 use lunar_api::{ApiError, DiskUuid, ErrorKind};
 
-use super::admission::{Fresh, check_fresh, check_kind, check_unused, error, known_disk};
+use super::admission::{
+    Fresh, check_fresh, check_kind, check_unused, error, known_disk, were_there,
+};
 use super::{last_view, view};
 use crate::boot::{find_disks, look_again, probe_paths};
 use crate::daemon::{About, Daemon};
@@ -109,7 +111,7 @@ pub async fn add(daemon: &Daemon, ask: DiskAdd) -> Result<Changed, ApiError> {
         )
         .hint("lunar disk add /dev/disk/by-id/.."));
     }
-    let view = view(daemon).await;
+    let mut view = view(daemon).await;
     let mut seen = BTreeSet::new();
     let (mut unknown, mut numbers, mut changes) = (Vec::new(), Vec::new(), Vec::new());
     for path in &ask.paths {
@@ -120,6 +122,11 @@ pub async fn add(daemon: &Daemon, ask: DiskAdd) -> Result<Changed, ApiError> {
                 error(&path, ErrorKind::Usage, "the same disk is named twice")
                     .hint("name each disk once"),
             );
+        }
+        let away = were_there(&view, identity);
+        if !away.is_empty() {
+            look_again(daemon, &away).await?;
+            view = last_view(daemon);
         }
         match known_disk(&view, identity) {
             Some(known) => {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::job::{Job, Report};
+use super::job::{Job, Report, policies};
 use super::model::Place;
 use super::places::Places;
 use super::stamp::{self, SECTOR};
@@ -99,6 +99,10 @@ fn create(job: &Job, rig: &Rig) -> Result<(), Failure> {
     let mut group = vec![
         "group", "create", "data", "--disks", &list, "--level", job.level,
     ];
+    // The default of a level needs no word.
+    if job.policy != policies(job.level)[0] {
+        group.extend(["--consistency", job.policy]);
+    }
     if job.level != "raid1" {
         group.extend(["--chunk", &chunk]);
     }
@@ -184,7 +188,7 @@ fn check(dir: &Path, job: &Job, rig: &Rig, report: &mut Report) -> Result<bool, 
         let reason = text(&group["reason"]);
         report.say("refused", json!({ "reason": reason }));
         // The one reason that there may be; the host knows if there may be one.
-        if !reason.contains("not stopped cleanly and is degraded") {
+        if job.has_log() || !reason.contains("not stopped cleanly and is degraded") {
             return Err(format!("refused: {group}"));
         }
         if !job.force {
@@ -207,11 +211,21 @@ fn check(dir: &Path, job: &Job, rig: &Rig, report: &mut Report) -> Result<bool, 
             "mkdir -p {RAW_MOUNT} && mount -o noatime {RAW} {RAW_MOUNT}"
         ))?;
     }
+    let whole = match text(&group["state"]).as_str() {
+        _ if forced => Whole::Forced,
+        "optimal" => Whole::Yes,
+        _ => Whole::Degraded,
+    };
     let (hole, sectors) = if anew && !forced {
         (0, 0) // what a cut left of a start anew
     } else {
-        check_raw(job, &places, forced)?
+        check_raw(job, &places, whole)?
     };
+    // What is spoilt stays so; from here on it counts for nothing.
+    let anew = anew || hole > 0;
+    if anew {
+        fs::write(dir.join("anew"), "").map_err(|error| error.to_string())?;
+    }
     if anew {
         start_anew(dir, job)?;
     } else {
@@ -262,12 +276,25 @@ fn check_lu(rig: &Rig, places: &Places) -> Result<(), Failure> {
     Ok(())
 }
 
+/// With what a group came up.
+#[derive(Clone, Copy)]
+enum Whole {
+    Yes,
+    Degraded,
+    /// Degraded, and only by force.
+    Forced,
+}
+
 /// Reads the raw LU and judges each sector. Returns sectors in the write hole that hold something else, and how many
 /// were judged without that excuse.
-fn check_raw(job: &Job, places: &Places, forced: bool) -> Result<(u64, u64), Failure> {
+fn check_raw(job: &Job, places: &Places, whole: Whole) -> Result<(u64, u64), Failure> {
     let (shown, wrong) = read_raw(job, places)?;
-    let excused =
-        |sector: usize| forced && job.has_parity() && places.open[places.parts.of(sector)];
+    // With a log only a sector that was itself being written may be lost with its member (law 6 of the engine's `ppl`).
+    let excused = |sector: usize| match whole {
+        Whole::Forced => job.has_parity() && places.open[places.parts.of(sector)],
+        Whole::Degraded => job.has_log() && !places.sectors[sector].later.is_empty(),
+        Whole::Yes => false,
+    };
     let (hole, bad): (Vec<_>, Vec<_>) = wrong.into_iter().partition(|(at, _)| excused(*at));
     let judged = (0..shown.len()).filter(|at| !excused(*at)).count();
     if bad.is_empty() {
@@ -352,10 +379,6 @@ fn disks_again(job: &Job, rig: &Rig, report: &mut Report) -> Result<(), Failure>
         let here: Vec<&Value> = rows.iter().filter(|row| row["path"] == *path).collect();
         if here.iter().any(is_used) {
             continue;
-        }
-        // What is there now is not what was there: `disk add` takes the path for the disk that it knows.
-        for row in here.iter().filter(|row| row["group"].is_null()) {
-            rig.lunar(&["disk", "remove", &row["disk"].to_string(), "--yes"])?;
         }
         rig.lunar(&["disk", "add", "--role", "spare", &path])?;
     }

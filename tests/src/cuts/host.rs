@@ -12,10 +12,10 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 use super::guest;
-use super::job::{self, Job, LEVELS, Ways};
+use super::job::{self, Job, LEVELS, Ways, policies};
 use super::selftest;
 use super::stamp::mix;
-use super::traps::{Aim, Members, POINTS, Point, REACHED, Reach};
+use super::traps::{Aim, Members, POINTS, Point, Reach};
 use crate::e2e::rig::text;
 use crate::e2e::shell::{Failure, pause};
 
@@ -127,10 +127,10 @@ pub fn main(args: &[String]) -> i32 {
     tell(&tally, started);
     // A run that is long enough has frozen everywhere.
     if options.cuts >= 100 && options.set.is_none() && options.level.is_none() && failures == 0 {
-        let never = REACHED
+        let never = POINTS
             .iter()
-            .filter(|point| !tally.hit.contains_key(point));
-        let never: Vec<_> = never.collect();
+            .filter(|(point, _)| !tally.hit.contains_key(point));
+        let never: Vec<_> = never.map(|(_, name)| *name).collect();
         let result = if never.is_empty() { "ok" } else { "FAILED" };
         if !never.is_empty() {
             println!("never frozen at {never:?}");
@@ -285,6 +285,7 @@ struct Set {
     seed: u64,
     random: Random,
     level: &'static str,
+    policy: &'static str,
     members: usize,
     chunk_kib: u64,
     assume_clean: bool,
@@ -336,6 +337,12 @@ impl Set {
             "raid6" => 4 + usize::from(random.percent(40)),
             _ => 4,
         };
+        // Mostly the default; planted bugs are about that.
+        let all = policies(level);
+        let policy = match options.plant {
+            None if random.percent(35) => *random.pick(&all[1..]),
+            _ => all[0],
+        };
         let dir = folder(&set.to_string())?;
         let said = |error: std::io::Error| format!("{}: {error}", dir.display());
         let mut sizes = vec![MEMBER_BYTES; members + 2];
@@ -347,6 +354,7 @@ impl Set {
             cuts,
             seed,
             level,
+            policy,
             members,
             chunk_kib: *random.pick(&[16, 64, 64, 128]),
             // What the first sync writes is not what a planted bug is about.
@@ -401,8 +409,8 @@ impl Set {
     fn all(&mut self, tally: &mut Tally) -> Result<(), Failure> {
         let (level, members, chunk) = (self.level, self.members, self.chunk_kib);
         self.note(format!(
-            "set {}: seed {:x}, {level} of {members}, chunk {chunk} KiB, first sync: {}",
-            self.set, self.seed, !self.assume_clean
+            "set {}: seed {:x}, {level} of {members}, {}, chunk {chunk} KiB, first sync: {}",
+            self.set, self.seed, self.policy, !self.assume_clean
         ));
         let done = self.run(tally);
         if let Err(why) = &done {
@@ -447,6 +455,9 @@ impl Set {
         let turn = self.cut / 2 + self.set * (CUTS_A_SET / 2) / 2 + self.set;
         let has = Reach {
             parity: matches!(self.level, "raid5" | "raid6"),
+            log: matches!(self.policy, "ppl" | "journal"),
+            map: self.policy == "bitmap",
+            missed: self.slots.iter().any(|(state, _)| state != "in_sync"),
             rebuild: self.away.is_some()
                 || self.slots.iter().any(|(state, _)| state == "rebuilding"),
         };
@@ -462,6 +473,7 @@ impl Set {
             boot: self.boot,
             seed: self.random.draw(),
             level: self.level,
+            policy: self.policy,
             members: self.members,
             chunk_kib: self.chunk_kib,
             there,

@@ -25,6 +25,7 @@ pub(super) struct Job {
     pub boot: u64,
     pub seed: u64,
     pub level: &'static str,
+    pub policy: &'static str,
     pub members: usize,
     pub chunk_kib: u64,
     /// Disks that are there, but for disk 0, which has the state directory.
@@ -46,6 +47,15 @@ pub(super) struct Job {
 
 /// Levels by name, so that a job needs no memory of its own for it.
 pub(super) const LEVELS: [&str; 4] = ["raid5", "raid1", "raid6", "raid10"];
+/// Policies that a level has, the default first.
+pub(super) fn policies(level: &str) -> &'static [&'static str] {
+    match level {
+        "raid5" => &["ppl", "bitmap", "none"],
+        "raid6" => &["journal", "bitmap", "none"],
+        _ => &["bitmap", "none"],
+    }
+}
+
 const WAYS: [(&str, Ways); 4] = [
     ("mixed", Ways::Mixed),
     ("lazy", Ways::Lazy),
@@ -70,10 +80,16 @@ impl Job {
         matches!(self.level, "raid5" | "raid6")
     }
 
+    /// True if what it may spoil is no more than what was being written.
+    pub(super) fn has_log(&self) -> bool {
+        matches!(self.policy, "ppl" | "journal")
+    }
+
     pub(super) fn write(&self, dir: &Path) -> io::Result<()> {
         let ways = WAYS.iter().find(|(_, ways)| *ways == self.ways);
         let value = json!({
-            "run": self.run, "boot": self.boot, "seed": self.seed, "level": self.level, "members": self.members,
+            "run": self.run, "boot": self.boot, "seed": self.seed, "level": self.level,
+            "policy": self.policy, "members": self.members,
             "chunk_kib": self.chunk_kib, "there": self.there, "assume_clean": self.assume_clean,
             "ways": ways.map(|(name, _)| *name), "force": self.force, "firm": self.firm, "admin": self.admin,
             "in_file": self.in_file, "last": self.last,
@@ -91,6 +107,9 @@ impl Job {
                 boot: value["boot"].as_u64()?,
                 seed: value["seed"].as_u64()?,
                 level: LEVELS.iter().find(|name| value["level"] == **name)?,
+                policy: policies(value["level"].as_str()?)
+                    .iter()
+                    .find(|name| value["policy"] == **name)?,
                 members: index(&value["members"])?,
                 chunk_kib: value["chunk_kib"].as_u64()?,
                 there: there.collect::<Option<_>>()?,

@@ -66,22 +66,6 @@ pub(super) const POINTS: [(Point, &str); 15] = [
     (Point::LogWritten, "log_written"),
 ];
 
-/// Those that the program passes: policies with maps and logs are not there yet.
-pub(super) const REACHED: [Point; 12] = [
-    Point::Copy0Written,
-    Point::Copy1Written,
-    Point::ConfigWritten,
-    Point::DataNotParity,
-    Point::ParityWritten,
-    Point::PartOfStripe,
-    Point::DataWritten,
-    Point::BeforeFlush,
-    Point::SomeFlushed,
-    Point::BeforeStateFlush,
-    Point::StateFlushed,
-    Point::RebuildWritten,
-];
-
 /// What an address of a member is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Spot {
@@ -185,6 +169,11 @@ impl Members {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Reach {
     pub parity: bool,
+    pub log: bool,
+    /// There is an intent map.
+    pub map: bool,
+    /// A member misses what is written.
+    pub missed: bool,
     /// A member may be being filled.
     pub rebuild: bool,
 }
@@ -223,6 +212,15 @@ impl Aim {
         if has.parity {
             points.extend([Point::DataNotParity, Point::ParityWritten]);
         }
+        if has.log {
+            points.push(Point::LogWritten);
+        }
+        if has.map {
+            points.push(Point::IntentWritten);
+        }
+        if has.missed {
+            points.push(Point::MissedWritten);
+        }
         let turn = turn % points.len() as u64;
         let mut point = points[usize::try_from(turn).expect("an index")];
         if has.rebuild && random.percent(40) {
@@ -233,13 +231,13 @@ impl Aim {
             Point::ConfigWritten => 8,
             Point::BeforeStateFlush | Point::StateFlushed => 6,
             Point::BeforeFlush | Point::SomeFlushed => 40,
+            Point::IntentWritten => 30,
+            Point::MissedWritten => 3,
             Point::RebuildWritten => 80,
             Point::DataNotParity
             | Point::ParityWritten
             | Point::PartOfStripe
             | Point::DataWritten
-            | Point::IntentWritten
-            | Point::MissedWritten
             | Point::LogWritten => 120,
         };
         Self {

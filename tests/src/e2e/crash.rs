@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use super::rig::Rig;
 use super::shell::{Failure, pause, sh, sh_in, until};
@@ -9,6 +10,8 @@ use super::{Test, add, ensure};
 
 /// In flight at every kill, at least.
 const IN_FLIGHT: u64 = 16;
+/// A successor that has answered nothing for so long has failed.
+const LIMIT: Duration = Duration::from_secs(60);
 
 pub(super) fn tests(to: &mut Vec<Test>) {
     for (level, policy, lost) in [
@@ -29,7 +32,9 @@ pub(super) fn tests(to: &mut Vec<Test>) {
 }
 
 fn in_flight(device: &str) -> Result<u64, Failure> {
-    let counts = sh(&format!("cat /sys/block/$(basename {device})/inflight"))?;
+    let name = device.trim_start_matches("/dev/");
+    let counts = std::fs::read_to_string(format!("/sys/block/{name}/inflight"));
+    let counts = counts.map_err(|error| format!("{device}: {error}"))?;
     let count = |n: &str| n.parse::<u64>().map_err(|error| error.to_string());
     counts.split_whitespace().map(count).sum()
 }
@@ -78,14 +83,28 @@ fn killed(level: &str, policy: &str, lost: usize, kills: u32) -> Result<(), Fail
         .map_err(|_| "thread")?
         .map_err(|why| format!("{why}\n{}", rig.log_tail()))?;
     sh("rm -f /tmp/load.end")?;
-    result?;
+    let mut took = result?;
+    took.sort();
+    let ms = |nth: usize| took[nth].as_secs_f64() * 1e3;
+    println!(
+        "{level} {policy} {lost} away, {kills} kills, to the first request answered: median {:.0} ms, worst {:.0} ms",
+        ms(took.len() / 2),
+        ms(took.len() - 1)
+    );
     sh_in(&format!("umount /mnt/c && e2fsck -fn {device}"), 100)?;
     let state = rig.state()?.0;
     let wanted = if lost > 0 { "degraded" } else { "optimal" };
     ensure(state == wanted, || format!("the group is {state}"))
 }
 
-fn kill_all(rig: &Rig, device: &str, kills: u32, ended: &AtomicBool) -> Result<(), Failure> {
+/// Answers how long each kill kept requests waiting: until the first one was answered.
+fn kill_all(
+    rig: &Rig,
+    device: &str,
+    kills: u32,
+    ended: &AtomicBool,
+) -> Result<Vec<Duration>, Failure> {
+    let mut took = Vec::new();
     for kill in 0..kills {
         pause(300 + u64::from(kill) * 37 % 500);
         let pid = rig.target_pid()?;
@@ -102,7 +121,12 @@ fn kill_all(rig: &Rig, device: &str, kills: u32, ended: &AtomicBool) -> Result<(
         sh("pkill -STOP -x fio")?;
         let waiting = in_flight(device)?;
         sh(&format!("kill -KILL {pid}"))?;
+        let killed = Instant::now();
         full?;
+        while in_flight(device)? >= waiting && killed.elapsed() < LIMIT {
+            pause(2);
+        }
+        took.push(killed.elapsed());
         until("a successor that has served them", 60, || {
             Ok(rig.target_pid().is_ok_and(|new| new != pid) && in_flight(device)? == 0)
         })
@@ -115,5 +139,5 @@ fn kill_all(rig: &Rig, device: &str, kills: u32, ended: &AtomicBool) -> Result<(
             format!("the load ended before kill {kill}")
         })?;
     }
-    Ok(())
+    Ok(took)
 }

@@ -1,6 +1,7 @@
 //! A disk that still reads is replaced: the new one is filled by copying, and takes the place when it is whole.
 
 use super::discard::scrub_finds_nothing;
+use super::disks::{identity, let_go};
 use super::rig::{Rig, text};
 use super::shell::{Failure, pause, sh, sh_in, until};
 use super::spares::{compare, disk_state, disks_of, each_other_away, events, fill, number};
@@ -26,6 +27,36 @@ pub(super) fn tests(to: &mut Vec<Test>) {
         new_fails,
     );
     add(to, "replace_goes_on_after_a_shutdown", shutdown);
+    add(to, "replace_by_a_blank_disk_at_the_same_path", same_path);
+}
+
+/// Given a failed member, at whose path there is a blank disk since, when that is added and replaces it, then it is another
+/// disk, it is filled, and all reads as written without each other member; what was the old one's number stays with it.
+fn same_path() -> Result<(), Failure> {
+    let rig = Rig::new()?;
+    let (paths, _) = array(&rig, "raid5", 3)?;
+    let old = number(&rig, &paths[1])?;
+    let disk = identity(&paths[1])?;
+    rig.lunar(&["disk", "fail", &old, "--yes"])?;
+    let_go(&rig, &paths[1], disk)?;
+    let again = rig.lunar(&["disk", "add", &paths[1]])?;
+    ensure(again.contains("already given"), || again.clone())?;
+    sh_in(
+        &format!(
+            "dd if=/dev/zero of={} bs=1M oflag=direct 2>/dev/null || true",
+            paths[1]
+        ),
+        60,
+    )?;
+    rig.lunar(&["disk", "add", &paths[1]])?;
+    let new = number(&rig, &paths[1])?;
+    ensure(new != old, || format!("it is disk {old} still"))?;
+    let was = disk_state(&rig, &old)?;
+    ensure(was == "faulty", || format!("disk {old} is {was}"))?;
+    rig.lunar(&["disk", "replace", &old, &new])?;
+    rig.wait_optimal(120)?;
+    ensure(disks_of(&rig, "data")?[1] == new, || "another slot".into())?;
+    each_other_away(&rig, 1)
 }
 
 /// Bytes that were read from a block device, by the kernel's own count.

@@ -94,7 +94,7 @@ pub(super) fn each_other_away(rig: &Rig, slot: usize) -> Result<(), Failure> {
     for (i, disk) in disks.iter().enumerate().filter(|(i, _)| *i != slot) {
         rig.lunar(&["disk", "fail", disk])?;
         compare(rig, &format!("without slot {i}"))?;
-        rig.lunar(&["disk", "replace", disk, disk])?;
+        rig.lunar(&["disk", "replace", disk, disk, "--full"])?;
         rig.wait_optimal(120)?;
     }
     compare(rig, "in the end")
