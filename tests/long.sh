@@ -34,6 +34,7 @@ for part in "${parts[@]}"; do
       storms) printf -- '- %d sets of seeds: LUNAR_SIM_ROUND 1 to %d\n' "$LUNAR_SIM_SEEDS" "$LUNAR_SIM_SEEDS" ;;
       cuts) printf -- '- LUNAR_CUTS_SEED %d\n' "${LUNAR_CUTS_SEED:-1}" ;;&
       cuts | mutants) sed -nE 's/^([0-9]+ (cuts|checks) |unflushed writes|frozen at|caught )/- &/p' "$target/test-$part.log" ;;
+      e2e | matrix) sed -nE 's/^figure: /- /p' "$target/test-$part.log" ;;
       unit) printf -- '- %d cases of each property\n' "$PROPTEST_CASES" ;;
     esac
     printf -- '- %d passed, %d failed, %d skipped\n' "$(grep -c $'\tpassed$' "$target/test-results.tsv")" \

@@ -25,5 +25,9 @@ fn main() {
             },
         )
         .collect();
-    libtest_mimic::run(&args, trials).exit();
+    let ended = libtest_mimic::run(&args, trials);
+    for line in lunar_tests::e2e::figures() {
+        println!("figure: {line}");
+    }
+    ended.exit();
 }

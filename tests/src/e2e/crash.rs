@@ -4,9 +4,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use lunar_engine::region_map::{Kind, PAGE, PAGE_REGIONS, RegionSet};
+use lunar_engine::superblock::{self, At, Superblock};
+
+use super::blocks;
+use super::discard::scrub_finds_nothing;
+use super::replace::read_bytes;
 use super::rig::Rig;
 use super::shell::{Failure, pause, sh, sh_in, until};
-use super::{Test, add, ensure};
+use super::spares::{compare, fill};
+use super::{Test, add, ensure, figure};
 
 /// In flight at every kill, at least.
 const IN_FLIGHT: u64 = 16;
@@ -25,6 +32,10 @@ pub(super) fn tests(to: &mut Vec<Test>) {
         let name =
             format!("crash_target_killed_with_requests_in_flight_{level}_{policy}_{lost}_away");
         add(to, name, move || killed(level, policy, lost, 5));
+    }
+    for level in ["raid5", "raid10"] {
+        let name = format!("crash_resync_copies_what_was_being_written_and_no_more_{level}");
+        add(to, name, move || bounded_resync(level));
     }
     add(to, "long_crash_fifty_kills_with_requests_in_flight", || {
         killed("raid5", "ppl", 0, 50)
@@ -86,11 +97,11 @@ fn killed(level: &str, policy: &str, lost: usize, kills: u32) -> Result<(), Fail
     let mut took = result?;
     took.sort();
     let ms = |nth: usize| took[nth].as_secs_f64() * 1e3;
-    println!(
+    figure(format!(
         "{level} {policy} {lost} away, {kills} kills, to the first request answered: median {:.0} ms, worst {:.0} ms",
         ms(took.len() / 2),
         ms(took.len() - 1)
-    );
+    ));
     sh_in(&format!("umount /mnt/c && e2fsck -fn {device}"), 100)?;
     let state = rig.state()?.0;
     let wanted = if lost > 0 { "degraded" } else { "optimal" };
@@ -140,4 +151,128 @@ fn kill_all(
         })?;
     }
     Ok(took)
+}
+
+/// What a superblock says, and where: copy 0, read past Lunar.
+fn superblock_of(path: &str) -> Result<Superblock, Failure> {
+    let size = sh(&format!("blockdev --getsize64 {path}"))?;
+    let at = At {
+        offset: 4096,
+        device_size: size.parse().map_err(|_| "size")?,
+    };
+    let bytes = blocks::read(path, at.offset, superblock::BYTES)?;
+    let page = bytes.get().try_into().map_err(|_| "a page")?;
+    superblock::decode(page, at).map_err(|error| format!("{path}: {error}"))
+}
+
+/// Regions that a member's intent map has marked, and bytes of one, read past Lunar.
+fn marked(path: &str) -> Result<(RegionSet, u64), Failure> {
+    let member = superblock_of(path)?.member.ok_or("no member")?;
+    let region = member.group.region_bytes;
+    let mut set = RegionSet::new(member.group.member_bytes.div_ceil(region));
+    for page in 0..set.regions().div_ceil(PAGE_REGIONS) {
+        let at = member.layout.intent.offset + page * PAGE as u64;
+        let bytes = blocks::read(path, at, PAGE)?;
+        let bytes = bytes.get().try_into().map_err(|_| "a page")?;
+        set.add_page(Kind::Intent, member.group.uuid, page, Some(bytes));
+    }
+    Ok((set, region))
+}
+
+/// Spoils the parity of the stripe that a byte of the group is in; a mirror has none.
+fn spoil_parity(paths: &[String], address: u64) -> Result<(), Failure> {
+    let member = superblock_of(&paths[0])?.member.ok_or("no member")?;
+    let geometry = member.group.geometry().map_err(|error| error.to_string())?;
+    let chunk = geometry.chunk();
+    let stripe = address / chunk / u64::from(geometry.data_slots());
+    let Some(slot) = geometry.parity_slots(stripe).next() else {
+        return Ok(());
+    };
+    let path = &paths[usize::from(slot)];
+    let own = superblock_of(path)?.member.ok_or("no member")?;
+    let at = (own.layout.data_offset + stripe * chunk) / 4096;
+    sh(&format!(
+        "dd if=/dev/urandom of={path} bs=4k seek={at} count={} oflag=direct 2>/dev/null",
+        chunk / 4096
+    ))
+    .map(drop)
+}
+
+/// Given a `bitmap` group of which some places were being written, when all of Lunar dies and the in-flight log with it (as
+/// by a power cut), and parity there is torn, then the next start resyncs the regions that the members have marked and
+/// reads no more than those, all reads as written meanwhile, and after it also without a member.
+fn bounded_resync(level: &str) -> Result<(), Failure> {
+    let mut rig = Rig::new()?;
+    let create = [
+        "--level",
+        level,
+        "--consistency",
+        "bitmap",
+        "--assume-clean",
+    ];
+    let paths = rig.array("dm", 4, 256, &[&create[..], &["--chunk", "64KiB"]].concat())?;
+    fill(&rig)?;
+    for is_slow in [false, true] {
+        let rate = if is_slow { "1MiB" } else { "1GiB" };
+        let set = ["--rebuild-min", rate, "--rebuild-max", rate];
+        rig.lunar(&[&["group", "set", "data"], &set[..]].concat())?;
+        until("nothing is marked", 60, || {
+            Ok(marked(&paths[0])?.0.is_empty())
+        })?;
+        let device = rig.device()?;
+        let places = [5u64, 700, 1500, 2500, 4100, 5900];
+        // The bytes that are there, written once more.
+        for at in places {
+            sh(&format!(
+                "dd if={device} of=/tmp/same bs=4k skip={at} count=1 iflag=direct 2>/dev/null
+                 dd if=/tmp/same of={device} bs=4k seek={at} count=1 oflag=direct 2>/dev/null"
+            ))?;
+        }
+        let pid = rig.target_pid()?;
+        let mgmtd = rig.mgmtd_pid();
+        sh(&format!("kill -KILL {mgmtd} {pid}"))?;
+        rig.end_mgmtd("KILL")?;
+        until("ublk-target is dead", 30, || {
+            Ok(!std::path::Path::new(&format!("/proc/{pid}")).exists())
+        })?;
+        sh("rm -r /run/lunar/inflight")?;
+        let (regions, region) = marked(&paths[0])?;
+        let dirty = regions.len();
+        ensure((1..=2 * places.len() as u64).contains(&dirty), || {
+            format!("{dirty} regions are marked")
+        })?;
+        for at in places {
+            spoil_parity(&paths, at * 4096)?;
+        }
+        let read = || -> Result<u64, Failure> {
+            let mut most = 0;
+            for path in &paths {
+                most = most.max(read_bytes(path)?);
+            }
+            Ok(most)
+        };
+        let before = read()?;
+        rig.start()?;
+        rig.wait_lu()?;
+        if is_slow {
+            compare(&rig, "while it is resynced")?;
+            let group = rig.json(&["group", "show", "data"])?;
+            ensure(!group["sync"].is_null(), || "the resync had ended".into())?;
+        }
+        rig.wait_optimal(100)?;
+        let bytes = read()? - before;
+        // Beside the data: superblocks, maps and configuration, well below 4 MiB.
+        let most = dirty * region + (4 << 20);
+        ensure(is_slow || bytes <= most, || {
+            format!(
+                "{bytes} bytes of a member were read, {dirty} regions of {region} bytes were marked"
+            )
+        })?;
+        ensure(is_slow || bytes >= dirty * region / 2, || {
+            format!("{bytes} bytes of a member were read: nothing was resynced")
+        })?;
+        scrub_finds_nothing(&rig)?;
+    }
+    rig.lunar(&["disk", "fail", &paths[1], "--yes"])?;
+    compare(&rig, "without a member")
 }

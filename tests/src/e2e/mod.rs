@@ -25,6 +25,8 @@ mod resize;
 mod scrub;
 mod spares;
 
+use std::sync::{Mutex, PoisonError};
+
 use shell::Failure;
 
 /// A test with its name.
@@ -57,6 +59,19 @@ pub fn tests() -> Vec<Test> {
 
 /// The start of names of tests that only a long run has: the rest of a matrix whose corners always run.
 pub const LONG: &str = "long_";
+
+/// What tests have measured and nothing is asserted of: told in the end, as a test's own line is not to be broken.
+static FIGURES: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+fn figure(line: String) {
+    let mut figures = FIGURES.lock().unwrap_or_else(PoisonError::into_inner);
+    figures.push(line);
+}
+
+/// Lines of what was measured.
+pub fn figures() -> Vec<String> {
+    std::mem::take(&mut *FIGURES.lock().unwrap_or_else(PoisonError::into_inner))
+}
 
 fn add(
     to: &mut Vec<Test>,

@@ -60,7 +60,7 @@ fn same_path() -> Result<(), Failure> {
 }
 
 /// Bytes that were read from a block device, by the kernel's own count.
-fn read_bytes(path: &str) -> Result<u64, Failure> {
+pub(super) fn read_bytes(path: &str) -> Result<u64, Failure> {
     let sectors = sh(&format!(
         "awk '{{print $3}}' /sys/block/dm-$(dmsetup info -c --noheadings -o minor {path})/stat"
     ))?;

@@ -261,6 +261,10 @@ const RARE: [State; 6] = [
 /// States that a crash is aimed at, for what the group can be in.
 fn draw_aim(random: &Random, config: &Config) -> State {
     let bitmap = config.consistency == Consistency::Bitmap;
+    // What a log is for.
+    if config.consistency.has_log() && random.percent(15) {
+        return State::LaneWritten;
+    }
     loop {
         let state = match random.percent(30) {
             true => *random.of(&RARE),
@@ -341,7 +345,7 @@ fn draw_boot(random: &Random, config: &Config, is_last: bool) -> Boot {
     let mut deeds: Vec<(u64, Deed)> = (0..random.below(5))
         .map(|_| (random.below(requests), draw_deed(random, config)))
         .collect();
-    let end = match random.below(20) {
+    let mut end = match random.below(20) {
         0..=8 => End::Kill,
         9..=18 => End::Power,
         _ => End::Stop,
@@ -351,6 +355,9 @@ fn draw_boot(random: &Random, config: &Config, is_last: bool) -> Boot {
         0..=3 => When::Events(1 + random.below(*random.of(&[60, 600, 3000]))),
         4..=8 => {
             let state = draw_aim(random, config);
+            if state == State::LaneWritten {
+                end = End::Power;
+            }
             let slot = random.below(config.members.into()) as u16;
             let mut at = 0;
             for deed in ways_to(state, slot) {

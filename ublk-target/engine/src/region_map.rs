@@ -136,9 +136,10 @@ impl RegionSet {
         self.len > before
     }
 
-    /// Leaves what is in the other set too.
+    /// Leaves what is in the other set too, which may have fewer regions.
     pub fn keep_all(&mut self, other: &Self) {
-        for (to, from) in self.words.iter_mut().zip(&other.words) {
+        let words = other.words.iter().chain(std::iter::repeat(&0));
+        for (to, from) in self.words.iter_mut().zip(words) {
             *to &= from;
         }
         self.count();
@@ -356,6 +357,13 @@ mod tests {
         assert_eq!((a.len(), a.next(3)), (2, Some(199)));
         a.grow(300);
         assert!(a.insert(299) && a.contains(2));
+        let mut b = a.clone();
+        b.keep_all(&set(100, &[2]));
+        assert_eq!(
+            b.iter().collect::<Vec<_>>(),
+            [2],
+            "a smaller one has no more"
+        );
         a.clear();
         assert!(a.is_empty() && a.regions() == 300);
     }

@@ -454,7 +454,10 @@ fn find_maps(
         };
         for (to, from) in [(&mut found.intent, intent), (&mut found.missed, missed)] {
             match is_first {
-                true => to.all.clone_from(from),
+                // Not a copy: one that was not there as the group grew has fewer regions.
+                true => {
+                    to.all.add_all(from);
+                }
                 false => to.all.keep_all(from),
             }
             if in_sync {
