@@ -9,7 +9,7 @@ use lunar_engine::superblock::{self, At, Superblock};
 
 use super::blocks;
 use super::discard::scrub_finds_nothing;
-use super::replace::read_bytes;
+use super::replace::{rate, read_bytes};
 use super::rig::Rig;
 use super::shell::{Failure, pause, sh, sh_in, until};
 use super::spares::{compare, fill};
@@ -213,9 +213,7 @@ fn bounded_resync(level: &str) -> Result<(), Failure> {
     let paths = rig.array("dm", 4, 256, &[&create[..], &["--chunk", "64KiB"]].concat())?;
     fill(&rig)?;
     for is_slow in [false, true] {
-        let rate = if is_slow { "1MiB" } else { "1GiB" };
-        let set = ["--rebuild-min", rate, "--rebuild-max", rate];
-        rig.lunar(&[&["group", "set", "data"], &set[..]].concat())?;
+        rate(&rig, if is_slow { "64KiB" } else { "1GiB" })?;
         until("nothing is marked", 60, || {
             Ok(marked(&paths[0])?.0.is_empty())
         })?;
@@ -258,6 +256,7 @@ fn bounded_resync(level: &str) -> Result<(), Failure> {
             compare(&rig, "while it is resynced")?;
             let group = rig.json(&["group", "show", "data"])?;
             ensure(!group["sync"].is_null(), || "the resync had ended".into())?;
+            rate(&rig, "1GiB")?;
         }
         rig.wait_optimal(100)?;
         let bytes = read()? - before;

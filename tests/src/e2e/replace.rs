@@ -67,7 +67,7 @@ pub(super) fn read_bytes(path: &str) -> Result<u64, Failure> {
     Ok(512 * sectors.parse::<u64>().map_err(|error| error.to_string())?)
 }
 
-fn rate(rig: &Rig, rate: &str) -> Result<(), Failure> {
+pub(super) fn rate(rig: &Rig, rate: &str) -> Result<(), Failure> {
     let set = [
         "group",
         "set",
