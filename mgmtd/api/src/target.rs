@@ -545,9 +545,9 @@ pub struct SlowStatus {
 pub enum FailCause {
     /// By hand.
     Hand,
-    /// Read errors: too many lately, or one that could not be repaired.
+    /// Too many read errors lately.
     Reads,
-    /// A write or flush failed.
+    /// A write or flush failed, or what could not be read could not be written anew.
     Writes,
     /// It did not answer in time.
     NoAnswer,

@@ -40,9 +40,16 @@ pub(super) fn tests(to: &mut Vec<Test>) {
 
 /// Sectors written to a device since it was made, as the kernel counts them.
 fn written(device: &str) -> Result<u64, Failure> {
-    let name = sh(&format!("basename $(readlink -f {device})"))?;
-    let sectors = sh(&format!("awk '{{print $7}}' /sys/block/{name}/stat"))?;
-    sectors.parse().map_err(|_| format!("{device}: {sectors}"))
+    counted(device, 7)
+}
+
+/// A field of what the kernel counts of a device.
+fn counted(device: &str, field: u32) -> Result<u64, Failure> {
+    let number = "$((0x$(stat -Lc %t $d))):$((0x$(stat -Lc %T $d)))";
+    let value = sh(&format!(
+        "d={device}; awk '{{print ${field}}}' /sys/dev/block/{number}/stat"
+    ))?;
+    value.parse().map_err(|_| format!("{device}: {value}"))
 }
 
 fn member_state(rig: &Rig, slot: usize) -> Result<String, Failure> {
@@ -221,11 +228,7 @@ fn slow() -> Result<(), Failure> {
     rig.array("dm", 4, 256, &RAID5)?;
     fill(&rig)?;
     let device = rig.device()?;
-    let read = || -> Result<u64, Failure> {
-        let name = sh("basename $(readlink -f /dev/mapper/member1)")?;
-        let reads = sh(&format!("awk '{{print $1}}' /sys/block/{name}/stat"))?;
-        reads.parse().map_err(|_| reads)
-    };
+    let read = || counted("/dev/mapper/member1", 1);
     let load = |seconds: u32| {
         let device = device.clone();
         // Stripe by stripe all members.

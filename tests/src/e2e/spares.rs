@@ -314,13 +314,13 @@ fn missing() -> Result<(), Failure> {
     rig.lunar(&["disk", "add", "--role", "spare", &spare])?;
     fill(&rig)?;
     rig.shutdown()?;
-    sh("dm_vanish member1; blkdiscard /dev/ram1")?;
+    sh("dm_vanish member1; blkdiscard -f /dev/ram1")?;
     rig.start()?;
     rig.wait_optimal(120)?;
     let state = disk_state(&rig, &spare)?;
     ensure(state == "in_sync", || format!("the spare is {state}"))?;
     rig.shutdown()?;
-    sh("dm_vanish member3; blkdiscard /dev/ram3")?;
+    sh("dm_vanish member3; blkdiscard -f /dev/ram3")?;
     rig.start()?;
     until("the group is up", 60, || Ok(rig.state()?.0 == "degraded"))?;
     let later = sh("member_make dm 6 256")?;

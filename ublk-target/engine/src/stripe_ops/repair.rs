@@ -401,7 +401,7 @@ impl<E: Env> RaidGroup<E> {
             return self
                 .fail(
                     1 << slot,
-                    FailCause::Reads,
+                    FailCause::Writes,
                     "unreadable, and could not be rewritten",
                 )
                 .await;
