@@ -303,12 +303,14 @@ pub async fn start_group(
         );
     }
     fds.push(inflight(daemon, group)?);
-    let (witness, rates) = {
+    let (witness, told) = {
         let tables = daemon.tables();
         let row = tables.group(group);
         (
             row.and_then(|g| g.witness),
-            row.map_or((None, None), |g| (g.rebuild_min, g.rebuild_max)),
+            row.map_or((None, None, None), |g| {
+                (g.rebuild_min, g.rebuild_max, g.read_errors_max)
+            }),
         )
     };
     let ublk_devices = ublk_devices();
@@ -321,8 +323,9 @@ pub async fn start_group(
         without,
         keep: how.keep,
         undelete: how.undelete,
-        rebuild_min_bytes: rates.0,
-        rebuild_max_bytes: rates.1,
+        rebuild_min_bytes: told.0,
+        rebuild_max_bytes: told.1,
+        read_errors_max: told.2,
     };
     let answer = daemon.ask(&start, fds).await;
     let answer = answer.map_err(|error| by_name(daemon, group, error))?;

@@ -57,6 +57,8 @@ pub struct GroupEntry {
     pub members: Vec<DiskUuid>,
     pub rebuild_min: Option<u64>,
     pub rebuild_max: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub read_errors_max: Option<u32>,
     pub lus: Vec<LuEntry>,
 }
 
@@ -263,6 +265,7 @@ fn group_entry(view: &View, save: &GroupSave, old: Option<&GroupEntry>) -> Group
             .collect(),
         rebuild_min: save.rebuild_min,
         rebuild_max: save.rebuild_max,
+        read_errors_max: save.read_errors_max,
         lus: lus.collect(),
     }
 }

@@ -2,6 +2,8 @@
 //!
 //! [`machine`] needs no daemon: `lunar doctor` runs it by itself when mgmtd cannot be reached. The judgements are pure.
 
+mod members;
+
 use std::path::Path;
 
 use lunar_api::rows::{CheckRow, CheckState, DiskState};
@@ -294,6 +296,7 @@ pub fn running(view: &View, state_dir: &Path, run_dir: &Path, target_up: bool) -
             .collect();
         out.push(redundancy(view, save));
         out.extend(scrubbed(view, save));
+        out.extend(members::members(view, save));
         out.push(caches(&save.name_seen, &disks));
         out.push(sectors(&save.name_seen, &disks));
     }

@@ -409,6 +409,7 @@ mod tests {
                 capacity,
                 was: None,
                 sick: None,
+                left: None,
             });
             self
         }
@@ -595,6 +596,7 @@ mod tests {
                 capacity,
                 was: None,
                 sick: None,
+                left: None,
             });
         }
         let number = asked.view.tables.number_group(GROUP, "data");

@@ -28,6 +28,7 @@ pub mod planner;
 pub mod probe;
 pub mod quarantine;
 pub mod resolve;
+pub mod returns;
 pub mod server;
 pub mod sightings;
 pub mod signature;

@@ -18,6 +18,14 @@ pub const OPEN_LIMIT: Duration = Duration::from_secs(10);
 pub const REOPEN_PAUSE: Duration = Duration::from_millis(20);
 /// Pause between two looks whether a slot wants a spare; what happens in between rings at once.
 pub const SPARES_PAUSE: Duration = Duration::from_secs(5);
+/// Times that a disk which went away is put back by itself within [`RETURNS_WINDOW`]; then somebody has to look at it.
+pub const RETURNS_MAX: usize = 3;
+/// Milliseconds for which a return counts.
+pub const RETURNS_WINDOW: u64 = 3600 * 1000;
+/// Pause between two looks whether a disk is back; what happens in between rings at once.
+pub const RETURNS_PAUSE: Duration = Duration::from_secs(3);
+/// A disk that hung when it was looked at is left alone for so long.
+pub const HANGS_PAUSE: Duration = Duration::from_secs(60);
 /// Pause between two looks whether a group's disks, all held, are let go of.
 pub const HELD_PAUSE: Duration = Duration::from_secs(1);
 /// Longest wait for another change to end.

@@ -12,7 +12,7 @@ use lunar_api::SystemUuid;
 use mgmtd::daemon::{Config, Daemon};
 use mgmtd::limits::HOOK_LIMIT;
 use mgmtd::store;
-use mgmtd::{holders, hooks, notify, probe, server, spares, supervisor};
+use mgmtd::{holders, hooks, notify, probe, returns, server, spares, supervisor};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// The management daemon of Lunar. Its end leaves the data path running; `lunar shutdown` stops all.
@@ -147,6 +147,7 @@ async fn run(args: Args) -> Result<(), String> {
     tokio::spawn(hooks::follow(daemon.clone()));
     let mut supervisor = tokio::spawn(supervisor::supervise(daemon.clone()));
     tokio::spawn(spares::watch(daemon.clone()));
+    tokio::spawn(returns::watch(daemon.clone()));
     tokio::select! {
         _ = term.recv() => tracing::info!("mgmtd ends, the data path stays up"),
         _ = int.recv() => tracing::info!("mgmtd ends, the data path stays up"),

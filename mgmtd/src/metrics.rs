@@ -223,6 +223,31 @@ fn members(page: &mut Page, view: &View) {
         "Writes of a member that failed.",
         of(|m| m.write_errors),
     );
+    page.counter(
+        "member_repaired_grains",
+        "Grains (4 KiB) of a member that could not be read and were written anew.",
+        of(|m| m.repaired),
+    );
+    page.counter(
+        "member_timeouts",
+        "Times that a member did not answer for 30 s.",
+        of(|m| m.timeouts),
+    );
+    page.gauge(
+        "member_errors_lately",
+        "Repaired read errors that count against a member.",
+        of(|m| m.errors_lately.into()),
+    );
+    page.gauge(
+        "member_latency_microseconds",
+        "Time of an I/O of a member, over the last 5 s that had any.",
+        of(|m| m.latency_us),
+    );
+    page.gauge(
+        "member_slow",
+        "1 for a member that is much slower than its peers.",
+        of(|m| m.slow.is_some().into()),
+    );
 }
 
 fn disks(page: &mut Page, view: &View) {

@@ -35,6 +35,45 @@ pub fn identify(path: &Path) -> io::Result<Identity> {
     })
 }
 
+/// The device that a path leads to now: one that was taken away and came back is another, though its name is the same.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Device {
+    pub identity: Identity,
+    /// The kernel's number of this block device, never given twice in a boot; empty for a file.
+    pub sequence: String,
+}
+
+/// Finds the device that a path leads to; none if there is nothing.
+pub fn device(path: &Path) -> Option<Device> {
+    let identity = identify(path).ok()?;
+    let sequence = match identity {
+        Identity::Block(dev) => {
+            let base = format!("/sys/dev/block/{}", major_minor(dev));
+            // A partition has that of its disk.
+            let read = |at: &str| std::fs::read_to_string(format!("{base}/{at}")).ok();
+            read("diskseq").or_else(|| read("../diskseq"))?
+        }
+        Identity::File(..) | Identity::Directory | Identity::Other => String::new(),
+    };
+    Some(Device { identity, sequence })
+}
+
+/// Everything that a disk could come back as: whenever that is another, something came or went.
+pub fn block_devices() -> Vec<(String, String)> {
+    let all = names("/sys/block").into_iter();
+    let devices = all.filter(|name| !name.starts_with("ublkb"));
+    devices
+        .map(|name| {
+            let at = format!("/sys/block/{name}");
+            let sequence = std::fs::read_to_string(format!("{at}/diskseq")).unwrap_or_default();
+            let parts = names(&at)
+                .into_iter()
+                .filter(|part| part.starts_with(&name));
+            (name.clone(), parts.fold(sequence, |all, part| all + &part))
+        })
+        .collect()
+}
+
 /// What a disk really is: a loop device is its file.
 pub fn behind(identity: Identity) -> Identity {
     let Identity::Block(dev) = identity else {

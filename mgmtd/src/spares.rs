@@ -140,6 +140,7 @@ async fn take(daemon: &Daemon, found: Match<'_>) -> Result<(), ApiError> {
             path: spare.path.clone(),
         },
         full: false,
+        only_missed: false,
     };
     let status = match daemon.ask(&request, vec![fd]).await? {
         TargetAnswer::Group { group } => *group,
@@ -227,6 +228,7 @@ mod tests {
             capacity,
             was: None,
             sick: None,
+            left: None,
         });
         let label = Label {
             system: view.tables.system,

@@ -45,6 +45,19 @@ pub struct DiskSave {
     /// Why this spare did not do; until it is added again it is faulty.
     #[serde(default)]
     pub sick: Option<String>,
+    /// How it left its group; none: it did not, or nobody knows.
+    #[serde(default)]
+    pub left: Option<Left>,
+}
+
+/// How a member left its group: whether it may come back by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Left {
+    /// Its device went away.
+    Away,
+    /// It failed while it was there, or by hand: it is back when somebody says so.
+    Failed,
 }
 
 /// A group, as saved.
@@ -63,6 +76,8 @@ pub struct GroupSave {
     pub rebuild_min: Option<u64>,
     #[serde(default)]
     pub rebuild_max: Option<u64>,
+    #[serde(default)]
+    pub read_errors_max: Option<u32>,
 }
 
 /// A LU, as saved.
@@ -203,6 +218,7 @@ impl Tables {
             stopped_in: None,
             rebuild_min: None,
             rebuild_max: None,
+            read_errors_max: None,
         });
         // Superblocks do not say it: the name comes when the group starts.
         if !name.is_empty() {
@@ -271,6 +287,7 @@ mod tests {
             capacity: 1,
             was: None,
             sick: None,
+            left: None,
         };
         tables.put_disk(row.clone());
         tables.put_disk(row);

@@ -15,8 +15,10 @@ use crate::tables::GroupSave;
 use crate::views::{View, is_write_hole_open};
 
 mod action;
+mod warnings;
 
 pub use action::{action, again};
+pub use warnings::warnings;
 
 /// Composes the answer to `Status`. `holders` tells who holds a ublk device; `by_hand` which groups were
 /// stopped on purpose.
@@ -48,7 +50,8 @@ pub fn status(
             health_of(&group)
         };
         health = health.max(own);
-        if !unhealthy || own != Health::Optimal || !left(&group).is_empty() {
+        let is_well = left(&group).is_empty() && group.warnings.is_empty();
+        if !unhealthy || own != Health::Optimal || !is_well {
             group_text(&mut text, view, save, &group, holders);
             groups.push(group);
         }
@@ -211,6 +214,11 @@ fn group_health(view: &View, save: &GroupSave) -> GroupHealth {
     GroupHealth {
         group: save.number,
         members: members.collect(),
+        warnings: view
+            .live
+            .groups
+            .get(&save.uuid)
+            .map_or_else(Vec::new, |live| warnings(view, live)),
         lus: lus.collect(),
         action: show.action,
         name: show.name,
@@ -277,6 +285,10 @@ fn group_text(
     }
     if let Some(live) = live.filter(|_| group.state == GroupState::Degraded) {
         let _ = writeln!(text, "  risk: {}", risk(live.can_lose));
+    }
+    for warning in &group.warnings {
+        let (says, action) = (&warning.text, &warning.action);
+        let _ = writeln!(text, "  warn: {says}: {action}");
     }
     if let Some(scrub) = &group.scrub {
         let _ = writeln!(text, "  scan: {}", scrub_scan(scrub, group.sync.is_some()));

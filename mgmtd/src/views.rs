@@ -155,6 +155,11 @@ impl View {
                 write_bytes: m.write_bytes,
                 read_errors: m.read_errors,
                 write_errors: m.write_errors,
+                repaired: m.repaired,
+                timeouts: m.timeouts,
+                errors_lately: m.errors_lately,
+                latency_us: m.latency_us,
+                slow: m.slow,
             }
         };
         group.all_members().map(row).collect()
@@ -186,6 +191,11 @@ impl View {
                 write_bytes: 0,
                 read_errors: 0,
                 write_errors: 0,
+                repaired: 0,
+                timeouts: 0,
+                errors_lately: 0,
+                latency_us: 0,
+                slow: None,
             }
         };
         (0..).zip(&label.members).map(row).collect()
@@ -238,6 +248,7 @@ impl View {
                 .unwrap_or(0),
             rebuild_min: save.rebuild_min,
             rebuild_max: save.rebuild_max,
+            read_errors_max: live.map_or(save.read_errors_max.unwrap_or(0), |g| g.read_errors_max),
             members: live.map_or_else(|| self.stopped_rows(save), |g| self.member_rows(g)),
             action: text::action(self, save),
             lus: lus.map(|l| l.number).collect(),
@@ -489,6 +500,13 @@ pub(crate) mod tests {
             write_bytes: 0,
             read_errors: 0,
             write_errors: 0,
+            repaired: 0,
+            timeouts: 0,
+            errors_lately: 0,
+            cause: None,
+            can_catch_up: false,
+            latency_us: 0,
+            slow: None,
         };
         GroupStatus {
             group: uuid,
@@ -524,6 +542,7 @@ pub(crate) mod tests {
             sync: None,
             scrub: None,
             zeroing: Vec::new(),
+            read_errors_max: 20,
             zero_copy: true,
             allocations: 0,
         }
@@ -566,6 +585,7 @@ pub(crate) mod tests {
                 capacity,
                 was: None,
                 sick: None,
+                left: None,
             });
         }
         view.tables.number_group(group.group, &group.name);

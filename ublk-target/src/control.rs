@@ -12,6 +12,7 @@ use lunar_api::{ApiError, ErrorKind, SystemUuid};
 use lunar_engine::config::Queues;
 use lunar_engine::raid_group::Fill;
 
+use crate::group::Tunables;
 use crate::groups::Groups;
 use crate::socket::{self, Message};
 
@@ -186,7 +187,11 @@ fn dispatch(
             group,
             rebuild_min_bytes,
             rebuild_max_bytes,
-        } => groups.get(group)?.set(rebuild_min_bytes, rebuild_max_bytes),
+            read_errors_max,
+        } => groups.get(group)?.set(Tunables {
+            rates: (rebuild_min_bytes, rebuild_max_bytes),
+            read_errors_max,
+        }),
         TargetRequest::GroupGrow { group } => groups.get(group)?.grow(),
         TargetRequest::GroupScrub { group, order } => groups.get(group)?.scrub(order),
         TargetRequest::MemberFail { group, disk } => groups.get(group)?.member_fail(disk),
@@ -195,9 +200,14 @@ fn dispatch(
             slot,
             member,
             full,
+            only_missed,
         } => {
             let [fd] = take(fds)?;
-            let fill = if full { Fill::All } else { Fill::Missed };
+            let fill = match (full, only_missed) {
+                (true, _) => Fill::All,
+                (false, true) => Fill::OnlyMissed,
+                (false, false) => Fill::Missed,
+            };
             groups.get(group)?.member_replace(slot, member, fill, fd)
         }
         TargetRequest::LuCreate {

@@ -59,8 +59,24 @@ fn usage(what: impl Into<String>) -> ApiError {
 /// How a group comes to be.
 enum Spec {
     Create(CreateSpec),
-    /// With the bounds of its rebuilds.
-    Start(StartSpec, (Option<u64>, Option<u64>)),
+    Start(StartSpec, Tunables),
+}
+
+/// What of a group is not on its disks; none: it stays as it is.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Tunables {
+    /// Bytes a second of its rebuilds, least and most.
+    pub(crate) rates: (Option<u64>, Option<u64>),
+    pub(crate) read_errors_max: Option<u32>,
+}
+
+impl Tunables {
+    fn give(self, group: &RaidGroup<World>) {
+        group.set_rebuild_rate(self.rates.0, self.rates.1);
+        if let Some(most) = self.read_errors_max {
+            group.set_read_errors_max(most);
+        }
+    }
 }
 
 impl Group {
@@ -102,6 +118,7 @@ impl Group {
                 undelete,
                 rebuild_min_bytes,
                 rebuild_max_bytes,
+                read_errors_max,
             } => {
                 let spec = StartSpec {
                     group,
@@ -111,8 +128,11 @@ impl Group {
                     keep,
                     undelete,
                 };
-                let rates = (rebuild_min_bytes, rebuild_max_bytes);
-                (group, Spec::Start(spec, rates), members, ublk_devices)
+                let tunables = Tunables {
+                    rates: (rebuild_min_bytes, rebuild_max_bytes),
+                    read_errors_max,
+                };
+                (group, Spec::Start(spec, tunables), members, ublk_devices)
             }
             _ => return Err(usage("this request begins no group")),
         };
@@ -326,9 +346,9 @@ impl Group {
         Arc::clone(&self).answer()
     }
 
-    pub(crate) fn set(self: Arc<Self>, min: Option<u64>, max: Option<u64>) -> TargetReply {
+    pub(crate) fn set(self: Arc<Self>, tunables: Tunables) -> TargetReply {
         self.change(async move |group| {
-            group.set_rebuild_rate(min, max);
+            tunables.give(&group);
             Ok(())
         })?;
         self.answer()
@@ -544,9 +564,9 @@ async fn begin_group(
     };
     match spec {
         Spec::Create(spec) => RaidGroup::create(parts, spec).await,
-        Spec::Start(spec, (min, max)) => {
+        Spec::Start(spec, tunables) => {
             let group = RaidGroup::start(parts, spec).await?;
-            group.set_rebuild_rate(min, max);
+            tunables.give(&group);
             Ok(group)
         }
     }

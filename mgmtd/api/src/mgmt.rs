@@ -146,6 +146,8 @@ requests! {
         rebuild_min: Option<u64>,
         /// Bytes a second.
         rebuild_max: Option<u64>,
+        /// Read errors of a disk that may be repaired lately before it is failed; 0: any number.
+        read_errors_max: Option<u32>,
         dry_run: bool,
         yes: bool,
     }

@@ -6,7 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::ids::{DiskUuid, GroupUuid, History, LuUuid, SystemUuid};
 use crate::mgmt::Role;
-use crate::target::{Consistency, Features, GroupState, Level, LuCounters, ScrubState, SyncStatus};
+use crate::target::{
+    Consistency, Features, GroupState, Level, LuCounters, ScrubState, SlowStatus, SyncStatus,
+};
 
 macro_rules! rows {
     ($($(#[$doc:meta])* $name:ident { $($(#[$fdoc:meta])* $field:ident: $type:ty,)* })*) => {
@@ -170,6 +172,16 @@ rows! {
         reason: String,
         read_errors: u64,
         write_errors: u64,
+        /// Grains (4 KiB) that could not be read, and were written anew from redundancy.
+        repaired: u64,
+        /// Times that it did not answer for 30 s.
+        timeouts: u64,
+        /// Read errors that were repaired and count against it; each hour halves them.
+        errors_lately: u32,
+        /// Microseconds of an I/O, over the last 5 s that had any.
+        latency_us: u64,
+        /// It is much slower than its peers.
+        slow: Option<SlowStatus>,
         /// As the disk says; empty when it does not.
         model: String,
         serial: String,
@@ -234,6 +246,16 @@ rows! {
         write_bytes: u64,
         read_errors: u64,
         write_errors: u64,
+        /// Grains (4 KiB) that could not be read, and were written anew from redundancy.
+        repaired: u64,
+        /// Times that it did not answer for 30 s.
+        timeouts: u64,
+        /// Read errors that were repaired and count against it; each hour halves them.
+        errors_lately: u32,
+        /// Microseconds of an I/O, over the last 5 s that had any.
+        latency_us: u64,
+        /// It is much slower than its peers.
+        slow: Option<SlowStatus>,
     }
     /// One group in full.
     GroupShow {
@@ -262,6 +284,8 @@ rows! {
         /// default, no limit.
         rebuild_min: Option<u64>,
         rebuild_max: Option<u64>,
+        /// Read errors of a disk that may be repaired lately before it is failed; 0: any number.
+        read_errors_max: u32,
         members: Vec<MemberRow>,
         /// Numbers of its LUs.
         lus: Vec<u32>,
@@ -404,7 +428,17 @@ rows! {
         /// The scrub that runs, or the last one.
         scrub: Option<ScrubRow>,
         members: Vec<MemberHealth>,
+        /// Disks that serve, but may not for long.
+        warnings: Vec<Warning>,
         lus: Vec<LuHealth>,
+    }
+    /// A disk that serves, but may not for long.
+    Warning {
+        disk: Option<u32>,
+        slot: u16,
+        text: String,
+        /// What to type about it.
+        action: String,
     }
     /// A slot in `status`.
     MemberHealth {

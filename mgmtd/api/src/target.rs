@@ -192,6 +192,8 @@ pub enum TargetRequest {
         rebuild_min_bytes: Option<u64>,
         #[serde(default)]
         rebuild_max_bytes: Option<u64>,
+        #[serde(default)]
+        read_errors_max: Option<u32>,
     },
     /// Has the attached members of a group that does not run (nil: free disks) belong to this system, in the order
     /// given: the highest generation first. Answer: `Done`.
@@ -223,6 +225,9 @@ pub enum TargetRequest {
         group: GroupUuid,
         rebuild_min_bytes: Option<u64>,
         rebuild_max_bytes: Option<u64>,
+        /// Read errors of a member that may be repaired lately before it is failed; 0: any number.
+        #[serde(default)]
+        read_errors_max: Option<u32>,
     },
     /// Starts, pauses, resumes or cancels a scrub; durable when answered. Answer: `Group`.
     GroupScrub { group: GroupUuid, order: ScrubOrder },
@@ -238,6 +243,9 @@ pub enum TargetRequest {
         /// Filled from the start, also where it is known what it has missed.
         #[serde(default)]
         full: bool,
+        /// Refused where it is not known what it has missed.
+        #[serde(default)]
+        only_missed: bool,
     },
     /// Makes a LU and its device. Answer: `Lu`; of one that is zeroed, when it is.
     LuCreate {
@@ -463,6 +471,9 @@ pub struct GroupStatus {
     /// LUs that are zeroed before they are there.
     #[serde(default)]
     pub zeroing: Vec<ZeroStatus>,
+    /// Read errors of a member that may be repaired lately before it is failed; 0: any number.
+    #[serde(default)]
+    pub read_errors_max: u32,
     pub zero_copy: bool,
     /// Times that serving requests allocated memory since the group started; stays as it is once warm.
     pub allocations: u64,
@@ -492,8 +503,56 @@ pub struct MemberStatus {
     pub writes: u64,
     pub read_bytes: u64,
     pub write_bytes: u64,
+    /// Reads that failed, by media errors or others; and writes and flushes.
     pub read_errors: u64,
     pub write_errors: u64,
+    /// Grains (4 KiB) that could not be read, and were written anew from redundancy.
+    #[serde(default)]
+    pub repaired: u64,
+    /// Times that it did not answer for 30 s.
+    #[serde(default)]
+    pub timeouts: u64,
+    /// Read errors that were repaired and count against it: each hour halves them.
+    #[serde(default)]
+    pub errors_lately: u32,
+    /// Why it was failed, since the group started.
+    #[serde(default)]
+    pub cause: Option<FailCause>,
+    /// It is not in sync, and what it has missed since is known.
+    #[serde(default)]
+    pub can_catch_up: bool,
+    /// Microseconds of an I/O, over the last 5 s that had any.
+    #[serde(default)]
+    pub latency_us: u64,
+    /// It is much slower than its peers, for some time.
+    #[serde(default)]
+    pub slow: Option<SlowStatus>,
+}
+
+/// A member that is much slower than its peers: microseconds of an I/O, and the median of theirs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct SlowStatus {
+    pub latency_us: u64,
+    pub peers_us: u64,
+}
+
+/// Why a member was failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum FailCause {
+    /// By hand.
+    Hand,
+    /// Too many read errors lately.
+    Reads,
+    /// A write or flush failed, or what could not be read could not be written anew.
+    Writes,
+    /// It did not answer in time.
+    NoAnswer,
+    /// The kernel says that its device is not there any more.
+    Gone,
 }
 
 /// A LU that is zeroed before it is there.

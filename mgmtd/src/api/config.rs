@@ -13,6 +13,7 @@ use crate::config_file::{ConfigFile, DiskEntry, compare};
 use crate::daemon::{About, Daemon};
 use crate::planner::{Gate, Plan};
 use crate::probe::{behind, identify};
+use crate::tables::GroupSave;
 use crate::text::level_word;
 
 /// Answers `ConfigSave`.
@@ -52,15 +53,13 @@ pub async fn load(daemon: &Daemon, ask: ConfigLoad) -> Result<Changed, ApiError>
     }
     for row in &load.groups {
         let old = view.tables.group(row.uuid);
-        let (rebuild_min_bytes, rebuild_max_bytes) = (row.rebuild_min, row.rebuild_max);
-        if old.map(|old| (old.rebuild_min, old.rebuild_max))
-            != Some((rebuild_min_bytes, rebuild_max_bytes))
-            && view.live.groups.contains_key(&row.uuid)
-        {
+        let told = |row: &GroupSave| (row.rebuild_min, row.rebuild_max, row.read_errors_max);
+        if old.map(told) != Some(told(row)) && view.live.groups.contains_key(&row.uuid) {
             let request = TargetRequest::GroupSet {
                 group: row.uuid,
-                rebuild_min_bytes,
-                rebuild_max_bytes,
+                rebuild_min_bytes: row.rebuild_min,
+                rebuild_max_bytes: row.rebuild_max,
+                read_errors_max: row.read_errors_max,
             };
             daemon.ask(&request, Vec::new()).await?;
         }
@@ -180,11 +179,12 @@ async fn create(daemon: &Daemon, file: &ConfigFile, ask: &ConfigLoad) -> Result<
         };
         group::create(daemon, make).await?;
         let (rebuild_min, rebuild_max) = (g.rebuild_min, g.rebuild_max);
-        if rebuild_min.or(rebuild_max).is_some() {
+        if rebuild_min.or(rebuild_max).is_some() || g.read_errors_max.is_some() {
             let set = GroupSet {
                 group: g.name.clone(),
                 rebuild_min,
                 rebuild_max,
+                read_errors_max: g.read_errors_max,
                 yes: true,
                 ..GroupSet::default()
             };

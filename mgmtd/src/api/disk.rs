@@ -23,7 +23,7 @@ use crate::names::expand;
 use crate::opener::open_patiently;
 use crate::planner::{Gate, Plan};
 use crate::probe::{random, stable_path};
-use crate::tables::DiskSave;
+use crate::tables::{DiskSave, Left};
 use crate::views::View;
 use crate::{hardware, signature};
 
@@ -65,6 +65,11 @@ pub async fn show(daemon: &Daemon, name: &str) -> Result<DiskOne, ApiError> {
             + bad.map_or("", |b| b),
         read_errors: member.map_or(0, |m| m.read_errors),
         write_errors: member.map_or(0, |m| m.write_errors),
+        repaired: member.map_or(0, |m| m.repaired),
+        timeouts: member.map_or(0, |m| m.timeouts),
+        errors_lately: member.map_or(0, |m| m.errors_lately),
+        latency_us: member.map_or(0, |m| m.latency_us),
+        slow: member.and_then(|m| m.slow),
         model: hardware.model,
         serial: hardware.serial,
         links: hardware.links,
@@ -298,6 +303,7 @@ async fn take(daemon: &Daemon, fresh: Fresh, role: Role) -> Result<u32, ApiError
             capacity,
             was: None,
             sick: None,
+            left: None,
         });
         number
     };
@@ -412,6 +418,11 @@ pub async fn fail(daemon: &Daemon, ask: DiskFail) -> Result<Changed, ApiError> {
         TargetAnswer::Group { group } => daemon.absorb_group(*group).await?,
         other => return Err(unexpected(&other)),
     }
+    daemon.tables().put_disk(DiskSave {
+        left: Some(Left::Failed),
+        ..disk.clone()
+    });
+    daemon.save().await?;
     let mut answer = plan.done(format!("disk {n} is faulty"));
     answer.disks = rows(&last_view(daemon), &[n]);
     Ok(answer)
@@ -517,6 +528,7 @@ pub async fn replace(daemon: &Daemon, ask: DiskReplace) -> Result<Changed, ApiEr
         slot,
         member: spec,
         full: ask.full,
+        only_missed: false,
     };
     let status = match daemon.ask(&request, vec![fd]).await? {
         TargetAnswer::Group { group } => *group,

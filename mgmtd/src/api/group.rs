@@ -260,7 +260,8 @@ pub async fn set(daemon: &Daemon, ask: GroupSet) -> Result<Changed, ApiError> {
     let old = row.clone();
     row.rebuild_min = ask.rebuild_min.or(row.rebuild_min);
     row.rebuild_max = ask.rebuild_max.or(row.rebuild_max);
-    if (ask.rebuild_min, ask.rebuild_max) == (None, None) {
+    row.read_errors_max = ask.read_errors_max.or(row.read_errors_max);
+    if (ask.rebuild_min, ask.rebuild_max, ask.read_errors_max) == (None, None, None) {
         return Err(usage("nothing to set", "lunar group set --help"));
     }
     if !are_rates(row.rebuild_min, row.rebuild_max) {
@@ -272,16 +273,16 @@ pub async fn set(daemon: &Daemon, ask: GroupSet) -> Result<Changed, ApiError> {
     let plan = if row == old {
         Plan::unchanged("it is set so")
     } else {
-        Plan::step(format!("set the rebuild rate of group {}", row.name_seen))
+        Plan::step(format!("set what group {} is told", row.name_seen))
     };
     if let Gate::Answer(answer) = plan.gate(ask.dry_run, ask.yes)? {
         return Ok(*answer);
     }
-    let (rebuild_min_bytes, rebuild_max_bytes) = (row.rebuild_min, row.rebuild_max);
     let request = TargetRequest::GroupSet {
         group,
-        rebuild_min_bytes,
-        rebuild_max_bytes,
+        rebuild_min_bytes: row.rebuild_min,
+        rebuild_max_bytes: row.rebuild_max,
+        read_errors_max: row.read_errors_max,
     };
     let status = group_answer(daemon.ask(&request, Vec::new()).await?)?;
     daemon.tables().put_group(row);

@@ -283,6 +283,7 @@ fn row(daemon: &Daemon, uuid: DiskUuid, probe: &Probe, was: Option<(GroupUuid, u
         capacity: probe.capacity,
         was,
         sick: None,
+        left: None,
     });
 }
 

@@ -195,9 +195,9 @@ pub fn correct(daemon: &Daemon, seen: &Sightings) {
                 None if member => tables.next_disk(),
                 None => continue,
             };
-            let (role, was, sick) = old
-                .as_ref()
-                .map_or_else(Default::default, |o| (o.role, o.was, o.sick.clone()));
+            let (role, was, sick, left) = old.as_ref().map_or_else(Default::default, |o| {
+                (o.role, o.was, o.sick.clone(), o.left)
+            });
             if let Some(old) = old.filter(|old| old.path != path) {
                 moved.push((
                     *uuid,
@@ -213,6 +213,7 @@ pub fn correct(daemon: &Daemon, seen: &Sightings) {
                 capacity,
                 was,
                 sick,
+                left,
             });
             if let Some(label) = probe.label.as_ref().filter(|_| member) {
                 tables.number_group(label.group, &label.group_name);

@@ -375,7 +375,9 @@ fn group(args: &Args, client: &mut Client, verb: &Group) -> Result<u8, ApiError>
             group,
             rebuild_min,
             rebuild_max,
+            read_errors_max,
         } => {
+            let read_errors_max = *read_errors_max;
             let (group, rebuild_min, rebuild_max) = (absolute(group), *rebuild_min, *rebuild_max);
             let ask = |yes| {
                 let group = group.clone();
@@ -383,6 +385,7 @@ fn group(args: &Args, client: &mut Client, verb: &Group) -> Result<u8, ApiError>
                     group,
                     rebuild_min,
                     rebuild_max,
+                    read_errors_max,
                     dry_run,
                     yes,
                 })

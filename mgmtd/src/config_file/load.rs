@@ -164,6 +164,14 @@ fn groups(view: &View, file: &ConfigFile, out: &mut Load) {
                     ));
                 }
             }
+            row.read_errors_max = entry.read_errors_max;
+            if row.read_errors_max != old.read_errors_max {
+                let most = row
+                    .read_errors_max
+                    .map_or("the default".into(), |n| n.to_string());
+                out.steps
+                    .push(format!("group {name} gets {most} as the most read errors"));
+            }
             if *name != entry.name {
                 out.differs
                     .push(format!("group {} of the file is called {name}", entry.name));
@@ -277,6 +285,7 @@ pub fn refill(tables: &mut Tables, file: &ConfigFile) -> bool {
             capacity: d.capacity,
             was: None,
             sick: None,
+            left: None,
         });
     }
     for g in &file.groups {
@@ -288,6 +297,7 @@ pub fn refill(tables: &mut Tables, file: &ConfigFile) -> bool {
             stopped_in: None,
             rebuild_min: g.rebuild_min,
             rebuild_max: g.rebuild_max,
+            read_errors_max: g.read_errors_max,
         });
         for lu in &g.lus {
             tables.put_lu(LuSave {

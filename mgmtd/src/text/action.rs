@@ -4,6 +4,7 @@ use lunar_api::rows::DiskState;
 use lunar_api::target::{GroupState, GroupStatus, MemberStatus, SyncAction};
 
 use crate::jobs::scrub_left;
+use crate::returns;
 use crate::spares::replaced;
 use crate::tables::GroupSave;
 use crate::views::{View, member_state};
@@ -88,6 +89,9 @@ fn started_action(view: &View, group: &GroupStatus) -> String {
                         --role spare PATH"
                     .into();
             };
+            if let Some(action) = returns::action(view, m, n) {
+                return action;
+            }
             // One that comes back is stale, whatever it says: it missed what was written since.
             format!(
                 "add a disk (lunar disk add PATH), then: lunar disk replace {n} NEW; or, with the same disk back and \

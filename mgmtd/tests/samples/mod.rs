@@ -7,7 +7,8 @@ use std::path::Path;
 use lunar_api::mgmt::Role;
 use lunar_api::rows::*;
 use lunar_api::target::{
-    Consistency, Features, GroupState, Level, LuCounters, ScrubState, SyncAction, SyncStatus,
+    Consistency, Features, GroupState, Level, LuCounters, ScrubState, SlowStatus, SyncAction,
+    SyncStatus,
 };
 use lunar_api::{DiskUuid, GroupUuid, History, LuUuid, SystemUuid};
 
@@ -53,6 +54,11 @@ pub(crate) fn disk_show() -> DiskShow {
         reason: String::new(),
         read_errors: 0,
         write_errors: 0,
+        repaired: 16,
+        timeouts: 0,
+        errors_lately: 1,
+        latency_us: 380,
+        slow: None,
         model: "ST4000VN008".into(),
         serial: "Z1F0A".into(),
         links: vec![disk_row().path],
@@ -164,6 +170,7 @@ pub(crate) fn group_show() -> GroupShow {
         generation: 7,
         rebuild_min: None,
         rebuild_max: Some(200 << 20),
+        read_errors_max: 20,
         members: vec![member()],
         lus: vec![1],
         sync: Some(sync()),
@@ -223,6 +230,14 @@ pub(crate) fn member() -> MemberRow {
         write_bytes: 8192,
         read_errors: 0,
         write_errors: 3,
+        repaired: 0,
+        timeouts: 1,
+        errors_lately: 0,
+        latency_us: 52_300,
+        slow: Some(SlowStatus {
+            latency_us: 52_300,
+            peers_us: 410,
+        }),
     }
 }
 
@@ -319,6 +334,12 @@ pub(crate) fn status() -> StatusReply {
                 state: DiskState::Rebuilding,
                 read_errors: 0,
                 write_errors: 3,
+            }],
+            warnings: vec![Warning {
+                disk: Some(1),
+                slot: 0,
+                text: "disk 1 (slot 0) is slow: 52 ms for an I/O, its peers 410 us".into(),
+                action: "lunar disk replace 1 NEW".into(),
             }],
             lus: vec![LuHealth {
                 lu: 1,

@@ -13,6 +13,7 @@ mod discard;
 mod disks;
 mod failing;
 mod grow;
+mod health;
 mod hostile;
 mod import;
 mod layout;
@@ -38,6 +39,7 @@ pub fn tests() -> Vec<Test> {
     data::tests(&mut all);
     discard::tests(&mut all);
     failing::tests(&mut all);
+    health::tests(&mut all);
     concurrent::tests(&mut all);
     layout::tests(&mut all);
     levels::tests(&mut all);

@@ -311,7 +311,7 @@ fn shutdown() -> Result<(), Failure> {
     wait_copied(&rig, 20 << 20)?;
     rig.shutdown()?;
     let gone = new.trim_start_matches("/dev/mapper/").to_owned();
-    sh(&format!("dm_vanish {gone}; blkdiscard /dev/ram4"))?;
+    sh(&format!("dm_vanish {gone}; blkdiscard -f /dev/ram4"))?;
     rig.start()?;
     rig.wait_optimal(60)?;
     let disks = disks_of(&rig, "data")?;

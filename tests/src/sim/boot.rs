@@ -130,6 +130,10 @@ impl Run {
 
     /// Background work takes its time, it may be.
     pub fn set_rate(&self) {
+        // Faults are counted against a budget of redundancy: a disk that is failed for repaired ones would be one more.
+        if let Some(group) = &self.group {
+            group.set_read_errors_max(0);
+        }
         if let (Some(group), Some(rate)) = (&self.group, self.plan.config.rate) {
             group.set_rebuild_rate(None, Some(rate));
         }

@@ -11,15 +11,12 @@ use crate::planted::{self, Bug};
 use crate::raid_group::RaidGroup;
 use crate::region_map::RegionSet;
 use crate::regions::Maps;
-use crate::serve::bits;
 use crate::stripe_table::{Item, JoinId, Task};
-use crate::sync::{either, join};
-use crate::traits::{Clock, Disk, Env, MILLISECOND, SECOND, Tick};
+use crate::sync::either;
+use crate::traits::{Clock, Env, MILLISECOND, SECOND, Tick};
 
-/// A member that has not answered for so long is failed (`--disk-limit`).
-pub(crate) const DISK_LIMIT: u64 = 30 * SECOND;
 /// Between two looks at the members.
-const LOOK: u64 = SECOND;
+pub(crate) const LOOK: u64 = SECOND;
 /// Without a write for so long a group is marked clean.
 const CLEAN_AFTER: u64 = 5 * SECOND;
 /// The cursor is made durable after so many bytes of a member, or so long.
@@ -90,68 +87,8 @@ impl Pace {
 }
 
 impl<E: Env> RaidGroup<E> {
-    /// Watches the members and marks an idle group clean; the rim spawns one. Ends when the group has stopped.
-    pub async fn watch(self: Rc<Self>) {
-        // Side by side: what writes to the members may wait for the very one that is to be given up.
-        join(self.watch_members(), self.tidy()).await;
-    }
-
-    /// Gives up members that do not answer; `tidy` makes that durable.
-    async fn watch_members(&self) {
-        while !self.stopping.get() {
-            self.look().await;
-            self.recall_memory();
-            self.let_go();
-            let mut stalled = 0;
-            for slot in bits(self.in_sync.get() | self.rebuilding().map_or(0, |slot| 1 << slot)) {
-                if self
-                    .member(slot)
-                    .disk
-                    .borrow()
-                    .as_ref()
-                    .is_some_and(|disk| disk.oldest() > DISK_LIMIT)
-                {
-                    stalled |= 1 << slot;
-                }
-            }
-            if stalled != 0 && self.can_lose(stalled) {
-                self.fail_now(stalled, "no answer for 30 s");
-            }
-            let hangs = |disk: &Rc<E::Disk>| disk.oldest() > DISK_LIMIT;
-            let new = self.copying();
-            if new.is_some_and(|new| new.to.disk.borrow().as_ref().is_some_and(hangs)) {
-                self.drop_copy("no answer for 30 s");
-            }
-        }
-    }
-
-    /// Closes members that have failed, once their I/O is over: whoever repairs such a disk may hand it in again.
-    fn let_go(&self) {
-        for member in self.members.borrow().iter() {
-            let is_out = matches!(
-                member.state.get(),
-                MemberState::Faulty | MemberState::Missing
-            );
-            let is_over = |disk: &Rc<E::Disk>| disk.oldest() == 0;
-            if is_out && member.disk.borrow().as_ref().is_some_and(is_over) {
-                member.disk.take();
-            }
-        }
-    }
-
-    /// Takes back what was lent once no member that was given up holds memory any more.
-    fn recall_memory(&self) {
-        let mut hung = self.hung.borrow_mut();
-        if hung.is_empty() {
-            return;
-        }
-        hung.retain(|disk| disk.oldest() > 0);
-        if hung.is_empty() && !self.failed.get() {
-            self.pool.recall();
-        }
-    }
-
-    async fn tidy(&self) {
+    /// Marks an idle group clean.
+    pub(crate) async fn tidy(&self) {
         let mut idle_since = self.clock.now();
         let mut seen = self.requests_seen();
         while !self.stopping.get() {
@@ -196,7 +133,7 @@ impl<E: Env> RaidGroup<E> {
     }
 
     /// Waits until it is time to look again, until there is new work, or until the group is stopped.
-    async fn look(&self) {
+    pub(crate) async fn look(&self) {
         let now = || {
             (
                 self.stopping.get(),

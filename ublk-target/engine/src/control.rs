@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use lunar_api::target::{DeletedLu, LuSize, MemberState, ZeroStatus};
+use lunar_api::target::{DeletedLu, FailCause, LuSize, MemberState, ZeroStatus};
 use lunar_api::{ApiError, DiskUuid, ErrorKind, LuUuid};
 
 use crate::config::{ConfigError, GroupConfig, LuConfig, Queues};
@@ -371,7 +371,7 @@ impl<E: Env> RaidGroup<E> {
             .await
             .map_err(|why| failed(what, why))?;
         if bad != 0 {
-            self.fail(bad, "configuration could not be written")
+            self.fail(bad, FailCause::Writes, "configuration could not be written")
                 .await
                 .map_err(|_| failed(what, "too few members took it"))?;
         }
@@ -475,7 +475,7 @@ impl<E: Env> RaidGroup<E> {
                     .hint("lunar status"),
             );
         }
-        self.fail_now(1 << slot, why);
+        self.fail_now(1 << slot, FailCause::Hand, why);
         self.publish().await.map_err(|_| {
             failed(
                 "the disk is failed, but that is not durable",
@@ -545,7 +545,7 @@ impl<E: Env> RaidGroup<E> {
         let size = with.disk.capacity();
         let needed = self.geometry.data_bytes(slot);
         let returns = match fill {
-            Fill::Missed if !is_copied => self.returns_to(slot, &with).await,
+            Fill::Missed | Fill::OnlyMissed if !is_copied => self.returns_to(slot, &with).await,
             _ => None,
         };
         // What its log says that it misses is noted before that is emptied.
@@ -553,6 +553,9 @@ impl<E: Env> RaidGroup<E> {
             (Some(place), Some(_)) => self.note_log(&with, &place).await?.then_some(place),
             (returns, _) => returns,
         };
+        if fill == Fill::OnlyMissed && returns.is_none() {
+            return Err(refuse("it is not known what it has missed".into()));
+        }
         let place = match &returns {
             Some(place) => place.clone(),
             None => MemberPlace {

@@ -399,7 +399,7 @@ impl<E: Env> RaidGroup<E> {
         let Some(disk) = old.disk.borrow().clone() else {
             return;
         };
-        while disk.oldest() > 0 && disk.oldest() < crate::background::DISK_LIMIT {
+        while disk.oldest() > 0 && disk.oldest() < crate::watching::DISK_LIMIT {
             self.clock.sleep(MILLISECOND).await;
         }
         let (Some(place), Some(meta)) = (&old.place, &old.meta) else {

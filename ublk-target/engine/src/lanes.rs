@@ -15,7 +15,7 @@ use std::rc::Rc;
 
 use arrayvec::ArrayVec;
 use crc_fast::{CrcAlgorithm, Digest};
-use lunar_api::target::Consistency;
+use lunar_api::target::{Consistency, FailCause};
 
 use crate::limits::MEMBERS_MAX;
 use crate::member::{Member, MemberIo};
@@ -281,7 +281,8 @@ impl<E: Env> RaidGroup<E> {
         if self.failed.get() {
             return Err(EIO);
         }
-        self.fail(bad, "its log could not be written").await?;
+        self.fail(bad, FailCause::Writes, "its log could not be written")
+            .await?;
         Ok(None)
     }
 

@@ -12,6 +12,7 @@ use crate::geometry::Geometry;
 use crate::growing::Shape;
 use crate::inflight::InflightLog;
 use crate::lanes::{Lane, Lanes};
+use crate::limits::READ_ERRORS_MAX;
 use crate::member::{META_BYTES, Member};
 use crate::pool::{Pool, Quota};
 use crate::raid_group::{Given, MemberPlace, Parts, RaidGroup, Rebuild};
@@ -161,6 +162,7 @@ impl<E: Env> RaidGroup<E> {
             record: RefCell::new(record),
             rate_min: Cell::new(config.options.rebuild_min_bytes.unwrap_or(RATE_MIN)),
             rate_max: Cell::new(config.options.rebuild_max_bytes),
+            read_errors_max: Cell::new(READ_ERRORS_MAX),
             scrub: RefCell::new(config.scrub.clone()),
             scrub_orders: Cell::new(0),
             scrub_found: RefCell::default(),

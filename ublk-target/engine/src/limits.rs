@@ -2,6 +2,8 @@
 
 use lunar_api::units::{KIB, MIB};
 
+use crate::traits::{MILLISECOND, SECOND};
+
 /// Most members of a group: 64 slots of 32 bytes are the second half of the 4 KiB superblock.
 pub const MEMBERS_MAX: usize = lunar_api::target::MEMBERS_MAX;
 
@@ -53,6 +55,27 @@ pub const CONFIG_PIECE: usize = 64 * 1024;
 /// Most stripes that a sync leaves out because nobody can read them; with more it stops, for then it is not a sector
 /// that is bad but a member. 1024 chunks are up to 1 GiB.
 pub const HOLES_MAX: usize = 1024;
+
+/// Read errors of a member that were repaired lately before it is failed, unless a group is told another number: md's
+/// `max_corrected_read_errors`.
+pub const READ_ERRORS_MAX: u32 = 20;
+/// After so long those that count are halved, as md does.
+pub const STRIKES_HALVE_AFTER: u64 = 3600 * SECOND;
+
+/// Between two looks at what is in flight while there is work: 100 of them are a window, 20 wake-ups a second cost 0.1 %
+/// of a CPU that is busy anyway.
+pub const SPEED_SAMPLE: u64 = 50 * MILLISECOND;
+/// Members are compared over so long.
+pub const SPEED_WINDOW: u64 = 5 * SECOND;
+/// Windows in a row after which a disk is named slow, or well again: 20 s, longer than a disk's own error recovery (7 s
+/// with TLER) and than a cache that is written back.
+pub const SLOW_WINDOWS: u32 = 4;
+/// A window with fewer I/Os says nothing of a member.
+pub const SLOW_IOS_MIN: u64 = 16;
+/// So many times as long as the median of its peers.
+pub const SLOW_TIMES: u64 = 8;
+/// Nobody is slow who takes less for an I/O: a disk that turns takes half of it.
+pub const SLOW_LATENCY_MIN: u64 = 20 * MILLISECOND;
 
 /// Most bad stripes that a scrub lists; the others are counted. 128 of up to 400 bytes of JSON are 51 KB, in the
 /// configuration of every member and in every answer about the group.

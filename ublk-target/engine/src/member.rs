@@ -7,13 +7,14 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 
 use lunar_api::DiskUuid;
-use lunar_api::target::{MemberState, MemberStatus};
+use lunar_api::target::{FailCause, MemberState, MemberStatus, SlowStatus};
 
+use crate::health::{Speed, Strikes};
 use crate::lanes::Lane;
 use crate::pool::Lease;
 use crate::raid_group::{Given, MemberPlace};
 use crate::superblock::BYTES;
-use crate::traits::{Buf, Disk, DiskError, DiskVerb, Piece};
+use crate::traits::{Buf, Disk, DiskError, DiskVerb, Piece, Tick};
 
 /// Bytes of a member's private memory: a superblock, and a page of a map.
 pub(crate) const META_BYTES: usize = 2 * BYTES;
@@ -53,6 +54,22 @@ pub(crate) struct Member<D> {
     pub write_bytes: Cell<u64>,
     pub read_errors: Cell<u64>,
     pub write_errors: Cell<u64>,
+    /// Grains that could not be read and were written anew.
+    pub repaired: Cell<u64>,
+    /// Times that it did not answer within the limit.
+    pub timeouts: Cell<u64>,
+    /// It does not answer now, and that is counted.
+    pub is_stalled: Cell<bool>,
+    /// The kernel said that its device is not there any more.
+    pub is_gone: Cell<bool>,
+    pub cause: Cell<Option<FailCause>>,
+    pub strikes: Strikes,
+    pub speed: Speed,
+}
+
+/// Says whether an error means that the device is not there any more: ENXIO, ENODEV, ENOLINK (its transport has lost it).
+fn is_gone(error: DiskError) -> bool {
+    matches!(error, DiskError::Errno(6 | 19 | 67))
 }
 
 /// Another disk for the same slot: what is written to a member goes to it too.
@@ -91,6 +108,13 @@ impl<D: Disk> Member<D> {
             write_bytes: Cell::new(0),
             read_errors: Cell::new(0),
             write_errors: Cell::new(0),
+            repaired: Cell::new(0),
+            timeouts: Cell::new(0),
+            is_stalled: Cell::new(false),
+            is_gone: Cell::new(false),
+            cause: Cell::new(None),
+            strikes: Strikes::default(),
+            speed: Speed::default(),
         }
     }
 
@@ -170,8 +194,9 @@ impl<D: Disk> Member<D> {
         pieces: &[Piece],
     ) -> Option<D::Io> {
         let disk = self.disk.borrow();
-        disk.as_ref()
-            .map(|disk| disk.submit(verb, at, len, buf, pieces))
+        let disk = disk.as_ref()?;
+        self.speed.begin();
+        Some(disk.submit(verb, at, len, buf, pieces))
     }
 
     /// Starts an I/O at byte `at` of the disk.
@@ -200,7 +225,12 @@ impl<D: Disk> Member<D> {
     }
 
     fn note_error(&self, verb: DiskVerb, error: DiskError) {
+        if is_gone(error) {
+            self.is_gone.set(true);
+        }
         match (verb, error) {
+            // It was given up: that says nothing of what is on it.
+            (DiskVerb::Read, DiskError::Abandoned) => {}
             (DiskVerb::Read, _) => add(&self.read_errors, 1),
             // Disks and bridges that announce it and answer any error to it are many: it is not asked again, and
             // zeroes are written. If they fail it has failed.
@@ -214,7 +244,8 @@ impl<D: Disk> Member<D> {
         }
     }
 
-    pub(crate) fn status(&self) -> MemberStatus {
+    pub(crate) fn status(&self, now: Tick) -> MemberStatus {
+        let micros = |ns: u64| ns / 1000;
         MemberStatus {
             slot: self.slot,
             disk: self.uuid,
@@ -228,6 +259,16 @@ impl<D: Disk> Member<D> {
             write_bytes: self.write_bytes.get(),
             read_errors: self.read_errors.get(),
             write_errors: self.write_errors.get(),
+            repaired: self.repaired.get(),
+            timeouts: self.timeouts.get(),
+            errors_lately: self.strikes.get(now),
+            cause: self.cause.get(),
+            can_catch_up: self.left_at.get() != 0,
+            latency_us: micros(self.speed.latency.get()),
+            slow: self.speed.slow.get().map(|(latency, peers)| SlowStatus {
+                latency_us: micros(latency),
+                peers_us: micros(peers),
+            }),
         }
     }
 }
@@ -270,7 +311,10 @@ fn look<D: Disk>(
     }
     let result = match io {
         Some(io) => match Pin::new(io).poll(cx) {
-            Poll::Ready(result) => result,
+            Poll::Ready(result) => {
+                member.speed.end();
+                result
+            }
             Poll::Pending => return false,
         },
         None => Err(DiskError::Abandoned),

@@ -7,7 +7,7 @@
 use std::rc::Rc;
 
 use lunar_api::History;
-use lunar_api::target::{GroupState, MemberState};
+use lunar_api::target::{FailCause, GroupState, MemberState};
 
 use crate::limits::PARENTS_MAX;
 use crate::member::Member;
@@ -33,7 +33,7 @@ impl<E: Env> RaidGroup<E> {
     }
 
     /// Fails members in memory: from now on nobody reads them or waits for them. Not durable yet.
-    pub(crate) fn fail_now(&self, slots: u64, why: &str) {
+    pub(crate) fn fail_now(&self, slots: u64, cause: FailCause, why: &str) {
         let rebuilding = self.rebuilding().map_or(0, |slot| 1u64 << slot);
         let slots = slots & (self.in_sync.get() | rebuilding);
         if slots == 0 {
@@ -64,6 +64,9 @@ impl<E: Env> RaidGroup<E> {
                 _ => 0,
             });
             *member.reason.borrow_mut() = why.to_owned();
+            let is_gone = member.is_gone.get() && cause != FailCause::Hand;
+            let cause = if is_gone { FailCause::Gone } else { cause };
+            member.cause.set(Some(cause));
             self.give_up(&member);
             // md's words: a disk that was being filled was a spare until then.
             let name = match rebuilding & 1 << slot {
@@ -112,7 +115,7 @@ impl<E: Env> RaidGroup<E> {
     ///
     /// # Errors  EIO if redundancy does not allow it: then the group stops serving what it cannot prove, and
     /// nothing is written to the superblocks, so that they still say what was true last
-    pub(crate) async fn fail(&self, slots: u64, why: &str) -> Result<(), Errno> {
+    pub(crate) async fn fail(&self, slots: u64, cause: FailCause, why: &str) -> Result<(), Errno> {
         let rebuilding = self.rebuilding().map_or(0, |slot| 1u64 << slot);
         let live = self.blamed(slots) & (self.in_sync.get() | rebuilding);
         if live & self.in_sync.get() != 0 && !self.can_lose(live) {
@@ -127,7 +130,7 @@ impl<E: Env> RaidGroup<E> {
             return Err(EIO);
         }
         if live != 0 {
-            self.fail_now(live, why);
+            self.fail_now(live, cause, why);
         }
         self.wait_durable().await
     }
@@ -206,7 +209,7 @@ impl<E: Env> RaidGroup<E> {
         }
         match failed {
             0 => Ok(()),
-            failed => self.fail(failed, "flush failed").await,
+            failed => self.fail(failed, FailCause::Writes, "flush failed").await,
         }
     }
 
@@ -311,7 +314,7 @@ impl<E: Env> RaidGroup<E> {
         }
         if failed != 0 {
             // The next generation, without them, is written by the loop of `publish`.
-            self.fail_now(failed, "superblock could not be written");
+            self.fail_now(failed, FailCause::Writes, "superblock could not be written");
             return Ok(());
         }
         if let Some(copying) = &copying

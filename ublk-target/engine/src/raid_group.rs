@@ -22,7 +22,8 @@ use crate::geometry::{Geometry, Piece};
 use crate::growing::Shape;
 use crate::inflight::InflightLog;
 use crate::lanes::Lanes;
-use crate::member::Member;
+use crate::limits::GRAIN;
+use crate::member::{Member, add};
 use crate::planted::{self, Bug};
 use crate::pool::{Closed, Lease, Pool, Quota};
 use crate::regions::Maps;
@@ -31,7 +32,7 @@ use crate::stripe_ops::scrub::Finding;
 use crate::stripe_table::StripeTable;
 use crate::superblock::GroupRecord;
 use crate::sync::Waiters;
-use crate::traits::{Env, Tick};
+use crate::traits::{Clock, Env, Tick};
 use crate::view::Views;
 
 /// How much of a disk is written that takes a slot.
@@ -39,6 +40,8 @@ use crate::view::Views;
 pub enum Fill {
     /// What it has missed, if it was in the slot before and that is known; else all.
     Missed,
+    /// What it has missed; refused where that is not known.
+    OnlyMissed,
     All,
 }
 
@@ -324,6 +327,8 @@ pub struct RaidGroup<E: Env> {
     pub(crate) scrub_rate: Cell<u64>,
     pub(crate) rate_min: Cell<u64>,
     pub(crate) rate_max: Cell<Option<u64>>,
+    /// Read errors of a member that may be repaired lately; 0: any number.
+    pub(crate) read_errors_max: Cell<u32>,
     pub(crate) events: RefCell<Vec<TargetEvent>>,
     /// Woken by each of them.
     pub(crate) happened: Waiters,
@@ -429,6 +434,7 @@ impl<E: Env> RaidGroup<E> {
     pub fn status(&self) -> GroupStatus {
         let record = self.record.borrow();
         let config = self.config.borrow();
+        let now = self.clock.now();
         GroupStatus {
             group: self.id,
             name: config.name.clone(),
@@ -450,10 +456,10 @@ impl<E: Env> RaidGroup<E> {
                 .members
                 .borrow()
                 .iter()
-                .map(|member| member.status())
+                .map(|member| member.status(now))
                 .collect(),
             lus: self.lus().into_iter().map(|(_, status)| status).collect(),
-            replacement: self.copying().map(|copying| copying.to.status()),
+            replacement: self.copying().map(|copying| copying.to.status(now)),
             sync: self
                 .sync_status
                 .borrow()
@@ -461,6 +467,7 @@ impl<E: Env> RaidGroup<E> {
                 .or_else(|| self.waiting_sync()),
             scrub: self.scrub_status(),
             zeroing: self.zeroing_status(),
+            read_errors_max: self.read_errors_max.get(),
             zero_copy: false,
             allocations: 0,
         }
@@ -484,7 +491,10 @@ impl<E: Env> RaidGroup<E> {
         self.happened.wake_all();
     }
 
-    pub(crate) fn event_repaired(&self, slot: u16, at: u64, len: u64) {
+    pub(crate) fn note_repaired(&self, slot: u16, at: u64, len: u64) {
+        let member = self.member(slot);
+        add(&member.repaired, len.div_ceil(GRAIN));
+        member.strikes.add(self.clock.now(), at);
         let text = format!(
             "{len} bytes at byte {at} of the data of slot {slot} were read from redundancy and rewritten"
         );
@@ -500,6 +510,11 @@ impl<E: Env> RaidGroup<E> {
     /// Moves what happened since the last call to `to` (seq 0: the rim numbers them).
     pub fn take_events(&self, to: &mut Vec<TargetEvent>) {
         to.append(&mut self.events.borrow_mut());
+    }
+
+    /// A member with more read errors lately is failed, even if all were repaired; 0: never.
+    pub fn set_read_errors_max(&self, most: u32) {
+        self.read_errors_max.set(most);
     }
 
     /// Bounds in bytes a second of a member: what a sync may take while the host works, and at all.

@@ -23,7 +23,7 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use lunar_api::GroupUuid;
-use lunar_api::target::Consistency;
+use lunar_api::target::{Consistency, FailCause};
 
 use crate::limits::CONFIG_PIECE;
 use crate::member::{Member, MemberIo};
@@ -510,7 +510,7 @@ impl<E: Env> RaidGroup<E> {
             return Err(EIO);
         }
         if failed != 0 {
-            self.fail_now(failed, why);
+            self.fail_now(failed, FailCause::Writes, why);
         }
         Ok(())
     }

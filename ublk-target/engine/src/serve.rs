@@ -4,6 +4,7 @@
 use std::cell::Cell;
 
 use arrayvec::ArrayVec;
+use lunar_api::target::FailCause;
 
 use crate::geometry::{Piece as GroupPiece, Spot};
 use crate::limits::MEMBERS_MAX;
@@ -469,7 +470,7 @@ impl<E: Env> RaidGroup<E> {
         }
         self.join(&mut ios, &mut failed).await;
         if failed != 0 {
-            self.fail(failed, "flush failed").await?;
+            self.fail(failed, FailCause::Writes, "flush failed").await?;
         }
         self.wait_durable().await
     }

@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use lunar_api::target::{Consistency, Level, MemberState};
+use lunar_api::target::{Consistency, FailCause, Level, MemberState};
 use lunar_api::{ApiError, DiskUuid, ErrorKind, History};
 
 use crate::assembly::{self, Conditions, Plan, Present, SlotPlan};
@@ -347,7 +347,7 @@ impl<E: Env> RaidGroup<E> {
                 group.member(slot).to_blame.set(true);
             }
             group
-                .fail(unreplayed, why)
+                .fail(unreplayed, FailCause::Writes, why)
                 .await
                 .map_err(|_| failed(what, format!("a member {why}")))?;
             inflight::replayed(&group.pool, 0);

@@ -5,6 +5,8 @@
 mod erases;
 #[path = "group/growing.rs"]
 mod growing;
+#[path = "group/health.rs"]
+mod health;
 #[path = "group/levels.rs"]
 mod levels;
 #[path = "group/logs.rs"]

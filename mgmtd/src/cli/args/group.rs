@@ -25,7 +25,9 @@ pub(crate) enum Group {
         group: String,
     },
     /// Set tunables
-    #[command(after_help = "Examples:\n  lunar group set data --rebuild-max 200MiB")]
+    #[command(
+        after_help = "Examples:\n  lunar group set data --rebuild-max 200MiB\n  lunar group set data --read-errors-max 100\n\nA read error that redundancy repairs counts against its disk; each hour halves what counts. A disk with more than\nthe most, which is 20 unless it is set, is failed where that costs no data and no slot is being filled or copied.\nBelow that `lunar status` names it."
+    )]
     Set {
         #[arg(add = ArgValueCandidates::new(complete::groups))]
         group: String,
@@ -35,6 +37,9 @@ pub(crate) enum Group {
         /// Bytes a second that a rebuild takes at most
         #[arg(long, value_parser = size)]
         rebuild_max: Option<u64>,
+        /// Read errors that a disk may have lately, all repaired, before it is failed; 0: any number
+        #[arg(long)]
+        read_errors_max: Option<u32>,
     },
     /// Compare every stripe of a group; say which do not fit, or make them fit
     #[command(

@@ -12,6 +12,8 @@ use std::cell::Cell;
 use arrayvec::ArrayVec;
 
 use super::{bits, span_of};
+use lunar_api::target::FailCause;
+
 use crate::inflight::{SEGMENTS_MAX, Segment, ZEROES};
 use crate::limits::MEMBERS_MAX;
 use crate::parity;
@@ -234,7 +236,8 @@ impl<E: Env> RaidGroup<E> {
         let failed = self.zero_members(slots, (at, len), unmap, zeroes).await;
         if failed != 0 {
             // Without redundancy for it the entry stays: a successor zeroes these once more.
-            self.fail(failed, "zeroing failed").await?;
+            self.fail(failed, FailCause::Writes, "zeroing failed")
+                .await?;
         }
         self.log.clear(entry);
         drop(noted);

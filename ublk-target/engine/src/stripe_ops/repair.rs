@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use arrayvec::ArrayVec;
+use lunar_api::target::FailCause;
 
 use super::{Ios, PASS_BYTES, piece, rows_of};
 use crate::geometry::Spot;
@@ -13,7 +14,7 @@ use crate::plan::{GRAIN, Span};
 use crate::pool::{Lease, Quota};
 use crate::raid_group::{EIO, Errno, RaidGroup};
 use crate::recipe::recipe;
-use crate::traits::{Buf, DiskVerb, Env, Piece};
+use crate::traits::{Buf, Clock, DiskVerb, Env, Piece};
 
 /// Where what a member does not give is taken from.
 #[derive(Clone, Copy)]
@@ -388,8 +389,8 @@ impl<E: Env> RaidGroup<E> {
                 );
         }
         if ok {
-            self.event_repaired(slot, at, bytes);
-            return Ok(());
+            self.note_repaired(slot, at, bytes);
+            return self.fail_if_worn(slot).await;
         }
         let live = self.in_sync.get() | self.rebuilding().map_or(0, |slot| 1 << slot);
         if live & 1 << slot == 0 {
@@ -398,10 +399,35 @@ impl<E: Env> RaidGroup<E> {
         if self.can_lose(1 << slot) {
             member.to_blame.set(true);
             return self
-                .fail(1 << slot, "unreadable, and could not be rewritten")
+                .fail(
+                    1 << slot,
+                    FailCause::Writes,
+                    "unreadable, and could not be rewritten",
+                )
                 .await;
         }
         // Never fail the last redundancy for a sector: the caller has the right bytes.
         Ok(())
+    }
+
+    /// Fails a member that had too many read errors lately, where that costs no data and stops nothing: not while it is
+    /// being copied, nor while any slot is filled.
+    async fn fail_if_worn(&self, slot: u16) -> Result<(), Errno> {
+        let member = self.member(slot);
+        let (errors, most) = (
+            member.strikes.get(self.clock.now()),
+            self.read_errors_max.get(),
+        );
+        let is_worn = most > 0 && errors > most;
+        let is_filling = self.rebuilding().is_some() || self.copying().is_some();
+        let is_in_sync = self.in_sync.get() & 1 << slot != 0;
+        if !is_worn || is_filling || !is_in_sync || !self.can_lose(1 << slot) {
+            return Ok(());
+        }
+        let why = format!(
+            "{errors} read errors lately, more than {most}; all were repaired, but it wears out"
+        );
+        member.to_blame.set(true);
+        self.fail(1 << slot, FailCause::Reads, &why).await
     }
 }

@@ -5,6 +5,8 @@ use std::ops::Range;
 use arrayvec::ArrayVec;
 
 use super::{Ios, PASS_BYTES, piece, rows_of, sum_data};
+use lunar_api::target::FailCause;
+
 use crate::geometry::Spot;
 use crate::limits::MEMBERS_MAX;
 use crate::parity;
@@ -110,7 +112,8 @@ impl<E: Env> RaidGroup<E> {
         match self.finish(&mut ios).await {
             0 => Ok(()),
             failed => {
-                self.fail(failed, "write failed during rebuild").await?;
+                self.fail(failed, FailCause::Writes, "write failed during rebuild")
+                    .await?;
                 Err(EIO)
             }
         }
@@ -155,7 +158,10 @@ impl<E: Env> RaidGroup<E> {
         }
         match self.finish(&mut ios).await {
             0 => Ok(()),
-            failed => self.fail(failed, "write failed during resync").await,
+            failed => {
+                self.fail(failed, FailCause::Writes, "write failed during resync")
+                    .await
+            }
         }
     }
 
@@ -208,7 +214,10 @@ impl<E: Env> RaidGroup<E> {
         }
         match self.finish(&mut ios).await {
             0 => Ok(()),
-            failed => self.fail(failed, "write failed during resync").await,
+            failed => {
+                self.fail(failed, FailCause::Writes, "write failed during resync")
+                    .await
+            }
         }
     }
 }

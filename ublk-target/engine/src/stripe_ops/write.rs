@@ -6,6 +6,8 @@ use arrayvec::ArrayVec;
 
 use super::band_buffers::{BandBuffers, WORK};
 use super::{Ios, PASS_BYTES, PASS_IOS, absolute, piece};
+use lunar_api::target::FailCause;
+
 use crate::inflight::{SEGMENTS_MAX, Segment};
 use crate::lanes::{Entries, Lanes, LogKind};
 use crate::limits::MEMBERS_MAX;
@@ -395,7 +397,7 @@ impl<E: Env> RaidGroup<E> {
             self.log.commit(&entry, &logged);
         }
         if failed != 0
-            && let Err(errno) = self.fail(failed, "write failed").await
+            && let Err(errno) = self.fail(failed, FailCause::Writes, "write failed").await
         {
             // Without redundancy for it the entry stays, and the memory that it names: a successor writes these
             // rows once more.

@@ -253,6 +253,10 @@ impl World {
 #[derive(Debug, Default)]
 pub(crate) struct Faults {
     pub dead: Cell<bool>,
+    /// Its device is not there: what the kernel answers then.
+    pub gone: Cell<bool>,
+    /// Nanoseconds that each I/O takes; 0: no time at all.
+    pub delay: Cell<u64>,
     /// What is submitted now never ends; `abandon` gives it up. Its memory stays taken until `land`.
     pub hang: Cell<bool>,
     /// What is submitted now waits for `release`.
@@ -405,6 +409,9 @@ impl Disk for MemDisk {
             Buf::Pool(lease) => Held::Lease(lease.clone()),
         };
         let action: Action = Box::new(move || {
+            if store.faults.gone.get() {
+                return Err(DiskError::Errno(19));
+            }
             if store.faults.dead.get() {
                 return Err(DiskError::Errno(5));
             }
@@ -515,12 +522,28 @@ impl Disk for MemDisk {
             self.store.held.borrow_mut().push(held);
             return Io(state);
         }
-        self.world.start(Box::new(move || {
+        let act: Action = Box::new(move || {
             if abandoned.get() {
                 return Err(DiskError::Abandoned);
             }
             action()
-        }))
+        });
+        let delay = self.store.faults.delay.get();
+        if delay == 0 {
+            return self.world.start(act);
+        }
+        let (late, world) = (SimClock(Rc::clone(&self.world)), Rc::clone(&self.world));
+        let done = Rc::clone(&state);
+        self.world.spawn(async move {
+            late.sleep(delay).await;
+            let result = world.start(act).await;
+            let mut state = done.borrow_mut();
+            state.done = Some(result);
+            if let Some(waker) = state.waker.take() {
+                waker.wake();
+            }
+        });
+        Io(state)
     }
 
     fn capacity(&self) -> u64 {
@@ -682,6 +705,8 @@ pub(crate) fn parts(
 }
 
 pub(crate) fn run(world: &Rc<World>, group: &Rc<RaidGroup<Sim>>) {
+    // Tests have whole disks be unreadable, to be read from the others.
+    group.set_read_errors_max(0);
     for _ in 0..WORKERS {
         world.spawn(Rc::clone(group).worker());
     }
