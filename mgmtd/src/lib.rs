@@ -36,5 +36,6 @@ pub mod store;
 pub mod supervisor;
 pub mod tables;
 pub mod text;
+pub mod upgrade;
 pub mod varlink;
 pub mod views;

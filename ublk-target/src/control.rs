@@ -86,7 +86,7 @@ fn serve(connection: &OwnedFd, groups: &Arc<Groups>) {
             Ok(None) => return,
             Ok(Some(message)) => match decode(&message) {
                 Ok(request) => {
-                    let end = request == TargetRequest::Shutdown;
+                    let end = matches!(request, TargetRequest::Shutdown | TargetRequest::HandOver);
                     let reply = dispatch(request, message.fds, &mut system, groups);
                     let end = end && reply.is_ok();
                     (reply, end)
@@ -229,5 +229,6 @@ fn dispatch(
             Ok(TargetAnswer::Events { events })
         }
         TargetRequest::Shutdown => groups.shutdown().map(|()| TargetAnswer::Done),
+        TargetRequest::HandOver => groups.hand_over(),
     }
 }

@@ -9,6 +9,7 @@ mod allocations;
 mod bench_loop;
 mod breadcrumb;
 mod buffers;
+mod build;
 mod clock;
 mod control;
 mod control_helper;
@@ -50,6 +51,9 @@ struct Cli {
     /// Print the manual page
     #[arg(long, hide = true, exclusive = true)]
     man: bool,
+    /// Print what this build is, as JSON
+    #[arg(long, exclusive = true)]
+    build_info: bool,
     #[command(flatten)]
     serve: Option<Serve>,
     #[command(subcommand)]
@@ -70,6 +74,10 @@ struct Serve {
 enum Command {
     /// Measures the ring's loop alone: random reads of files or block devices
     BenchLoop(bench_loop::BenchLoop),
+    /// Says of each disk whether this build could serve it, as JSON; reads only, also what another serves
+    CanRead(build::CanRead),
+    /// Takes devices from a server that is to be killed: what is in flight ends, what comes waits
+    Quiesce(build::Quiesce),
 }
 
 fn main() -> ExitCode {
@@ -81,6 +89,8 @@ fn main() -> ExitCode {
             Err(_) => ExitCode::FAILURE,
         };
     }
+    // Started by the path of an open file it would be called by that file's number.
+    let _ = nix::sys::prctl::set_name(c"ublk-target");
     // To stderr: mgmtd or journald keeps it, never a file on a LU.
     tracing_subscriber::fmt()
         .with_env_filter(
@@ -90,6 +100,9 @@ fn main() -> ExitCode {
         .with_ansi(false)
         .init();
     let done = match (cli.command, cli.serve) {
+        _ if cli.build_info => build::print_info(),
+        (Some(Command::CanRead(ask)), _) => ask.run(),
+        (Some(Command::Quiesce(ask)), _) => ask.run(),
         (Some(Command::BenchLoop(bench)), _) => bench.run(),
         (None, Some(serve)) => run(&serve),
         (None, None) => {

@@ -6,6 +6,8 @@ mod generations;
 mod systems;
 mod tables;
 
+pub(in crate::e2e) use copies::{end_copy, rewrite};
+
 use super::rig::{Rig, text};
 use super::shell::{Failure, sh, sh_in, until};
 use super::{Test, add, ensure};

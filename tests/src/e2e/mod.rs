@@ -19,11 +19,13 @@ mod layout;
 mod levels;
 mod life;
 mod manage;
+pub mod memory;
 mod queues;
 mod replace;
 mod resize;
 mod scrub;
 mod spares;
+mod upgrade;
 
 use shell::Failure;
 
@@ -52,6 +54,8 @@ pub fn tests() -> Vec<Test> {
     import::tests(&mut all);
     config::tests(&mut all);
     crash::tests(&mut all);
+    upgrade::tests(&mut all);
+    memory::tests(&mut all);
     all
 }
 

@@ -34,9 +34,27 @@ impl Rig {
         Self::of(state.to_owned(), &[])
     }
 
+    /// As [`Self::new`], with programs that lie elsewhere than this one.
+    pub fn in_bin(bin: &str) -> Result<Self, Failure> {
+        Self::made(bin.to_owned(), sh("mktemp -d -p /tmp")?, &[])
+    }
+
+    /// Has programs that lie elsewhere be started from here on.
+    pub fn set_bin(&mut self, bin: &str) {
+        bin.clone_into(&mut self.bin);
+    }
+
     fn of(state: String, env: &'static [(&'static str, &'static str)]) -> Result<Self, Failure> {
         let exe = std::env::current_exe().map_err(|error| error.to_string())?;
         let bin = exe.parent().ok_or("no folder")?.display().to_string();
+        Self::made(bin, state, env)
+    }
+
+    fn made(
+        bin: String,
+        state: String,
+        env: &'static [(&'static str, &'static str)],
+    ) -> Result<Self, Failure> {
         let log = format!("/tmp/{}.log", state.replace('/', "-"));
         let mut rig = Self {
             bin,

@@ -55,7 +55,7 @@ pub(crate) enum Disk {
     },
     /// Put NEW, or a spare, in the place of OLD: copied from OLD while that is in sync, else rebuilt
     #[command(
-        after_help = "Examples:\n  lunar disk replace 2 5\n  lunar disk replace 2 --wait      (takes a spare)\n  lunar disk replace 2 2 --full    (what it holds is not trusted)"
+        after_help = "Examples:\n  lunar disk replace 2 5\n  lunar disk replace 2 --wait      (takes a spare)\n  lunar disk replace 2 2 --full     (what it holds is not trusted)"
     )]
     Replace {
         /// Number, name or path
