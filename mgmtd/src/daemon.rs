@@ -497,6 +497,11 @@ impl Daemon {
             }
             jobs::derive(&mut tables, &groups, probe::now_ms());
         }
+        // LUs stand still, and the save may have to wait for memory that only they give back: what is seen now is saved
+        // when they are up.
+        if self.recovering.load(Ordering::Relaxed) {
+            return Ok(());
+        }
         self.learn_labels();
         self.sync_nodes();
         self.save().await

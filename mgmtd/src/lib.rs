@@ -20,6 +20,7 @@ pub mod jobs;
 pub mod limits;
 pub mod link;
 pub mod manual;
+pub mod memory;
 pub mod metrics;
 pub mod names;
 pub mod notify;

@@ -14,7 +14,7 @@ use lunar_api::target::TARGET_API;
 use mgmtd::daemon::{Config, Daemon};
 use mgmtd::limits::HOOK_LIMIT;
 use mgmtd::store;
-use mgmtd::{holders, hooks, notify, probe, server, spares, supervisor, upgrade};
+use mgmtd::{holders, hooks, memory, notify, probe, server, spares, supervisor, upgrade};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// The management daemon of Lunar. Its end leaves the data path running; `lunar shutdown` stops all.
@@ -65,6 +65,9 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .init();
+    for what in memory::protect() {
+        tracing::warn!("if memory runs short while a LU is swapped to, mgmtd may hang: {what}");
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();

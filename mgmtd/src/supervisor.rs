@@ -35,6 +35,9 @@ const EXEC: &str = "{ test -e /sys/fs/cgroup/cgroup.controllers && mkdir -p /sys
     echo $$ > /sys/fs/cgroup/lunar-target/cgroup.procs; } 2>/dev/null; \
     exec \"$@\" 3<&0 </dev/null";
 
+/// A connection breaks a moment before the process has ended.
+const END_PAUSE: Duration = Duration::from_millis(500);
+
 /// A running ublk-target.
 #[derive(Debug)]
 struct Running {
@@ -67,7 +70,9 @@ pub async fn supervise(daemon: Arc<Daemon>) {
                 upgrade::did_not_come_up(&daemon, &error.to_string());
             }
         }
-        let _ = daemon.save().await;
+        // The restart waits for no disk.
+        let saving = Arc::clone(&daemon);
+        tokio::spawn(async move { drop(saving.save().await) });
         let now = Instant::now();
         deaths.retain(|at| now.duration_since(*at) < Duration::from_secs(60));
         deaths.push(now);
@@ -253,16 +258,20 @@ async fn start(daemon: &Daemon) -> io::Result<Running> {
     };
     let hello = tokio::select! {
         hello = daemon.hello(START_LIMIT) => hello.map(drop).map_err(io::Error::other),
-        _ = &mut running.ended => Err(io::Error::other("it ended at once")),
+        _ = &mut running.ended => Err(io::Error::other("it ended")),
     };
     if let Err(error) = hello {
+        let ended = tokio::time::timeout(END_PAUSE, &mut running.ended).await;
+        let mut how = error.to_string();
         // It is our child and serves nothing yet: end it, or the next one would stand beside it.
         if let Some(child) = &mut running.child {
             let _ = child.kill();
-            let _ = child.wait();
+            if let (Ok(status), true) = (child.wait(), ended.is_ok()) {
+                how = format!("it ended at once, {status}");
+            }
         }
         return Err(io::Error::other(format!(
-            "ublk-target does not start: {error}"
+            "ublk-target does not start: {how}"
         )));
     }
     Ok(running)

@@ -226,13 +226,22 @@ fn cannot_read() -> Result<(), Failure> {
     install()?;
     let rig = Rig::in_bin(BIN)?;
     let paths = rig.array("ram", 4, 256, &RAID5)?;
+    rig.wait_optimal(60)?;
     let device = rig.device()?;
     let was = rig.target_pid()?;
-    let refused = |to: &str, says: &[&str]| -> Result<(), Failure> {
+    // A change of the group writes them anew: each time just before.
+    let stamp = |change: &dyn Fn(&mut [u8])| {
+        let end = end_copy(&paths[2])?;
+        [4096, end]
+            .into_iter()
+            .try_for_each(|at| rewrite(&paths[2], at, change))
+    };
+    let refused = |to: &str, change: &dyn Fn(&mut [u8]), says: &[&str]| -> Result<(), Failure> {
         for check in [
             &["upgrade", "--check", "--to", to][..],
             &["upgrade", "--to", to],
         ] {
+            stamp(change)?;
             let out = rig.run(check)?;
             let said = format!("{}{}", out.stdout, out.stderr);
             ensure(
@@ -247,25 +256,18 @@ fn cannot_read() -> Result<(), Failure> {
         )
         .map(drop)
     };
-    let end = end_copy(&paths[2])?;
-    for at in [4096, end] {
-        rewrite(&paths[2], at, |bytes| bytes[12] = 2)?;
-    }
-    refused(NEXT, &[&paths[2], "format version 2"])?;
-    for at in [4096, end] {
-        rewrite(&paths[2], at, |bytes| {
-            bytes[12] = 1;
-            // A feature that nobody knows yet.
-            bytes[39] = 0x80;
-        })?;
-    }
-    refused(NEXT, &[&paths[2], "incompat"])?;
-    for at in [4096, end] {
-        rewrite(&paths[2], at, |bytes| bytes[39] = 0)?;
-    }
+    refused(
+        NEXT,
+        &|bytes| bytes[12] = 2,
+        &[&paths[2], "format version 2"],
+    )?;
+    // A feature that nobody knows yet.
+    let feature = |bytes: &mut [u8]| (bytes[12], bytes[39]) = (1, 0x80);
+    refused(NEXT, &feature, &[&paths[2], "incompat"])?;
     sh("printf 'not a program' > /tmp/no-program; chmod +x /tmp/no-program")?;
-    refused("/tmp/no-program", &["/tmp/no-program"])?;
-    refused("/tmp/nowhere", &["/tmp/nowhere"])
+    let nothing = |bytes: &mut [u8]| (bytes[12], bytes[39]) = (1, 0);
+    refused("/tmp/no-program", &nothing, &["/tmp/no-program"])?;
+    refused("/tmp/nowhere", &nothing, &["/tmp/nowhere"])
 }
 
 /// Given a mounted LU under verified load, when `lunar upgrade` is interrupted in the middle, then the upgrade is finished;
