@@ -24,7 +24,7 @@ use crate::link::{Link, unexpected};
 use crate::store::{self, Store};
 use crate::tables::{EventSave, Kind, Tables, Write};
 use crate::upgrade::Turn;
-use crate::{devnodes, hardware, jobs, probe};
+use crate::{devnodes, hardware, jobs, memory, probe};
 
 /// Where everything is.
 #[derive(Debug, Clone)]
@@ -133,6 +133,8 @@ pub struct Daemon {
     pub stopping: AtomicBool,
     /// Groups are being brought back after a death: those that are not yet keep their device links.
     pub recovering: AtomicBool,
+    /// Memory for the next ublk-target.
+    pub ballast: memory::Ballast,
     /// The ublk-target to start.
     target_bin: Mutex<PathBuf>,
     /// An upgrade of it that is under way.
@@ -161,6 +163,7 @@ impl Daemon {
         }
         let archived = archived.map(|(_, file)| file);
         Arc::new(Self {
+            ballast: memory::Ballast::default(),
             target_bin: Mutex::new(config.target_bin.clone()),
             upgrade: Mutex::default(),
             kept: Mutex::default(),

@@ -19,6 +19,7 @@ pub mod import_plan;
 pub mod jobs;
 pub mod limits;
 pub mod link;
+pub mod log;
 pub mod manual;
 pub mod memory;
 pub mod metrics;

@@ -14,7 +14,7 @@ use lunar_api::target::TARGET_API;
 use mgmtd::daemon::{Config, Daemon};
 use mgmtd::limits::HOOK_LIMIT;
 use mgmtd::store;
-use mgmtd::{holders, hooks, memory, notify, probe, server, spares, supervisor, upgrade};
+use mgmtd::{holders, hooks, log, memory, notify, probe, server, spares, supervisor, upgrade};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// The management daemon of Lunar. Its end leaves the data path running; `lunar shutdown` stops all.
@@ -62,10 +62,15 @@ fn main() -> ExitCode {
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(log::Lines)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .init();
-    for what in memory::protect() {
+    // Those that were started before it would not be protected.
+    let unprotected = memory::protect();
+    if let Err(error) = log::start() {
+        eprintln!("mgmtd: no thread for the log: {error}");
+    }
+    for what in unprotected {
         tracing::warn!("if memory runs short while a LU is swapped to, mgmtd may hang: {what}");
     }
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -78,6 +83,7 @@ fn main() -> ExitCode {
         runtime.shutdown_background();
         result
     });
+    log::drain();
     match result {
         Ok(None) => ExitCode::SUCCESS,
         Ok(Some(next)) => {
@@ -180,6 +186,7 @@ async fn run(args: Args) -> Result<Option<PathBuf>, String> {
     tokio::spawn(hooks::follow(daemon.clone()));
     let mut supervisor = tokio::spawn(supervisor::supervise(daemon.clone()));
     tokio::spawn(spares::watch(daemon.clone()));
+    tokio::spawn(memory::watch(daemon.clone()));
     tokio::select! {
         _ = term.recv() => tracing::info!("mgmtd ends, the data path stays up"),
         _ = int.recv() => tracing::info!("mgmtd ends, the data path stays up"),

@@ -100,6 +100,7 @@ async fn died(daemon: &Daemon, running: &mut Running, were_up: &mut Vec<GroupSta
         },
         None => "ended".into(),
     };
+    daemon.ballast.give_up();
     let recovering = !daemon.is_stopping();
     daemon.recovering.store(recovering, Ordering::Relaxed);
     // Taken before the next one answers: a read verb would find it without groups and forget them.
@@ -256,17 +257,24 @@ async fn start(daemon: &Daemon) -> io::Result<Running> {
         pid: Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?),
         child: Some(child),
     };
+    let mut ended = false;
     let hello = tokio::select! {
         hello = daemon.hello(START_LIMIT) => hello.map(drop).map_err(io::Error::other),
-        _ = &mut running.ended => Err(io::Error::other("it ended")),
+        _ = &mut running.ended => {
+            ended = true;
+            Err(io::Error::other("it ended"))
+        }
     };
     if let Err(error) = hello {
-        let ended = tokio::time::timeout(END_PAUSE, &mut running.ended).await;
+        let has_ended = ended
+            || tokio::time::timeout(END_PAUSE, &mut running.ended)
+                .await
+                .is_ok();
         let mut how = error.to_string();
         // It is our child and serves nothing yet: end it, or the next one would stand beside it.
         if let Some(child) = &mut running.child {
             let _ = child.kill();
-            if let (Ok(status), true) = (child.wait(), ended.is_ok()) {
+            if let (Ok(status), true) = (child.wait(), has_ended) {
                 how = format!("it ended at once, {status}");
             }
         }

@@ -104,6 +104,7 @@ fn serve(connection: &OwnedFd, groups: &Arc<Groups>) {
         };
         let heard = put(connection, &reply);
         if end {
+            crate::log::drain();
             std::process::exit(0);
         }
         if !heard {

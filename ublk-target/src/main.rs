@@ -19,6 +19,7 @@ mod executor;
 mod forward;
 mod group;
 mod groups;
+mod log;
 mod member_file;
 mod op;
 mod owner;
@@ -96,7 +97,7 @@ fn main() -> ExitCode {
         .with_env_filter(
             EnvFilter::try_from_env("LUNAR_LOG").unwrap_or_else(|_| EnvFilter::new("info")),
         )
-        .with_writer(std::io::stderr)
+        .with_writer(log::Lines)
         .with_ansi(false)
         .init();
     let done = match (cli.command, cli.serve) {
@@ -138,6 +139,7 @@ fn run(serve: &Serve) -> Result<(), Box<dyn Error>> {
     let helper = become_server(&serve.run_dir)?;
     let listener = socket::inherited(serve.listen_fd);
     let helper = helper.attend()?;
+    log::start()?;
     let kernel = nix::sys::utsname::uname()?
         .release()
         .to_string_lossy()
@@ -179,7 +181,10 @@ fn watch_signals(groups: Arc<Groups>) -> std::io::Result<()> {
         set.add(Signal::SIGINT);
         while set.wait().is_ok() {
             match groups.shutdown() {
-                Ok(()) => std::process::exit(0),
+                Ok(()) => {
+                    log::drain();
+                    std::process::exit(0)
+                }
                 Err(error) => {
                     tracing::warn!(%error, causes = ?error.causes, "going on after a signal to end")
                 }

@@ -18,7 +18,7 @@ pub(super) fn tests(to: &mut Vec<Test>) {
 /// Bytes of a page.
 const PAGE: usize = 4096;
 /// Memory that the process takes: more than what is free beside ublk-target.
-const HOG_MIB: usize = 250;
+const HOG_MIB: usize = 220;
 /// What has to be swapped out, at least.
 const SWAPPED_KIB: u64 = 100 << 10;
 
@@ -130,6 +130,17 @@ fn swap_on_a_lu() -> Result<(), Failure> {
     sh("mkswap -q /dev/lunar/swap; swapon /dev/lunar/swap
         mkfs.ext4 -q -F /dev/lunar/vol; mkdir -p /mnt/m; mount /dev/lunar/vol /mnt/m
         echo 60 > /proc/sys/vm/dirty_ratio; echo 50 > /proc/sys/vm/dirty_background_ratio")?;
+    // mgmtd sees that a LU is swapped to, and puts memory by for the next ublk-target: more than that has.
+    let resident = |pid: &str, what: &str| -> Result<u64, Failure> {
+        let kib = sh(&format!(
+            "awk '$1 == \"{what}:\" {{print $2}}' /proc/{pid}/status"
+        ))?;
+        kib.parse().map_err(|error| format!("{kib}: {error}"))
+    };
+    let target = resident(&rig.target_pid()?, "VmRSS")?;
+    until("mgmtd has put memory by", 30, || {
+        Ok(resident(&rig.mgmtd_pid(), "VmRSS")? > target)
+    })?;
     let (mut hog, mut out) = Hog::start()?;
     let mut line = String::new();
     out.read_line(&mut line)

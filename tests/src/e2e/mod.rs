@@ -15,11 +15,13 @@ mod failing;
 mod grow;
 mod hostile;
 mod import;
+mod kills;
 mod layout;
 mod levels;
 mod life;
 mod manage;
 pub mod memory;
+mod metadata;
 mod queues;
 mod replace;
 mod resize;
@@ -56,6 +58,8 @@ pub fn tests() -> Vec<Test> {
     crash::tests(&mut all);
     upgrade::tests(&mut all);
     memory::tests(&mut all);
+    metadata::tests(&mut all);
+    kills::tests(&mut all);
     all
 }
 

@@ -106,6 +106,11 @@ impl Rig {
         &self.state
     }
 
+    /// The file of mgmtd's and ublk-target's log.
+    pub fn log(&self) -> &str {
+        &self.log
+    }
+
     /// The last lines of mgmtd's and ublk-target's log.
     pub fn log_tail(&self) -> String {
         sh(&format!("tail -n 40 {}", self.log)).unwrap_or_default()
