@@ -23,7 +23,8 @@ use crate::limits::{APART_MAX, CALL_LIMIT, INTENT_LIMIT, STATUS_LIMIT};
 use crate::link::{Link, unexpected};
 use crate::store::{self, Store};
 use crate::tables::{EventSave, Kind, Tables, Write};
-use crate::{devnodes, hardware, jobs, probe};
+use crate::upgrade::Turn;
+use crate::{devnodes, hardware, jobs, memory, probe};
 
 /// Where everything is.
 #[derive(Debug, Clone)]
@@ -132,9 +133,21 @@ pub struct Daemon {
     pub stopping: AtomicBool,
     /// Groups are being brought back after a death: those that are not yet keep their device links.
     pub recovering: AtomicBool,
+    /// Memory for the next ublk-target.
+    pub ballast: memory::Ballast,
+    /// The ublk-target to start.
+    target_bin: Mutex<PathBuf>,
+    /// An upgrade of it that is under way.
+    upgrade: Mutex<Option<Turn>>,
+    /// The file of a ublk-target that may have to be started again.
+    kept: Mutex<Option<std::fs::File>>,
+    /// The mgmtd that this one is to become.
+    next: Mutex<Option<PathBuf>>,
+    /// Rings when there is one.
+    pub renewing: tokio::sync::Notify,
     /// Rings when all has been stopped.
     pub stopped: tokio::sync::Notify,
-    /// Rings when the client that asked for the shutdown has its answer.
+    /// Rings when the client that asked for the end of this mgmtd has its answer.
     pub told: tokio::sync::Notify,
 }
 
@@ -150,6 +163,12 @@ impl Daemon {
         }
         let archived = archived.map(|(_, file)| file);
         Arc::new(Self {
+            ballast: memory::Ballast::default(),
+            target_bin: Mutex::new(config.target_bin.clone()),
+            upgrade: Mutex::default(),
+            kept: Mutex::default(),
+            next: Mutex::default(),
+            renewing: tokio::sync::Notify::new(),
             config,
             started: std::time::Instant::now(),
             store,
@@ -184,6 +203,35 @@ impl Daemon {
         self.live
             .lock()
             .expect("nobody panics while holding it: panic is abort")
+    }
+
+    /// The ublk-target to start.
+    pub fn target_bin(&self) -> MutexGuard<'_, PathBuf> {
+        self.target_bin
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The upgrade that is under way.
+    pub fn upgrade(&self) -> MutexGuard<'_, Option<Turn>> {
+        self.upgrade.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps a program's file open for as long as it may have to be started again.
+    pub fn keep(&self, file: std::fs::File) {
+        *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(file);
+    }
+
+    /// Has this mgmtd become another one, once its client has its answer.
+    pub fn renew(&self, program: PathBuf) {
+        *self.next.lock().unwrap_or_else(PoisonError::into_inner) = Some(program);
+        self.renewing.notify_one();
+    }
+
+    /// The mgmtd that this one is to become.
+    pub fn next(&self) -> Option<PathBuf> {
+        let next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        next.clone()
     }
 
     /// Waits for its turn to change something.
@@ -451,6 +499,11 @@ impl Daemon {
                 number(&mut tables, group);
             }
             jobs::derive(&mut tables, &groups, probe::now_ms());
+        }
+        // LUs stand still, and the save may have to wait for memory that only they give back: what is seen now is saved
+        // when they are up.
+        if self.recovering.load(Ordering::Relaxed) {
+            return Ok(());
         }
         self.learn_labels();
         self.sync_nodes();

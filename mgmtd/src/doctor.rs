@@ -320,17 +320,13 @@ fn judge_process(name: &str, text: &str, version: &str, exe: &str) -> CheckRow {
     let own = env!("CARGO_PKG_VERSION");
     if version != own {
         let text = format!("{text}, but mgmtd is {own}");
-        return warn(
-            name,
-            text,
-            "umount the LUs; lunar shutdown; systemctl start mgmtd",
-        );
+        return warn(name, text, "lunar upgrade");
     }
     if exe.ends_with(" (deleted)") {
         let text = format!("{text}; its program was replaced since it was started");
         let action = match name {
-            "mgmtd" => "systemctl restart mgmtd     (the LUs stay up)",
-            _ => "umount the LUs; lunar shutdown; systemctl start mgmtd",
+            "mgmtd" => "lunar upgrade",
+            _ => "lunar upgrade",
         };
         return warn(name, text, action);
     }

@@ -211,6 +211,10 @@ async fn run(hook: &Path, call: &Call, limit: Duration) -> Result<(), (&'static 
         .and_then(|child| child)
         .map_err(failed)?;
     let group = child.id().and_then(|pid| i32::try_from(pid).ok());
+    // That mgmtd may not be killed when memory runs short is not for it.
+    if let Some(pid) = group {
+        let _ = std::fs::write(format!("/proc/{pid}/oom_score_adj"), "0");
+    }
     match tokio::time::timeout(limit, child.wait()).await {
         Ok(Ok(status)) if status.success() => Ok(()),
         Ok(Ok(status)) => Err(("HookFailed", status.to_string())),

@@ -28,6 +28,9 @@ pub const RETURNS_PAUSE: Duration = Duration::from_secs(3);
 pub const HANGS_PAUSE: Duration = Duration::from_secs(60);
 /// Pause between two looks whether a group's disks, all held, are let go of.
 pub const HELD_PAUSE: Duration = Duration::from_secs(1);
+/// Longest wait for ublk-target to give all devices up and close its groups; a device may take 5 s until nothing is in
+/// flight. Then it is killed: I/O stands still meanwhile.
+pub const HAND_OVER_LIMIT: Duration = Duration::from_secs(15);
 /// Longest wait for another change to end.
 pub const INTENT_LIMIT: Duration = Duration::from_secs(60);
 /// Longest run of blkid or wipefs; a healthy disk answers in milliseconds.

@@ -9,10 +9,14 @@ use std::time::Duration;
 
 use clap::{CommandFactory, Parser};
 use lunar_api::SystemUuid;
+use lunar_api::build::{Build, COMMIT};
+use lunar_api::target::TARGET_API;
 use mgmtd::daemon::{Config, Daemon};
 use mgmtd::limits::HOOK_LIMIT;
 use mgmtd::store;
-use mgmtd::{holders, hooks, notify, probe, returns, server, spares, supervisor};
+use mgmtd::{
+    holders, hooks, log, memory, notify, probe, returns, server, spares, supervisor, upgrade,
+};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// The management daemon of Lunar. Its end leaves the data path running; `lunar shutdown` stops all.
@@ -43,6 +47,9 @@ struct Args {
     /// Print the manual page
     #[arg(long, hide = true, exclusive = true)]
     man: bool,
+    /// Print what this build is, as JSON; do nothing
+    #[arg(long)]
+    build_info: bool,
 }
 
 fn main() -> ExitCode {
@@ -50,13 +57,24 @@ fn main() -> ExitCode {
     if args.man {
         return print_man();
     }
+    if args.build_info {
+        return print_build();
+    }
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(log::Lines)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .init();
+    // Those that were started before it would not be protected.
+    let unprotected = memory::protect();
+    if let Err(error) = log::start() {
+        eprintln!("mgmtd: no thread for the log: {error}");
+    }
+    for what in unprotected {
+        tracing::warn!("if memory runs short while a LU is swapped to, mgmtd may hang: {what}");
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
@@ -67,12 +85,34 @@ fn main() -> ExitCode {
         runtime.shutdown_background();
         result
     });
+    log::drain();
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(None) => ExitCode::SUCCESS,
+        Ok(Some(next)) => {
+            let error = upgrade::become_it(&next);
+            eprintln!("mgmtd: {}: {error}", next.display());
+            ExitCode::FAILURE
+        }
         Err(error) => {
             eprintln!("mgmtd: {error}");
             ExitCode::FAILURE
         }
+    }
+}
+
+fn print_build() -> ExitCode {
+    let build = Build {
+        program: "mgmtd".into(),
+        version: env!("CARGO_PKG_VERSION").into(),
+        commit: COMMIT.into(),
+        protocol: TARGET_API,
+        format_min: store::FORMAT,
+        format_max: store::FORMAT,
+    };
+    let text = serde_json::to_string(&build).expect("it has numbers and texts only");
+    match writeln!(std::io::stdout(), "{text}") {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
     }
 }
 
@@ -92,7 +132,7 @@ fn config(args: Args) -> Result<Config, String> {
     let under =
         |base: &str| system.map_or(base.into(), |n| PathBuf::from(base).join(n.to_string()));
     let run_dir: PathBuf = under("/run/lunar");
-    let beside = std::env::current_exe()
+    let beside = upgrade::own_path()
         .map_err(|e| e.to_string())?
         .with_file_name("ublk-target");
     Ok(Config {
@@ -106,7 +146,8 @@ fn config(args: Args) -> Result<Config, String> {
     })
 }
 
-async fn run(args: Args) -> Result<(), String> {
+/// Runs until its end; answers the mgmtd that it is to become, if that is why.
+async fn run(args: Args) -> Result<Option<PathBuf>, String> {
     let config = config(args)?;
     let say = |what: &str, e: &dyn std::error::Error| {
         let source = e.source().map(|s| format!(": {s}")).unwrap_or_default();
@@ -148,6 +189,7 @@ async fn run(args: Args) -> Result<(), String> {
     let mut supervisor = tokio::spawn(supervisor::supervise(daemon.clone()));
     tokio::spawn(spares::watch(daemon.clone()));
     tokio::spawn(returns::watch(daemon.clone()));
+    tokio::spawn(memory::watch(daemon.clone()));
     tokio::select! {
         _ = term.recv() => tracing::info!("mgmtd ends, the data path stays up"),
         _ = int.recv() => tracing::info!("mgmtd ends, the data path stays up"),
@@ -157,8 +199,18 @@ async fn run(args: Args) -> Result<(), String> {
             let _ = tokio::time::timeout(limit / 10, daemon.told.notified()).await;
             tracing::info!("everything is stopped");
         }
+        _ = daemon.renewing.notified() => {
+            let limit = Duration::from_secs(1);
+            let _ = tokio::time::timeout(limit, daemon.told.notified()).await;
+            // A change that has begun since is let end.
+            let _turn = daemon.turn().await;
+            tracing::info!("another mgmtd goes on");
+            daemon.save().await.map_err(|e| e.to_string())?;
+            return Ok(daemon.next());
+        }
     }
     notify::notify("STOPPING=1");
     let _ = std::fs::remove_file(socket);
-    daemon.save().await.map_err(|e| e.to_string())
+    daemon.save().await.map_err(|e| e.to_string())?;
+    Ok(None)
 }

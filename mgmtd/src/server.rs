@@ -177,7 +177,7 @@ async fn talk(
             let bytes = frame(&answer);
             tokio::time::timeout(MESSAGE_LIMIT, stream.write_all(&bytes)).await??;
         }
-        if daemon.is_stopping() {
+        if daemon.is_stopping() || daemon.next().is_some() {
             daemon.told.notify_one();
         }
         seat.idle_since.set(Some(Instant::now()));

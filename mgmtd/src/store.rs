@@ -15,6 +15,7 @@ use crate::tables::{Kind, Tables, Write};
 
 const META: TableDefinition<'_, &str, &str> = TableDefinition::new("meta");
 /// Version of the saved rows.
+pub const FORMAT: u32 = 1;
 const VERSION: &str = "1";
 
 fn definition(kind: Kind) -> TableDefinition<'static, u64, &'static str> {

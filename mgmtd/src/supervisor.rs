@@ -18,6 +18,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
 };
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::Pid;
 use tokio::sync::oneshot;
 
 use crate::api::last_view;
@@ -25,7 +27,7 @@ use crate::daemon::{About, Daemon};
 use crate::limits::{BACKOFF_MAX, DEATHS_MAX, START_LIMIT, STATUS_LIMIT};
 use crate::quarantine::{self, Crashes};
 use crate::tables::DiskSave;
-use crate::{boot, notify};
+use crate::{boot, notify, upgrade};
 
 /// Own cgroup (best effort, version 2 only: elsewhere that path is a plain directory), listening socket from 0 to 3, then exec: what cannot be done between fork and
 /// exec without `unsafe`.
@@ -33,11 +35,15 @@ const EXEC: &str = "{ test -e /sys/fs/cgroup/cgroup.controllers && mkdir -p /sys
     echo $$ > /sys/fs/cgroup/lunar-target/cgroup.procs; } 2>/dev/null; \
     exec \"$@\" 3<&0 </dev/null";
 
+/// A connection breaks a moment before the process has ended.
+const END_PAUSE: Duration = Duration::from_millis(500);
+
 /// A running ublk-target.
 #[derive(Debug)]
 struct Running {
     /// Comes when the process has ended.
     ended: oneshot::Receiver<()>,
+    pid: Pid,
     /// None: adopted, its exit status is its parent's.
     child: Option<Child>,
 }
@@ -49,10 +55,10 @@ pub async fn supervise(daemon: Arc<Daemon>) {
     let mut crashes = Crashes::default();
     let mut were_up = Vec::new();
     loop {
-        let up = bring_up(&daemon, first, &mut were_up, &mut crashes).await;
+        let up = bring_up(&daemon, &mut first, &mut were_up, &mut crashes).await;
         match up {
             Ok(mut running) => {
-                first = false;
+                upgrade::came_up(&daemon).await;
                 let _ = (&mut running.ended).await;
                 if died(&daemon, &mut running, &mut were_up).await {
                     return;
@@ -61,9 +67,12 @@ pub async fn supervise(daemon: Arc<Daemon>) {
             Err(error) => {
                 daemon.live().starting = false;
                 daemon.event("TargetNotStarted", About::default(), error.to_string());
+                upgrade::did_not_come_up(&daemon, &error.to_string());
             }
         }
-        let _ = daemon.save().await;
+        // The restart waits for no disk.
+        let saving = Arc::clone(&daemon);
+        tokio::spawn(async move { drop(saving.save().await) });
         let now = Instant::now();
         deaths.retain(|at| now.duration_since(*at) < Duration::from_secs(60));
         deaths.push(now);
@@ -76,47 +85,59 @@ pub async fn supervise(daemon: Arc<Daemon>) {
 
 /// Says how it ended; true if that was asked for.
 async fn died(daemon: &Daemon, running: &mut Running, were_up: &mut Vec<GroupStatus>) -> bool {
-    let how = match running
-        .child
-        .as_mut()
-        .and_then(|child| child.try_wait().ok().flatten())
-    {
+    let status = match (&mut running.child, running.pid) {
+        (Some(child), _) => child.try_wait().ok().flatten(),
+        // A mgmtd that became this one was its parent: it is ours to bury.
+        (None, pid) => {
+            let _ = waitpid(pid, Some(WaitPidFlag::WNOHANG));
+            None
+        }
+    };
+    let how = match status {
         Some(status) => match status.signal() {
             Some(signal) => format!("killed by signal {signal}"),
             None => format!("ended with {}", status.code().unwrap_or_default()),
         },
         None => "ended".into(),
     };
+    daemon.ballast.give_up();
     let recovering = !daemon.is_stopping();
     daemon.recovering.store(recovering, Ordering::Relaxed);
     // Taken before the next one answers: a read verb would find it without groups and forget them.
     were_up.extend(std::mem::take(&mut daemon.live().groups).into_values());
+    for group in upgrade::left_out(daemon) {
+        if were_up.iter().all(|other| other.group != group.group) {
+            were_up.push(group);
+        }
+    }
     daemon.disconnect().await;
     if daemon.is_stopping() {
         return true;
     }
-    daemon.event(
-        "TargetDied",
-        About::default(),
-        format!("ublk-target {how}; it is started again"),
-    );
+    let (name, next) = match daemon.upgrade().is_some() {
+        true => ("TargetHandedOver", "another takes its place"),
+        false => ("TargetDied", "it is started again"),
+    };
+    let text = format!("ublk-target {how}; {next}");
+    daemon.event(name, About::default(), text);
     false
 }
 
 /// Adopts or starts ublk-target, and brings the groups up.
 async fn bring_up(
     daemon: &Arc<Daemon>,
-    first: bool,
+    first: &mut bool,
     were_up: &mut Vec<GroupStatus>,
     crashes: &mut Crashes,
 ) -> io::Result<Running> {
     // A recovery waits for no change: I/O stands still, and no change touches members of groups that were up.
-    let turn = if first {
+    let is_first = *first;
+    let turn = if is_first {
         Some(daemon.intent.lock().await)
     } else {
         None
     };
-    let adopted = if first { adopt(daemon).await? } else { None };
+    let adopted = if is_first { adopt(daemon).await? } else { None };
     let running = match adopted {
         Some(running) => running,
         None => {
@@ -126,9 +147,11 @@ async fn bring_up(
     };
     let mut held = Vec::new();
     let result = async {
-        if first {
+        if is_first {
             daemon.refresh().await?;
             boot::find_disks(daemon).await?;
+            // One that was found dying is followed by one that looks at the disks.
+            *first = false;
         } else {
             held = boot::recover_groups(daemon, were_up).await;
         }
@@ -200,6 +223,7 @@ async fn adopt(daemon: &Daemon) -> io::Result<Option<Running>> {
     );
     Ok(Some(Running {
         ended: watch(pid)?,
+        pid: Pid::from_raw(i32::try_from(pid).map_err(io::Error::other)?),
         child: None,
     }))
 }
@@ -225,24 +249,37 @@ fn watch(pid: u32) -> io::Result<oneshot::Receiver<()>> {
 async fn start(daemon: &Daemon) -> io::Result<Running> {
     let run_dir = &daemon.config.run_dir;
     let listening = listen_at(&run_dir.join("target.sock"))?;
-    let child = spawn(&daemon.config.target_bin, run_dir, listening)?;
+    let program = daemon.target_bin().clone();
+    let child = spawn(&program, run_dir, listening)?;
     std::fs::write(run_dir.join("target.pid"), format!("{}\n", child.id()))?;
     let mut running = Running {
         ended: watch(child.id())?,
+        pid: Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?),
         child: Some(child),
     };
+    let mut ended = false;
     let hello = tokio::select! {
         hello = daemon.hello(START_LIMIT) => hello.map(drop).map_err(io::Error::other),
-        _ = &mut running.ended => Err(io::Error::other("it ended at once")),
+        _ = &mut running.ended => {
+            ended = true;
+            Err(io::Error::other("it ended"))
+        }
     };
     if let Err(error) = hello {
+        let has_ended = ended
+            || tokio::time::timeout(END_PAUSE, &mut running.ended)
+                .await
+                .is_ok();
+        let mut how = error.to_string();
         // It is our child and serves nothing yet: end it, or the next one would stand beside it.
         if let Some(child) = &mut running.child {
             let _ = child.kill();
-            let _ = child.wait();
+            if let (Ok(status), true) = (child.wait(), has_ended) {
+                how = format!("it ended at once, {status}");
+            }
         }
         return Err(io::Error::other(format!(
-            "ublk-target does not start: {error}"
+            "ublk-target does not start: {how}"
         )));
     }
     Ok(running)

@@ -61,6 +61,7 @@ const VERBS: &[(&str, &str)] = &[
     ("config save", ""),
     ("config load", "Cargo.toml"),
     ("shutdown", "--yes"),
+    ("upgrade", "--check"),
 ];
 
 /// Verbs that print a file for another program, not data.
@@ -105,6 +106,7 @@ fn answer(method: &str, ask: &Value) -> Value {
         "PathList" => json_of(PathList {
             paths: vec![path_row()],
         }),
+        "Upgrade" => json_of(upgrade()),
         "ConfigSave" => json_of(config_text()),
         _ => json_of(changed()),
     };

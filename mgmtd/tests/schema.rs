@@ -80,6 +80,7 @@ fn methods() -> Methods {
     m.add::<mgmt::Nothing, rows::ConfigText>("ConfigSave");
     m.add::<mgmt::ConfigLoad, rows::Changed>("ConfigLoad");
     m.add::<mgmt::ShutdownAsk, rows::Changed>("Shutdown");
+    m.add::<mgmt::UpgradeAsk, rows::UpgradeReply>("Upgrade");
     m.generator.subschema_for::<ApiError>();
     m
 }

@@ -87,7 +87,7 @@ fn serve(connection: &OwnedFd, groups: &Arc<Groups>) {
             Ok(None) => return,
             Ok(Some(message)) => match decode(&message) {
                 Ok(request) => {
-                    let end = request == TargetRequest::Shutdown;
+                    let end = matches!(request, TargetRequest::Shutdown | TargetRequest::HandOver);
                     let reply = dispatch(request, message.fds, &mut system, groups);
                     let end = end && reply.is_ok();
                     (reply, end)
@@ -105,6 +105,7 @@ fn serve(connection: &OwnedFd, groups: &Arc<Groups>) {
         };
         let heard = put(connection, &reply);
         if end {
+            crate::log::drain();
             std::process::exit(0);
         }
         if !heard {
@@ -239,5 +240,6 @@ fn dispatch(
             Ok(TargetAnswer::Events { events })
         }
         TargetRequest::Shutdown => groups.shutdown().map(|()| TargetAnswer::Done),
+        TargetRequest::HandOver => groups.hand_over(),
     }
 }

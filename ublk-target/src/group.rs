@@ -213,6 +213,17 @@ impl Group {
 
     /// Gives the devices up, so that they can be recovered by who serves them for real.
     pub(crate) fn leave_quarantine(&self) -> Result<(), ApiError> {
+        self.quiesce()?;
+        let owner = lock(&self.owner).take();
+        if let Some(owner) = owner {
+            Thread::end_when_last(owner);
+        }
+        Ok(())
+    }
+
+    /// Takes the devices back from the kernel: what is in flight ends, what comes waits for whoever recovers them. Answers
+    /// how many there are.
+    pub(crate) fn quiesce(&self) -> Result<u32, ApiError> {
         let _held = lock(&self.change);
         let up: Vec<(LuUuid, u32)> = {
             let paths = lock(&self.paths);
@@ -220,16 +231,12 @@ impl Group {
             paths.iter().filter_map(number).collect()
         };
         crew::try_each(&up, LUS_AT_ONCE, |(lu, number)| {
-            let what = "a quarantined device cannot be given up";
+            let what = "a device cannot be given up";
             (self.lifecycle().quiesce(*number))
                 .map_err(|error| api_error(ErrorKind::Failed, what, &error))?;
             self.detach(*lu)
         })?;
-        let owner = lock(&self.owner).take();
-        if let Some(owner) = owner {
-            Thread::end_when_last(owner);
-        }
-        Ok(())
+        Ok(u32::try_from(up.len()).unwrap_or(u32::MAX))
     }
 
     /// Refuses what needs the members.

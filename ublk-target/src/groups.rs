@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -264,6 +265,33 @@ impl Groups {
             self.map().remove(&group.uuid);
         }
         Ok(())
+    }
+
+    /// Quiesces the devices of every group, then closes the groups. They stay in the map, so that nobody who asks
+    /// meanwhile takes them for gone. After an error some stand still: there is no way back but the end of the process.
+    pub(crate) fn hand_over(&self) -> TargetReply {
+        let groups = {
+            let map = self.map();
+            if let Some((uuid, _)) = map.iter().find(|(_, group)| group.is_none()) {
+                return Err(changing(*uuid));
+            }
+            map.values().flatten().map(Arc::clone).collect::<Vec<_>>()
+        };
+        let begun = Instant::now();
+        let since = || u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let lus = AtomicU32::new(0);
+        crew::try_each(&groups, GROUPS_AT_ONCE, |group| {
+            group.quiesce().map(|count| {
+                lus.fetch_add(count, Ordering::Relaxed);
+            })
+        })?;
+        let quiesced_ms = since();
+        crew::try_each(&groups, GROUPS_AT_ONCE, |group| group.stop(false))?;
+        Ok(TargetAnswer::HandedOver {
+            lus: lus.into_inner(),
+            quiesced_ms,
+            closed_ms: since(),
+        })
     }
 
     /// Asks the thread for disks without a group, starting it if need be.

@@ -9,6 +9,7 @@ mod allocations;
 mod bench_loop;
 mod breadcrumb;
 mod buffers;
+mod build;
 mod clock;
 mod control;
 mod control_helper;
@@ -18,6 +19,7 @@ mod executor;
 mod forward;
 mod group;
 mod groups;
+mod log;
 mod member_file;
 mod op;
 mod owner;
@@ -50,6 +52,9 @@ struct Cli {
     /// Print the manual page
     #[arg(long, hide = true, exclusive = true)]
     man: bool,
+    /// Print what this build is, as JSON
+    #[arg(long, exclusive = true)]
+    build_info: bool,
     #[command(flatten)]
     serve: Option<Serve>,
     #[command(subcommand)]
@@ -70,6 +75,10 @@ struct Serve {
 enum Command {
     /// Measures the ring's loop alone: random reads of files or block devices
     BenchLoop(bench_loop::BenchLoop),
+    /// Says of each disk whether this build could serve it, as JSON; reads only, also what another serves
+    CanRead(build::CanRead),
+    /// Takes devices from a server that is to be killed: what is in flight ends, what comes waits
+    Quiesce(build::Quiesce),
 }
 
 fn main() -> ExitCode {
@@ -81,15 +90,20 @@ fn main() -> ExitCode {
             Err(_) => ExitCode::FAILURE,
         };
     }
+    // Started by the path of an open file it would be called by that file's number.
+    let _ = nix::sys::prctl::set_name(c"ublk-target");
     // To stderr: mgmtd or journald keeps it, never a file on a LU.
     tracing_subscriber::fmt()
         .with_env_filter(
             EnvFilter::try_from_env("LUNAR_LOG").unwrap_or_else(|_| EnvFilter::new("info")),
         )
-        .with_writer(std::io::stderr)
+        .with_writer(log::Lines)
         .with_ansi(false)
         .init();
     let done = match (cli.command, cli.serve) {
+        _ if cli.build_info => build::print_info(),
+        (Some(Command::CanRead(ask)), _) => ask.run(),
+        (Some(Command::Quiesce(ask)), _) => ask.run(),
         (Some(Command::BenchLoop(bench)), _) => bench.run(),
         (None, Some(serve)) => run(&serve),
         (None, None) => {
@@ -125,6 +139,7 @@ fn run(serve: &Serve) -> Result<(), Box<dyn Error>> {
     let helper = become_server(&serve.run_dir)?;
     let listener = socket::inherited(serve.listen_fd);
     let helper = helper.attend()?;
+    log::start()?;
     let kernel = nix::sys::utsname::uname()?
         .release()
         .to_string_lossy()
@@ -166,7 +181,10 @@ fn watch_signals(groups: Arc<Groups>) -> std::io::Result<()> {
         set.add(Signal::SIGINT);
         while set.wait().is_ok() {
             match groups.shutdown() {
-                Ok(()) => std::process::exit(0),
+                Ok(()) => {
+                    log::drain();
+                    std::process::exit(0)
+                }
                 Err(error) => {
                     tracing::warn!(%error, causes = ?error.causes, "going on after a signal to end")
                 }

@@ -259,6 +259,15 @@ requests! {
         dry_run: bool,
         yes: bool,
     }
+    /// Puts other programs in the place of those that run.
+    UpgradeAsk {
+        /// Only says what would happen.
+        check: bool,
+        /// A ublk-target, or a folder with one and perhaps a mgmtd; none: what is installed where they were started from.
+        to: Option<String>,
+        dry_run: bool,
+        yes: bool,
+    }
 }
 
 /// A request to mgmtd.
@@ -385,6 +394,9 @@ pub enum Request {
     /// Stops all in order. Answer: `Changed`.
     #[serde(rename = "io.lunar.Shutdown")]
     Shutdown(ShutdownAsk),
+    /// Puts other programs in the place of those that run, while LUs are in use. Answer: `UpgradeReply`.
+    #[serde(rename = "io.lunar.Upgrade")]
+    Upgrade(UpgradeAsk),
 }
 
 /// Every verb: method, and whether it changes something (root only).
@@ -429,6 +441,7 @@ pub const VERBS: &[(&str, bool)] = &[
     ("io.lunar.ConfigSave", false),
     ("io.lunar.ConfigLoad", true),
     ("io.lunar.Shutdown", true),
+    ("io.lunar.Upgrade", true),
 ];
 
 #[cfg(test)]

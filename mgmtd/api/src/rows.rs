@@ -555,6 +555,50 @@ rows! {
     ReportReply {
         text: String,
     }
+    /// A build of a program.
+    BuildRow {
+        /// Empty: it does not say.
+        version: String,
+        /// Empty: it does not say.
+        commit: String,
+        /// Of the file's bytes: another build has another.
+        build: String,
+        /// None: it is older than these were told.
+        protocol: Option<u32>,
+        format_min: Option<u32>,
+        format_max: Option<u32>,
+    }
+    /// A program: what runs, and what would.
+    ProgramRow {
+        program: String,
+        pid: Option<u32>,
+        /// Where the one lies that would run.
+        path: String,
+        running: Option<BuildRow>,
+        installed: Option<BuildRow>,
+        changes: bool,
+        /// Why it is refused.
+        problems: Vec<String>,
+    }
+    /// Answer to `Upgrade`.
+    UpgradeReply {
+        outcome: Outcome,
+        /// Exit code of `lunar upgrade`.
+        exit: u8,
+        programs: Vec<ProgramRow>,
+        /// What is done, or would be done.
+        steps: Vec<String>,
+        /// Devices that stand still meanwhile.
+        lus: u32,
+        /// Milliseconds until nothing was in flight on any of them; none: they were not quiesced.
+        quiesced_ms: Option<u64>,
+        /// Milliseconds until all of them were served again.
+        stood_still_ms: Option<u64>,
+        /// mgmtd goes away for a moment after this answer.
+        mgmtd_restarts: bool,
+        /// For people, a line each.
+        text: Vec<String>,
+    }
     /// Answer to every changing verb.
     Changed {
         outcome: Outcome,

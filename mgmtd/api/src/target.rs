@@ -289,6 +289,10 @@ pub enum TargetRequest {
     Events { after: u64, wait_ms: u32 },
     /// Stops every group as `GroupStop`, then the process ends. Answer: `Done`, or `Busy` and all goes on.
     Shutdown,
+    /// Quiesces every device (what is in flight ends, what comes waits in the kernel) and closes every group, for a
+    /// successor to recover them; then the process ends. Answer: `HandedOver`. After an error there is no way back: the
+    /// process is to be killed.
+    HandOver,
 }
 
 /// One attached member.
@@ -353,6 +357,13 @@ pub enum TargetAnswer {
     },
     Events {
         events: Vec<TargetEvent>,
+    },
+    HandedOver {
+        /// Devices that wait for a successor.
+        lus: u32,
+        /// Milliseconds until all of them stood still, and until the groups were closed.
+        quiesced_ms: u64,
+        closed_ms: u64,
     },
     Done,
 }

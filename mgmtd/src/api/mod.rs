@@ -7,6 +7,7 @@ pub mod group;
 pub mod import;
 pub mod lu;
 pub mod state;
+pub mod upgrade;
 
 use lunar_api::mgmt::Request;
 use lunar_api::target::GroupStatus;
@@ -35,6 +36,7 @@ pub async fn answer(daemon: &Daemon, request: Request) -> Result<Value, ApiError
         Request::JobCancel(ask) => json(state::job_cancel(daemon, ask).await?),
         Request::PathList(_) => json(state::path_list(daemon).await?),
         Request::Shutdown(ask) => json(state::shutdown(daemon, ask).await?),
+        Request::Upgrade(ask) => json(upgrade::upgrade(daemon, ask).await?),
         Request::Import(ask) => json(import::import(daemon, ask).await?),
         Request::ConfigSave(_) => json(config::save(daemon).await?),
         Request::ConfigLoad(ask) => json(config::load(daemon, ask).await?),

@@ -191,6 +191,22 @@ pub(crate) enum Noun {
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
     },
+    /// Put another version of the programs in the place of the one that runs, while LUs are in use
+    ///
+    /// The devices are quiesced: what is in flight ends, what comes waits in the kernel until the new ublk-target has taken them
+    /// up. One that does not come up, or does not bring up all that was up, is ended, and the old one goes on. mgmtd then
+    /// becomes the new mgmtd; no LU notices. Without --to: what is installed where they were started from.
+    #[command(
+        after_help = "Examples:\n  lunar upgrade --check\n  lunar upgrade\n  lunar upgrade --to /opt/lunar-0.2 --dry-run\n  lunar upgrade --to /opt/lunar-0.2/ublk-target     (mgmtd stays; it starts the installed one when it is started anew)\n\nExit status: 0 done, or nothing to do, or (--check) it would be done; 1 it does not fit, or the old version had to go on."
+    )]
+    Upgrade {
+        /// Only say what runs, what would run, and whether it fits
+        #[arg(long)]
+        check: bool,
+        /// A ublk-target, or a folder with one and perhaps a mgmtd
+        #[arg(long, value_name = "PATH")]
+        to: Option<PathBuf>,
+    },
     /// Stop everything in order; names the mounts that hold it
     #[command(after_help = "Examples:\n  lunar shutdown --dry-run\n  lunar shutdown")]
     Shutdown,

@@ -10,6 +10,7 @@ mod manual;
 mod run;
 mod show;
 mod stat;
+mod upgrade;
 mod zeroing;
 
 use std::process::ExitCode;

@@ -53,6 +53,7 @@ pub(crate) fn run(args: &Args) -> Result<u8, ApiError> {
             let ask = |yes| Request::Shutdown(mgmt::ShutdownAsk { dry_run, yes });
             change(args, c, "shutdown", ask, yes)
         }
+        Noun::Upgrade { check, to } => crate::upgrade::run(args, c, *check, to.as_deref()),
         Noun::Metrics => {
             let reply: MetricsReply = c.call(&Request::Metrics(Nothing {}))?;
             print(args, "metrics", &reply, || reply.text.clone());

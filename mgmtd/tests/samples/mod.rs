@@ -391,3 +391,39 @@ pub(crate) fn changed() -> Changed {
         lu: Some(lu_row()),
     }
 }
+
+pub(crate) fn upgrade() -> UpgradeReply {
+    let build = |version: &str, build: &str| BuildRow {
+        version: version.into(),
+        commit: "4f1c2a9b7d3e".into(),
+        build: build.into(),
+        protocol: Some(1),
+        format_min: Some(1),
+        format_max: Some(1),
+    };
+    let old = BuildRow {
+        protocol: None,
+        format_min: None,
+        format_max: None,
+        ..build("", "00000000000000aa")
+    };
+    UpgradeReply {
+        outcome: Outcome::Planned,
+        exit: 0,
+        programs: vec![ProgramRow {
+            program: "ublk-target".into(),
+            pid: Some(812),
+            path: "/usr/sbin/ublk-target".into(),
+            running: Some(old),
+            installed: Some(build("0.2.0", "00000000000000bb")),
+            changes: true,
+            problems: Vec::new(),
+        }],
+        steps: vec!["quiesce 2 LUs".into()],
+        lus: 2,
+        quiesced_ms: Some(3),
+        stood_still_ms: Some(120),
+        mgmtd_restarts: false,
+        text: Vec::new(),
+    }
+}

@@ -8,6 +8,10 @@ use lunar_tests::e2e::shell::Failure;
 
 fn main() {
     let mut words: Vec<_> = std::env::args_os().collect();
+    if words.get(1).is_some_and(|word| word == "--hog") {
+        let mib = words.get(2).and_then(|word| word.to_str()?.parse().ok());
+        std::process::exit(lunar_tests::e2e::memory::hog(mib.unwrap_or(0)));
+    }
     let asked = words.get(1).is_some_and(|word| word == "--long");
     if asked {
         words.remove(1);

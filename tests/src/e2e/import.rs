@@ -6,6 +6,8 @@ mod generations;
 mod systems;
 mod tables;
 
+pub(in crate::e2e) use copies::{end_copy, rewrite};
+
 use super::rig::{Rig, text};
 use super::shell::{Failure, sh, sh_in, until};
 use super::{Test, add, ensure};
@@ -53,7 +55,10 @@ fn bytes_of(paths: &[String]) -> Result<String, Failure> {
 }
 
 /// Runs something that must not change a byte of some disks.
-fn unwritten<T>(paths: &[String], what: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
+pub(in crate::e2e) fn unwritten<T>(
+    paths: &[String],
+    what: impl FnOnce() -> Result<T, Failure>,
+) -> Result<T, Failure> {
     let before = bytes_of(paths)?;
     let done = what()?;
     ensure(bytes_of(paths)? == before, || {
@@ -63,7 +68,12 @@ fn unwritten<T>(paths: &[String], what: impl FnOnce() -> Result<T, Failure>) -> 
 }
 
 /// Runs `lunar ARGS`, which must exit `code`, say all of `what`, and what to type.
-fn refused(rig: &Rig, args: &[&str], code: i32, what: &[&str]) -> Result<(), Failure> {
+pub(in crate::e2e) fn refused(
+    rig: &Rig,
+    args: &[&str],
+    code: i32,
+    what: &[&str],
+) -> Result<(), Failure> {
     let output = rig.run(args)?;
     let said = format!(
         "lunar {}: exit {}: {}{}",
@@ -82,7 +92,7 @@ fn refused(rig: &Rig, args: &[&str], code: i32, what: &[&str]) -> Result<(), Fai
 }
 
 /// What `lunar status` prints has all of `what`.
-fn status_says(rig: &Rig, what: &[&str]) -> Result<(), Failure> {
+pub(in crate::e2e) fn status_says(rig: &Rig, what: &[&str]) -> Result<(), Failure> {
     let mut said = String::new();
     until("the status", 60, || {
         said = rig.run(&["status"])?.stdout;
@@ -91,7 +101,7 @@ fn status_says(rig: &Rig, what: &[&str]) -> Result<(), Failure> {
     .map_err(|why| format!("{why} has {what:?}: {said}\n{}", rig.log_tail()))
 }
 
-fn seed(rig: &Rig) -> Result<(), Failure> {
+pub(in crate::e2e) fn seed(rig: &Rig) -> Result<(), Failure> {
     rig.wait_lu()?;
     let device = rig.device()?;
     sh(&format!(
@@ -100,7 +110,7 @@ fn seed(rig: &Rig) -> Result<(), Failure> {
     .map(drop)
 }
 
-fn seed_is_there(rig: &Rig) -> Result<(), Failure> {
+pub(in crate::e2e) fn seed_is_there(rig: &Rig) -> Result<(), Failure> {
     rig.wait_lu()?;
     sh("cmp -n $((8 << 20)) /tmp/seed /dev/lunar/vol").map(drop)
 }

@@ -16,15 +16,19 @@ mod grow;
 mod health;
 mod hostile;
 mod import;
+mod kills;
 mod layout;
 mod levels;
 mod life;
 mod manage;
+pub mod memory;
+mod metadata;
 mod queues;
 mod replace;
 mod resize;
 mod scrub;
 mod spares;
+mod upgrade;
 
 use std::sync::{Mutex, PoisonError};
 
@@ -56,6 +60,10 @@ pub fn tests() -> Vec<Test> {
     import::tests(&mut all);
     config::tests(&mut all);
     crash::tests(&mut all);
+    upgrade::tests(&mut all);
+    memory::tests(&mut all);
+    metadata::tests(&mut all);
+    kills::tests(&mut all);
     all
 }
 

@@ -34,9 +34,27 @@ impl Rig {
         Self::of(state.to_owned(), &[])
     }
 
+    /// As [`Self::new`], with programs that lie elsewhere than this one.
+    pub fn in_bin(bin: &str) -> Result<Self, Failure> {
+        Self::made(bin.to_owned(), sh("mktemp -d -p /tmp")?, &[])
+    }
+
+    /// Has programs that lie elsewhere be started from here on.
+    pub fn set_bin(&mut self, bin: &str) {
+        bin.clone_into(&mut self.bin);
+    }
+
     fn of(state: String, env: &'static [(&'static str, &'static str)]) -> Result<Self, Failure> {
         let exe = std::env::current_exe().map_err(|error| error.to_string())?;
         let bin = exe.parent().ok_or("no folder")?.display().to_string();
+        Self::made(bin, state, env)
+    }
+
+    fn made(
+        bin: String,
+        state: String,
+        env: &'static [(&'static str, &'static str)],
+    ) -> Result<Self, Failure> {
         let log = format!("/tmp/{}.log", state.replace('/', "-"));
         let mut rig = Self {
             bin,
@@ -86,6 +104,11 @@ impl Rig {
     /// The state directory.
     pub fn state_dir(&self) -> &str {
         &self.state
+    }
+
+    /// The file of mgmtd's and ublk-target's log.
+    pub fn log(&self) -> &str {
+        &self.log
     }
 
     /// The last lines of mgmtd's and ublk-target's log.

@@ -78,7 +78,11 @@ pub(super) fn copies() -> Result<(), Failure> {
 }
 
 /// Changes the superblock at byte `at` of a disk, with a right checksum.
-fn rewrite(path: &str, at: u64, change: impl FnOnce(&mut [u8])) -> Result<(), Failure> {
+pub(in crate::e2e) fn rewrite(
+    path: &str,
+    at: u64,
+    change: impl FnOnce(&mut [u8]),
+) -> Result<(), Failure> {
     use std::os::unix::fs::FileExt;
     let say = |error: std::io::Error| format!("{path}: {error}");
     let file = std::fs::File::options()
@@ -97,7 +101,7 @@ fn rewrite(path: &str, at: u64, change: impl FnOnce(&mut [u8])) -> Result<(), Fa
 }
 
 /// Where the second superblock of a disk is.
-fn end_copy(path: &str) -> Result<u64, Failure> {
+pub(in crate::e2e) fn end_copy(path: &str) -> Result<u64, Failure> {
     let text = sh(&format!(
         "dd if={path} bs=1 skip=$((4096 + 320)) count=8 2>/dev/null | od -An -tu8"
     ))?;
