@@ -161,8 +161,7 @@ fn superblock_of(path: &str) -> Result<Superblock, Failure> {
         device_size: size.parse().map_err(|_| "size")?,
     };
     let bytes = blocks::read(path, at.offset, superblock::BYTES)?;
-    let page = bytes.get().try_into().map_err(|_| "a page")?;
-    superblock::decode(page, at).map_err(|error| format!("{path}: {error}"))
+    superblock::decode(bytes.get(), at).map_err(|error| format!("{path}: {error}"))
 }
 
 /// Regions that a member's intent map has marked, and bytes of one, read past Lunar.

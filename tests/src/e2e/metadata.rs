@@ -181,12 +181,12 @@ fn swapped() -> Result<(), Failure> {
     };
     let (a, b) = (&paths[1], &paths[2]);
     // One copy: the two of a disk do not fit each other. Both on one: there are two of one disk.
-    let table: [(&[(usize, usize, u64)], &[&str]); 3] = [
-        (&[(1, 2, 1)], &[b]),
-        (&[(1, 2, end), (2, 1, 1)], &[a, b]),
-        (&[(1, 2, 1), (1, 2, end)], &[a, b]),
+    let table = [
+        (vec![(1, 2, 1)], vec![b.as_str()]),
+        (vec![(1, 2, end), (2, 1, 1)], vec![a, b]),
+        (vec![(1, 2, 1), (1, 2, end)], vec![a, b]),
     ];
-    for (moves, names) in table {
+    for (moves, names) in &table {
         for (from, to, at) in moves {
             put(*from, *to, *at)?;
         }
