@@ -87,7 +87,7 @@ impl Drop for Shown {
     }
 }
 
-fn tell(path: &PathBuf, ended: &AtomicBool) -> Result<(), ApiError> {
+fn tell(path: &Path, ended: &AtomicBool) -> Result<(), ApiError> {
     if ended.load(Ordering::Relaxed) {
         return Ok(());
     }

@@ -260,8 +260,8 @@ fn tell(tally: &Tally, started: Instant) {
         tally.lost_rebuilding
     );
     println!(
-        "{} checks of {} sectors found all as it must be; {} starts refused with their reason, {} forced ({} sectors spoilt by \
-         the write hole); {} times in sync and scrubbed",
+        "{} checks of {} sectors found all as it must be; {} starts refused with their reason, {} forced; {} sectors spoilt that may be (the \
+         write hole; law 6); {} times in sync and scrubbed",
         tally.checked, tally.sectors, tally.refused, tally.forced, tally.hole, tally.firm
     );
     let Count {

@@ -379,7 +379,20 @@ fn draw_boot(random: &Random, config: &Config, is_last: bool) -> Boot {
         true => 0,
         false => random.below(config.members.into()) as u16,
     };
+    // What a log is for: power goes in the midst of a write, and a member with it.
+    let is_written = matches!(
+        when,
+        When::Arises(
+            State::DataWrite | State::BetweenDataAndParity | State::LaneWritten,
+            _
+        )
+    );
+    let loses = config.consistency.has_log() && is_written && random.percent(50);
+    if loses {
+        end = End::Power;
+    }
     match random.below(20) {
+        _ if loses => between.push(Between::Lose { slot }),
         0..=5 => between.push(Between::Lose { slot }),
         6..=11 => between.push(Between::Return),
         12..=13 => between.extend([Between::Return, Between::Lose { slot }]),
