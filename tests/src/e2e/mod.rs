@@ -9,13 +9,13 @@ mod concurrent;
 mod config;
 mod crash;
 mod data;
+mod deaths;
 mod discard;
 mod disks;
 mod failing;
 mod grow;
 mod hostile;
 mod import;
-mod kills;
 mod layout;
 mod levels;
 mod life;
@@ -59,7 +59,7 @@ pub fn tests() -> Vec<Test> {
     upgrade::tests(&mut all);
     memory::tests(&mut all);
     metadata::tests(&mut all);
-    kills::tests(&mut all);
+    deaths::tests(&mut all);
     all
 }
 
