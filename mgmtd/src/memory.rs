@@ -41,8 +41,10 @@ const PAUSE: Duration = Duration::from_secs(2);
 const PIECE: usize = 1 << 20;
 /// What a successor needs beside what ublk-target has: its program is started, its groups are read.
 const MORE: usize = 16 << 20;
+/// A small machine cannot spare all that: it lives by what its own successor gave back.
+const PART: usize = 8;
 /// From here on the allocator gives memory back to the kernel when it is freed.
-const LEAST: usize = 40 << 20;
+const MAPPED: usize = 33 << 20;
 
 /// Memory for the next ublk-target, put by while a LU is swapped to. When ublk-target dies its own is taken at once by whoever
 /// dirties pages, none can be made free while the swap does not answer, and without its buffers a successor serves nothing.
@@ -69,8 +71,8 @@ impl Ballast {
 
     /// Takes so many bytes; blocks while they are made free.
     fn take(&self, bytes: usize) {
-        let mut memory = Vec::with_capacity(bytes.max(LEAST));
-        while memory.len() < bytes.max(LEAST) && !self.given_up.load(Ordering::Relaxed) {
+        let mut memory = Vec::with_capacity(bytes.max(MAPPED));
+        while memory.len() < bytes && !self.given_up.load(Ordering::Relaxed) {
             // Touched, and so locked.
             memory.resize(memory.len() + PIECE, 1);
         }
@@ -88,11 +90,13 @@ pub async fn watch(daemon: Arc<Daemon>) {
         let ublks: Vec<u32> = daemon.lus().iter().filter_map(|lu| lu.ublk).collect();
         let pid = daemon.live().target_pid;
         let is_served = pid.is_some() && !daemon.recovering.load(Ordering::Relaxed);
+        let all =
+            std::fs::read_to_string("/proc/meminfo").map_or(0, |text| kib(&text, "MemTotal:"));
         let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
         let status =
             pid.and_then(|pid| std::fs::read_to_string(format!("/proc/{pid}/status")).ok());
         let needed = match (is_swapped_to(&swaps, &ublks), status) {
-            (true, Some(status)) => resident(&status) + MORE,
+            (true, Some(status)) => (resident(&status) + MORE).min(all / PART),
             _ => 0,
         };
         if !is_served || needed == 0 {
@@ -117,7 +121,12 @@ fn is_swapped_to(swaps: &str, ublks: &[u32]) -> bool {
 
 /// Bytes in memory, of `/proc/PID/status`.
 fn resident(status: &str) -> usize {
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    kib(status, "VmRSS:")
+}
+
+/// Bytes, of a line that gives kB.
+fn kib(text: &str, name: &str) -> usize {
+    let line = text.lines().find_map(|line| line.strip_prefix(name));
     let kib = line.and_then(|line| {
         line.trim()
             .strip_suffix(" kB")?
@@ -154,7 +163,7 @@ mod tests {
     fn ballast_that_is_given_up_is_not_taken() {
         let ballast = Ballast::default();
         ballast.take(1);
-        assert_eq!(ballast.has(), LEAST);
+        assert_eq!(ballast.has(), PIECE);
         ballast.give_up();
         ballast.take(1);
         assert_eq!(ballast.has(), 0);

@@ -126,7 +126,7 @@ fn damages(log: &str, path: &str, name: &str) -> usize {
 }
 
 /// Given a group of which both copies of one member's superblock are damaged, for each member, when it is started, then it
-/// serves without that one, which is named and not written; `lunar disk replace` takes it in again.
+/// serves without that one, which is named and not written; with its own superblocks back it is stale, and `lunar disk replace` takes it in again.
 fn both_copies() -> Result<(), Failure> {
     let mut rig = Rig::new()?;
     let paths = rig.array("ram", 3, 256, &RAID5)?;
@@ -135,6 +135,10 @@ fn both_copies() -> Result<(), Failure> {
     for (number, path) in paths.iter().enumerate() {
         rig.shutdown()?;
         for at in [START, end] {
+            let page = at / 4096;
+            sh(&format!(
+                "dd if={path} of=/tmp/own.{page} bs=4k skip={page} count=1 2>/dev/null"
+            ))?;
             damage(path, at, DAMAGE[number % 2].1)?;
         }
         unwritten(std::slice::from_ref(path), || {
@@ -142,14 +146,20 @@ fn both_copies() -> Result<(), Failure> {
             status_says(&rig, &["state: DEGRADED", path])?;
             seed_is_there(&rig)
         })?;
-        let disk = (number + 1).to_string();
-        let again = rig.run(&["disk", "replace", &disk, &disk])?;
-        if again.code != 0 {
-            // What carries noise may be somebody's: it is added as new, which says what dies.
-            rig.lunar(&["disk", "add", "--as-new", "--yes", path])
-                .or_else(|_| rig.lunar(&["disk", "add", path]))?;
-            rig.lunar(&["disk", "replace", &disk, path])?;
+        // Its own superblocks again: it has missed something, and is not believed before it has caught up.
+        seed(&rig)?;
+        rig.shutdown()?;
+        for at in [START, end] {
+            let page = at / 4096;
+            sh(&format!(
+                "dd if=/tmp/own.{page} of={path} bs=4k seek={page} conv=notrunc,fsync 2>/dev/null"
+            ))?;
         }
+        rig.start()?;
+        let (state, _) = rig.state()?;
+        ensure(state == "degraded", || format!("{path}: {state}"))?;
+        let disk = (number + 1).to_string();
+        rig.lunar(&["disk", "replace", &disk, &disk])?;
         rig.wait_optimal(100)?;
         seed_is_there(&rig)?;
     }
@@ -190,7 +200,8 @@ fn swapped() -> Result<(), Failure> {
         for (from, to, at) in moves {
             put(*from, *to, *at)?;
         }
-        unwritten(&[a.clone(), b.clone()], || {
+        let named: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+        unwritten(&named, || {
             rig.start()?;
             status_says(&rig, names)?;
             let (state, _) = rig.state()?;

@@ -9,6 +9,7 @@ mod concurrent;
 mod config;
 mod crash;
 mod data;
+mod deaths;
 mod discard;
 mod disks;
 mod failing;
@@ -16,7 +17,6 @@ mod grow;
 mod health;
 mod hostile;
 mod import;
-mod kills;
 mod layout;
 mod levels;
 mod life;
@@ -63,7 +63,7 @@ pub fn tests() -> Vec<Test> {
     upgrade::tests(&mut all);
     memory::tests(&mut all);
     metadata::tests(&mut all);
-    kills::tests(&mut all);
+    deaths::tests(&mut all);
     all
 }
 

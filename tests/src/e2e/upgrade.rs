@@ -20,7 +20,7 @@ pub(super) fn tests(to: &mut Vec<Test>) {
         "upgrade_goes_on_without_its_client_and_without_mgmtd",
         cut_short,
     );
-    add(to, "upgrade_from_an_older_commit_and_back", older);
+    add(to, "long_upgrade_from_an_older_commit_and_back", older);
 }
 
 /// Where the programs of these tests are installed.
@@ -310,13 +310,10 @@ fn cut_short() -> Result<(), Failure> {
 /// this version and `lunar upgrade` is given, and then the way back to the older ublk-target, then the LU is quiesced both
 /// times (the older one cannot be asked to: it is done from outside), and no request fails.
 fn older() -> Result<(), Failure> {
-    let Some(from) = std::env::var("LUNAR_OLDER")
-        .ok()
-        .filter(|dir| !dir.is_empty())
-    else {
-        println!("skipped: no older commit was built: fixtures/older.sh");
-        return Ok(());
-    };
+    let from = std::env::var("LUNAR_OLDER").unwrap_or_default();
+    ensure(!from.is_empty(), || {
+        "no older commit was built, fixtures/older.sh says why".into()
+    })?;
     install()?;
     sh(&format!(
         "rm -rf /tmp/lunar-old; cp -r {from} /tmp/lunar-old"
