@@ -109,7 +109,8 @@ mod tests {
     #[test]
     fn warnings_name_the_disk_and_what_to_type() {
         assert!(said(|_| ()).is_empty());
-        let cases: [(&dyn Fn(&mut GroupStatus), &str); 7] = [
+        type Change<'a> = &'a dyn Fn(&mut GroupStatus);
+        let cases: [(Change<'_>, &str); 7] = [
             (
                 &|g| g.members[1].errors_lately = 4,
                 "4 read errors lately, all repaired, more than 20 would fail it: lunar disk replace 2 NEW",

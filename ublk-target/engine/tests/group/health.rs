@@ -117,8 +117,8 @@ fn read_errors_count_half_after_an_hour_and_0_is_no_limit() {
 /// gone; and whether it is known what they have missed since.
 #[test]
 fn failed_member_says_why_and_whether_it_can_be_caught_up() {
-    type Fail<'a> = &'a dyn Fn(&Rig);
-    let cases: [(Fail<'_>, FailCause); 4] = [
+    type Fault<'a> = &'a dyn Fn(&Rig);
+    let cases: [(Fault<'_>, FailCause); 4] = [
         (&|rig| fail_by_hand(rig, 1), FailCause::Hand),
         (
             &|rig| rig.stores[1].faults.write_errors.set(true),
