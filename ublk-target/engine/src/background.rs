@@ -555,6 +555,9 @@ impl<E: Env> RaidGroup<E> {
         self.durable_synced.set(self.synced.get());
         self.views.advance();
         self.advance();
+        if let Some(slot) = slot {
+            self.member(slot).filled_in.set(self.generation.get());
+        }
         self.publish().await.map_err(|_| ())
     }
 }

@@ -43,6 +43,8 @@ pub(crate) struct Member<D> {
     pub state: Cell<MemberState>,
     /// The entry's `left_at` of its superblocks.
     pub left_at: Cell<u64>,
+    /// Generation of the first superblocks that say that it is in sync, once it was filled; else 0.
+    pub filled_in: Cell<u64>,
     /// What fails on it fails the slot: not so while it is filled to replace another, or leaves.
     pub counts: Cell<bool>,
     /// The disk that gets what is written here too.
@@ -99,6 +101,7 @@ impl<D: Disk> Member<D> {
             no_zeroing: Default::default(),
             state: Cell::new(state),
             left_at: Cell::new(0),
+            filled_in: Cell::new(0),
             counts: Cell::new(true),
             twin: RefCell::default(),
             reason: RefCell::default(),

@@ -392,10 +392,10 @@ impl<E: Env> RaidGroup<E> {
         let members = self.members.borrow();
         let lost = members
             .iter()
-            .filter(|m| m.state.get() != MemberState::InSync);
+            .filter(|m| self.told_state(m) != MemberState::InSync);
         let parts: Vec<String> = lost
             .map(|m| {
-                let state = match m.state.get() {
+                let state = match self.told_state(m) {
                     MemberState::Faulty => "failed",
                     MemberState::Rebuilding => "rebuilding",
                     MemberState::Missing => "missing",
@@ -426,10 +426,30 @@ impl<E: Env> RaidGroup<E> {
         text
     }
 
+    /// The state of a member for people: one that was filled is in sync when the superblocks say so. Before that, power that
+    /// is lost leaves it to be filled, and whoever believed otherwise may have taken another away.
+    pub(crate) fn told_state(&self, member: &Member<E::Disk>) -> MemberState {
+        match member.state.get() {
+            MemberState::InSync if member.filled_in.get() > self.durable.get() => {
+                MemberState::Rebuilding
+            }
+            state => state,
+        }
+    }
+
+    /// Slots in sync for people, as bits.
+    pub(crate) fn told_in_sync(&self) -> u64 {
+        let members = self.members.borrow();
+        let told = members
+            .iter()
+            .filter(|member| self.told_state(member) == MemberState::InSync);
+        told.fold(0, |set, member| set | 1 << member.slot) & self.in_sync.get()
+    }
+
     pub(crate) fn group_state(&self) -> GroupState {
         if self.failed.get() || !self.can_lose(0) {
             GroupState::Failed
-        } else if self.in_sync.get() != self.geometry.slots() {
+        } else if self.told_in_sync() != self.geometry.slots() {
             GroupState::Degraded
         } else {
             GroupState::Optimal

@@ -10,7 +10,8 @@ use std::fmt;
 use std::rc::Rc;
 
 use lunar_api::target::{
-    Consistency, GroupStatus, Level, LuCounters, LuStatus, SyncStatus, TargetEvent, Witness,
+    Consistency, GroupStatus, Level, LuCounters, LuStatus, MemberStatus, SyncStatus, TargetEvent,
+    Witness,
 };
 use lunar_api::{DiskUuid, GroupUuid, History, LuUuid, SystemUuid};
 
@@ -441,7 +442,7 @@ impl<E: Env> RaidGroup<E> {
             level: self.geometry.level(),
             chunk: self.geometry.chunk(),
             stripe_bytes: self.geometry.stripe_bytes(),
-            can_lose: self.geometry.margin(!self.in_sync.get()),
+            can_lose: self.geometry.margin(!self.told_in_sync()),
             consistency: record.consistency,
             state: self.group_state(),
             reason: self.reason(),
@@ -456,7 +457,10 @@ impl<E: Env> RaidGroup<E> {
                 .members
                 .borrow()
                 .iter()
-                .map(|member| member.status(now))
+                .map(|member| MemberStatus {
+                    state: self.told_state(member),
+                    ..member.status(now)
+                })
                 .collect(),
             lus: self.lus().into_iter().map(|(_, status)| status).collect(),
             replacement: self.copying().map(|copying| copying.to.status(now)),
