@@ -81,7 +81,7 @@ e2e_group() {
 part_e2e() {
   # The long ones first, so that the guests end together.
   e2e_groups life_ import_ levels_ discard_ data_file layout_ data_survives_member_vanish manage_ queues_ replace_ data_survives_member_hang cli_ \
-    scrub_ spare_ resize_ grow_ data_verified data_survives_member_error data_requests hostile_ config_ data_overlapping data_counters
+    scrub_ spare_ health_ resize_ grow_ data_verified data_survives_member_error data_requests hostile_ config_ data_overlapping data_counters
 }
 part_matrix() {
   LUNAR_E2E_LONG=1 e2e_groups long_levels long_layout_raid0 long_layout_raid5 long_layout_raid10 long_layout_raid6 long_discard \
