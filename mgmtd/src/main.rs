@@ -154,6 +154,10 @@ async fn run(args: Args) -> Result<Option<PathBuf>, String> {
         format!("{what}: {e}{source}")
     };
     std::fs::create_dir_all(&config.run_dir).map_err(|e| say("run directory", &e))?;
+    if let Err(error) = memory::keep_in_memory(&config.run_dir) {
+        let dir = config.run_dir.display();
+        tracing::info!("{dir} may be swapped, which must not be to a LU: {error}");
+    }
     std::fs::create_dir_all(&config.state_dir).map_err(|e| {
         let dir = config.state_dir.display();
         format!("state directory {dir}: {e}\nTry: mgmtd --state-dir DIR, as root, on a writable file system")

@@ -2,10 +2,12 @@
 //! one to make room: nothing of mgmtd may lie there, and none of its allocations may wait for it.
 
 use std::io;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use nix::mount::{MsFlags, mount};
 use rustix::mm::{MlockAllFlags, mlockall};
 use rustix::process::configure_io_flusher_behavior;
 
@@ -33,6 +35,33 @@ pub fn protect() -> Vec<String> {
         std::fs::write("/proc/self/oom_score_adj", "-1000"),
     );
     missing
+}
+
+/// Has the run directory lie on a tmpfs of its own that is never swapped: the log of what is in flight, and what a dead
+/// ublk-target leaves, are read before the next one serves. Only where nothing is in it yet: else it is hidden by that.
+///
+/// # Errors  what is there stays as it is, and may be swapped
+pub fn keep_in_memory(run_dir: &Path) -> io::Result<()> {
+    let mounts = std::fs::read_to_string("/proc/self/mounts")?;
+    let own = mounts.lines().find_map(|line| {
+        let mut words = line.split(' ').skip(1);
+        (words.next().map(Path::new) == Some(run_dir)).then(|| words.nth(1).unwrap_or_default())
+    });
+    if own.is_some_and(|options| options.split(',').any(|word| word == "noswap")) {
+        return Ok(());
+    }
+    if std::fs::read_dir(run_dir)?.next().is_some() {
+        return Err(io::Error::other("it is in use already"));
+    }
+    let flags = MsFlags::MS_NOEXEC | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    let options = Some("mode=755,noswap");
+    Ok(mount(
+        Some("lunar"),
+        run_dir,
+        Some("tmpfs"),
+        flags,
+        options,
+    )?)
 }
 
 /// Between two looks whether a LU is swapped to.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use crossbeam::channel::{Sender, TrySendError};
 use lunar_api::target::{MESSAGE_MAX, TARGET_API, TargetAnswer, TargetReply, TargetRequest};
 use lunar_api::{ApiError, ErrorKind, SystemUuid};
 use lunar_engine::config::Queues;
@@ -19,6 +20,9 @@ use crate::socket::{self, Message};
 /// Connections at a time: mgmtd has a few, nobody else has any.
 const CONNECTIONS_MAX: usize = 16;
 const STACK_BYTES: usize = 256 << 10;
+/// Connections whose threads are there from the start, as many as mgmtd has: the kernel fills the locked stack of a new thread
+/// while it holds the lock of the address space, which I/O may need too; if memory has run short, neither goes on.
+const READY: usize = 5;
 
 /// Makes the error that crosses the socket, with its causes.
 pub(crate) fn api_error(kind: ErrorKind, what: &str, error: &dyn Error) -> ApiError {
@@ -34,6 +38,7 @@ pub(crate) fn api_error(kind: ErrorKind, what: &str, error: &dyn Error) -> ApiEr
 /// Accepts for ever.
 pub(crate) fn listen(listener: &UnixListener, groups: &Arc<Groups>) {
     let open = Arc::new(AtomicUsize::new(0));
+    let ready = start_ready(groups, &open);
     loop {
         let connection = match socket::accept(listener) {
             Ok(connection) => connection,
@@ -52,13 +57,20 @@ pub(crate) fn listen(listener: &UnixListener, groups: &Arc<Groups>) {
             put(&connection, &reply);
             continue;
         }
+        // Taken by whichever of them is idle.
+        let connection = match ready.try_send(connection) {
+            Ok(()) => continue,
+            Err(TrySendError::Full(connection) | TrySendError::Disconnected(connection)) => {
+                connection
+            }
+        };
         let (groups, open) = (Arc::clone(groups), Arc::clone(&open));
         let counted = Arc::clone(&open);
         let thread = std::thread::Builder::new()
             .name("control".into())
             .stack_size(STACK_BYTES)
             .spawn(move || {
-                serve(&connection, &groups);
+                serve(&connection, &groups, &mut vec![0; MESSAGE_MAX]);
                 open.fetch_sub(1, Ordering::Relaxed);
             });
         if let Err(error) = thread {
@@ -66,6 +78,28 @@ pub(crate) fn listen(listener: &UnixListener, groups: &Arc<Groups>) {
             tracing::error!(%error, "no thread for a connection");
         }
     }
+}
+
+/// Starts the threads that wait for connections; a connection is taken only by one that is idle.
+fn start_ready(groups: &Arc<Groups>, open: &Arc<AtomicUsize>) -> Sender<OwnedFd> {
+    let (give, take) = crossbeam::channel::bounded::<OwnedFd>(0);
+    for _ in 0..READY {
+        let (take, groups, open) = (take.clone(), Arc::clone(groups), Arc::clone(open));
+        let thread = std::thread::Builder::new()
+            .name("control".into())
+            .stack_size(STACK_BYTES)
+            .spawn(move || {
+                let mut buffer = vec![0; MESSAGE_MAX];
+                for connection in take {
+                    serve(&connection, &groups, &mut buffer);
+                    open.fetch_sub(1, Ordering::Relaxed);
+                }
+            });
+        if let Err(error) = thread {
+            tracing::error!(%error, "no thread for connections");
+        }
+    }
+    give
 }
 
 fn put(connection: &OwnedFd, reply: &TargetReply) -> bool {
@@ -78,12 +112,11 @@ fn put(connection: &OwnedFd, reply: &TargetReply) -> bool {
     socket::answer(connection, &bytes).is_ok()
 }
 
-fn serve(connection: &OwnedFd, groups: &Arc<Groups>) {
-    // Only as much as packets need is ever touched, but it is locked: shared by all would be a lock.
-    let mut buffer = vec![0; MESSAGE_MAX];
+/// `buffer`: of one connection at a time; shared by all would be a lock.
+fn serve(connection: &OwnedFd, groups: &Arc<Groups>, buffer: &mut [u8]) {
     let mut system = None;
     loop {
-        let (reply, end) = match socket::receive(connection, &mut buffer) {
+        let (reply, end) = match socket::receive(connection, buffer) {
             Ok(None) => return,
             Ok(Some(message)) => match decode(&message) {
                 Ok(request) => {
