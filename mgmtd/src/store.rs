@@ -13,6 +13,8 @@ use serde::de::DeserializeOwned;
 
 use crate::tables::{Kind, Tables, Write};
 
+/// Longest wait for the lock of one that has died.
+const LOCK_PATIENCE: std::time::Duration = std::time::Duration::from_secs(2);
 const META: TableDefinition<'_, &str, &str> = TableDefinition::new("meta");
 /// Version of the saved rows.
 pub const FORMAT: u32 = 1;
@@ -294,10 +296,27 @@ fn open(path: &Path) -> Result<Database, StoreError> {
     })
 }
 
+/// As [`open`]. An mgmtd that was killed while it started a process has its lock until that one's program runs.
+fn open_patiently(path: &Path) -> Result<Database, StoreError> {
+    let begun = std::time::Instant::now();
+    loop {
+        match open(path) {
+            Err(StoreError::Open {
+                source: redb::DatabaseError::DatabaseAlreadyOpen,
+                ..
+            }) if begun.elapsed() < LOCK_PATIENCE => {}
+            result => return result,
+        }
+        // Before anything else of mgmtd runs.
+        #[allow(clippy::disallowed_methods)]
+        std::thread::sleep(LOCK_PATIENCE / 50);
+    }
+}
+
 /// Opens the file when mgmtd starts: every page of it is compared with its checksum first. What is read from a damaged one
 /// could be anything.
 fn checked(path: &Path) -> Result<Database, StoreError> {
-    let mut db = open(path)?;
+    let mut db = open_patiently(path)?;
     let is_sound = db.check_integrity().map_err(|source| StoreError::Open {
         path: path.into(),
         source,
