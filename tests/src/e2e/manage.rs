@@ -91,16 +91,19 @@ fn sick_disk() -> Result<(), Failure> {
             "dd if=/dev/urandom of=/dev/lunar/vol bs=1M count=8 oflag=direct 2>/dev/null",
             30,
         )?;
-        // Once it works again it may take its own place, or another does.
+        // Once it works again it takes its own place by itself, if no other has.
         refused(&rig, &["disk", "replace", &disk, &disk], 1, says)?;
-        let fresh = sh(&format!(
-            "dm_heal member{at}; dm_wrap member{0} /dev/ram{0}",
-            at + 4
-        ))?;
+        let heal = format!("dm_heal member{at}");
+        let fresh = sh(&format!("dm_wrap member{0} /dev/ram{0}", at + 4))?;
         rig.lunar(&["disk", "add", &fresh])?;
-        let new = if at == 3 { &disk } else { &fresh };
-        rig.lunar(&["disk", "replace", &disk, new])?;
-        rig.wait_optimal(100)?;
+        if at == 3 {
+            sh(&heal)?;
+            rig.wait_optimal(100)?;
+        } else {
+            rig.lunar(&["disk", "replace", &disk, &fresh])?;
+            rig.wait_optimal(100)?;
+            sh(&heal)?;
+        }
     }
     let fresh = sh("dm_wrap member8 /dev/ram8")?;
     let other = sh("dm_wrap member9 /dev/ram9; dm_hang member9")?;
