@@ -1,6 +1,6 @@
 //! `upgrade`: what happens is shown while it happens; Ctrl-C ends the showing, not the upgrade.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -87,7 +87,7 @@ impl Drop for Shown {
     }
 }
 
-fn tell(path: &PathBuf, ended: &AtomicBool) -> Result<(), ApiError> {
+fn tell(path: &Path, ended: &AtomicBool) -> Result<(), ApiError> {
     if ended.load(Ordering::Relaxed) {
         return Ok(());
     }
