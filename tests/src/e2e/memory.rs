@@ -8,7 +8,11 @@ use super::shell::{Failure, pause, sh, sh_in, until};
 use super::{Test, add, ensure};
 
 pub(super) fn tests(to: &mut Vec<Test>) {
-    add(to, "memory_swap_on_a_lu_outlives_the_target", swap_on_a_lu);
+    add(
+        to,
+        "long_memory_swap_on_a_lu_outlives_the_target",
+        swap_on_a_lu,
+    );
 }
 
 /// Bytes of a page.
