@@ -212,7 +212,7 @@ fn bounded_resync(level: &str) -> Result<(), Failure> {
     let paths = rig.array("dm", 4, 256, &[&create[..], &["--chunk", "64KiB"]].concat())?;
     fill(&rig)?;
     for is_slow in [false, true] {
-        rate(&rig, if is_slow { "64KiB" } else { "1GiB" })?;
+        rate(&rig, if is_slow { "8KiB" } else { "1GiB" })?;
         until("nothing is marked", 60, || {
             Ok(marked(&paths[0])?.0.is_empty())
         })?;
