@@ -5,7 +5,7 @@ use std::process::{Child, Command, Stdio};
 
 use super::rig::Rig;
 use super::shell::{Failure, pause, sh, sh_in, until};
-use super::{Test, add, ensure};
+use super::{Test, add, ensure, figure};
 
 pub(super) fn tests(to: &mut Vec<Test>) {
     add(
@@ -169,11 +169,11 @@ fn swap_on_a_lu() -> Result<(), Failure> {
                 && rig.state().is_ok_and(|(state, _)| state == "optimal"))
         })
         .map_err(|why| format!("{why}\n{}", rig.log_tail()))?;
-        println!(
-            "served again after {} ms, {} KiB are swapped out",
+        figure(format!(
+            "swap on a LU: served again after {} ms, {} KiB are swapped out",
             killed.elapsed().as_millis(),
             swapped()?
-        );
+        ));
         least = least.min(swapped()?);
     }
     writer.join().map_err(|_| "thread")??;
@@ -190,7 +190,7 @@ fn swap_on_a_lu() -> Result<(), Failure> {
     out.read_line(&mut line)
         .map_err(|error| error.to_string())?;
     ensure(line.ends_with("rounds\n"), || line.clone())?;
-    println!("{}", line.trim());
+    figure(format!("swap on a LU: {}", line.trim()));
     let status = hog.0.wait().map_err(|error| error.to_string())?;
     ensure(status.success(), || format!("{status}"))?;
     let killed = sh("dmesg | grep -ciE 'out of memory|oom-kill|invoked oom' || true")?;

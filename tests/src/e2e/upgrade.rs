@@ -5,7 +5,7 @@ use std::thread::JoinHandle;
 use super::import::{end_copy, rewrite};
 use super::rig::{Rig, text};
 use super::shell::{Failure, sh, sh_in, until};
-use super::{Test, add, ensure};
+use super::{Test, add, ensure, figure};
 
 pub(super) fn tests(to: &mut Vec<Test>) {
     add(to, "upgrade_under_load_there_and_back", there_and_back);
@@ -94,7 +94,7 @@ fn runs(rig: &Rig, path: &str) -> Result<(), Failure> {
     sh(&format!("cmp /proc/{pid}/exe {path}")).map(drop)
 }
 
-/// Upgrades, and prints how long the LUs stood still.
+/// Upgrades, and tells how long the LUs stood still.
 fn upgrade(rig: &Rig, what: &str, args: &[&str]) -> Result<(), Failure> {
     let all = [&["upgrade"], args].concat();
     rig.lunar(&[&all[..], &["--dry-run"]].concat())?;
@@ -103,7 +103,9 @@ fn upgrade(rig: &Rig, what: &str, args: &[&str]) -> Result<(), Failure> {
     let (Some(quiesced), Some(still)) = (ms("quiesced_ms"), ms("stood_still_ms")) else {
         return Err(format!("{what}: {reply}\n{}", rig.log_tail()));
     };
-    println!("{what}: quiesced in {quiesced} ms, stood still for {still} ms");
+    figure(format!(
+        "upgrade, {what}: quiesced in {quiesced} ms, stood still for {still} ms"
+    ));
     ensure(reply["outcome"] == "changed" && reply["lus"] == 1, || {
         reply.to_string()
     })
