@@ -217,9 +217,9 @@ fn bounded_resync(level: &str) -> Result<(), Failure> {
             Ok(marked(&paths[0])?.0.is_empty())
         })?;
         let device = rig.device()?;
-        let places = [5u64, 700, 1500, 2500, 4100, 5900];
+        let places: Vec<u64> = (0..24).map(|i| 5 + i * 1024).collect();
         // The bytes that are there, written once more.
-        for at in places {
+        for at in &places {
             sh(&format!(
                 "dd if={device} of=/tmp/same bs=4k skip={at} count=1 iflag=direct 2>/dev/null
                  dd if=/tmp/same of={device} bs=4k seek={at} count=1 oflag=direct 2>/dev/null"
@@ -238,7 +238,7 @@ fn bounded_resync(level: &str) -> Result<(), Failure> {
         ensure((1..=2 * places.len() as u64).contains(&dirty), || {
             format!("{dirty} regions are marked")
         })?;
-        for at in places {
+        for at in &places {
             spoil_parity(&paths, at * 4096)?;
         }
         let read = || -> Result<u64, Failure> {
