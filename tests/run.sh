@@ -95,7 +95,9 @@ part_e2e() {
     data_requests hostile_ config_ data_overlapping data_counters
 }
 part_matrix() {
-  LUNAR_OLDER=$(fixtures/older.sh) || true
+  local code=0
+  # Not in a clone that is cut off (77): the tests that upgrade from it fail, and say so.
+  LUNAR_OLDER=$(fixtures/older.sh) || { code=$?; [ "$code" = 77 ] || return "$code"; }
   export LUNAR_OLDER
   LUNAR_E2E_LONG=1 e2e_groups long_levels long_layout_raid0 long_layout_raid5 long_layout_raid10 long_layout_raid6 long_discard \
     long_data_survives_member_hang long_data_file long_data_survives_member_error long_data_survives_member_vanish long_data_requests \

@@ -124,7 +124,7 @@ fn start_anew(dir: &Path, job: &Job) -> Result<(), Failure> {
     if job.in_file {
         sh_in(
             &format!(
-                "umount {RAW_MOUNT} 2>/dev/null || true; mkdir -p {RAW_MOUNT}
+                "! mountpoint -q {RAW_MOUNT} || umount {RAW_MOUNT}; mkdir -p {RAW_MOUNT}
                  mkfs.ext4 -q -F -b 4096 -O ^has_journal -E nodiscard {RAW} && mount -o noatime {RAW} {RAW_MOUNT}
                  : > {RAW_FILE}"
             ),
@@ -134,7 +134,7 @@ fn start_anew(dir: &Path, job: &Job) -> Result<(), Failure> {
     let to = raw_path(job);
     sh_in(
         &format!(
-            "umount {MOUNT} 2>/dev/null || true
+            "! mountpoint -q {MOUNT} || umount {MOUNT}
              dd if=/dev/zero of={to} bs=1M count={} oflag=direct conv=fsync,notrunc status=none
              mkfs.ext4 -q -F -E nodiscard {FS} && mount -t ext4 {FS} {MOUNT}",
             SECTORS / 2048

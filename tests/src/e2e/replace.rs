@@ -43,7 +43,7 @@ fn same_path() -> Result<(), Failure> {
     ensure(again.contains("already given"), || again.clone())?;
     sh_in(
         &format!(
-            "dd if=/dev/zero of={} bs=1M oflag=direct 2>/dev/null || true",
+            "dd if=/dev/zero of={} bs=1M count=256 oflag=direct 2>/dev/null",
             paths[1]
         ),
         60,
