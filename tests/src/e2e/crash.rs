@@ -9,7 +9,7 @@ use lunar_engine::superblock::{self, At, Superblock};
 
 use super::blocks;
 use super::discard::scrub_finds_nothing;
-use super::replace::{rate, read_bytes};
+use super::replace::read_bytes;
 use super::rig::Rig;
 use super::shell::{Failure, pause, sh, sh_in, until};
 use super::spares::{compare, fill};
@@ -212,7 +212,7 @@ fn bounded_resync(level: &str) -> Result<(), Failure> {
     let paths = rig.array("dm", 4, 256, &[&create[..], &["--chunk", "64KiB"]].concat())?;
     fill(&rig)?;
     for is_slow in [false, true] {
-        rate(&rig, if is_slow { "8KiB" } else { "1GiB" })?;
+        rig.rebuild_rate(if is_slow { "8KiB" } else { "1GiB" })?;
         until("nothing is marked", 60, || {
             Ok(marked(&paths[0])?.0.is_empty())
         })?;
@@ -255,7 +255,7 @@ fn bounded_resync(level: &str) -> Result<(), Failure> {
             compare(&rig, "while it is resynced")?;
             let group = rig.json(&["group", "show", "data"])?;
             ensure(!group["sync"].is_null(), || "the resync had ended".into())?;
-            rate(&rig, "1GiB")?;
+            rig.rebuild_rate("1GiB")?;
         }
         rig.wait_optimal(100)?;
         let bytes = read()? - before;

@@ -112,16 +112,7 @@ fn both() -> Result<(), Failure> {
     ))?;
     rig.lunar(&["disk", "add", "/dev/ram6"])?;
     rig.lunar(&["disk", "fail", &paths[1], "--yes"])?;
-    let slow = [
-        "group",
-        "set",
-        "data",
-        "--rebuild-min",
-        "8MiB",
-        "--rebuild-max",
-        "8MiB",
-    ];
-    rig.lunar(&slow)?;
+    rig.rebuild_rate("8MiB")?;
     rig.lunar(&["disk", "replace", "2", "/dev/ram6"])?;
     let load = std::thread::spawn(|| {
         sh_in(
@@ -143,16 +134,7 @@ fn both() -> Result<(), Failure> {
         })
         .map_err(|why| format!("{why}\n{}", rig.log_tail()))?;
     }
-    let fast = [
-        "group",
-        "set",
-        "data",
-        "--rebuild-min",
-        "1GiB",
-        "--rebuild-max",
-        "1GiB",
-    ];
-    rig.lunar(&fast)?;
+    rig.rebuild_rate("1GiB")?;
     load.join()
         .map_err(|_| "thread")?
         .map_err(|why| format!("{why}\n{}", rig.log_tail()))?;

@@ -429,12 +429,6 @@ fn kill_again_and_again(rig: &Rig) -> Result<(), Failure> {
     Ok(())
 }
 
-fn rebuild_rate(rig: &Rig, rate: &str) -> Result<(), Failure> {
-    let set = ["group", "set", "data", "--rebuild-min", rate];
-    rig.lunar(&[&set[..], &["--rebuild-max", rate]].concat())
-        .map(drop)
-}
-
 /// Given a raid5 that lost a member, when it is erased degraded, and before and behind where its rebuild is, then all
 /// reads as asked for, then and when it is rebuilt and without another member.
 fn degraded() -> Result<(), Failure> {
@@ -445,7 +439,7 @@ fn degraded() -> Result<(), Failure> {
     let erased = zero(&rig, MIB + 512, 3 * MIB)? + &discard(&rig, 5 * MIB + 512, 3 * MIB, grain)?;
     sh(&erased)?;
     content_is_right(&rig, "degraded")?;
-    rebuild_rate(&rig, "12MiB")?;
+    rig.rebuild_rate("12MiB")?;
     rig.lunar(&["disk", "replace", &paths[1], &paths[1], "--full", "--yes"])?;
     let mut rounds = 0;
     for at in [10, 44, 14, 40, 18, 36] {
@@ -458,7 +452,7 @@ fn degraded() -> Result<(), Failure> {
     ensure(rounds >= 3, || {
         format!("the rebuild was under way in {rounds} rounds")
     })?;
-    rebuild_rate(&rig, "1GiB")?;
+    rig.rebuild_rate("1GiB")?;
     rig.wait_optimal(120)?;
     scrub_finds_nothing(&rig)?;
     rig.lunar(&["disk", "fail", &paths[0], "--yes"])?;

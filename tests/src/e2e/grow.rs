@@ -24,12 +24,6 @@ fn number(rig: &Rig, key: &str) -> Result<u64, Failure> {
         .ok_or_else(|| format!("no {key} in {group}"))
 }
 
-fn rate(rig: &Rig, rate: &str) -> Result<(), Failure> {
-    let bounds = ["--rebuild-min", rate, "--rebuild-max", rate];
-    rig.lunar(&[&["group", "set", "data"][..], &bounds].concat())
-        .map(drop)
-}
-
 /// The last MiB of the LU, behind what there was before it grew.
 fn tail(rig: &Rig, command: &str) -> Result<(), Failure> {
     let end = rig.json(&["lu", "show", "vol"])?["capacity"].as_u64();
@@ -70,7 +64,7 @@ fn grown(level: &str) -> Result<(), Failure> {
     rig.array_of(&small, create)?;
     rig.lunar(&["lu", "set", "vol", "--queues", "2"])?;
     fill(&rig)?;
-    rate(&rig, "1GiB")?;
+    rig.rebuild_rate("1GiB")?;
     let device = rig.device()?;
     let fio = move |extra: &str| {
         format!(
@@ -96,7 +90,7 @@ fn grown(level: &str) -> Result<(), Failure> {
         dry.contains("grow group data from") && number(&rig, "capacity")? == had,
         || dry.clone(),
     )?;
-    rate(&rig, "20MiB")?;
+    rig.rebuild_rate("20MiB")?;
     rig.lunar(&["group", "grow", "data"])?;
     let now = number(&rig, "capacity")?;
     // 128 MiB more of each member; the larger disks keep no more for Lunar.
@@ -136,7 +130,7 @@ fn grown(level: &str) -> Result<(), Failure> {
         let is_on = sync["done"].as_u64().is_some_and(|done| done >= had / data);
         ensure(is_on, || format!("the resync began anew: {sync}"))?;
     }
-    rate(&rig, "1GiB")?;
+    rig.rebuild_rate("1GiB")?;
     rig.wait_optimal(120)?;
     load.join()
         .map_err(|_| "thread")?

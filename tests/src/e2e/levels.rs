@@ -140,9 +140,9 @@ fn every_loss(
         for slot in lost {
             // It is not read where it is not filled yet.
             let early = turn < 2;
-            rate(&rig, if early { "4MiB" } else { "1GiB" })?;
+            rig.rebuild_rate(if early { "4MiB" } else { "1GiB" })?;
             put_back(&rig, &paths[slot], slot, || match early {
-                true => reads_as_written(&device).and_then(|()| rate(&rig, "1GiB")),
+                true => reads_as_written(&device).and_then(|()| rig.rebuild_rate("1GiB")),
                 false => Ok(()),
             })
             .map_err(|why| format!("{what}: {why}"))?;
@@ -151,13 +151,6 @@ fn every_loss(
         reads_as_written(&device).map_err(|why| format!("{what}, rebuilt: {why}"))?;
     }
     Ok(())
-}
-
-/// Bounds rebuilds.
-fn rate(rig: &Rig, rate: &str) -> Result<(), Failure> {
-    let bounds = ["--rebuild-min", rate, "--rebuild-max", rate];
-    rig.lunar(&[&["group", "set", "data"], &bounds[..]].concat())
-        .map(drop)
 }
 
 /// Overwrites a failed member's data with something else, puts the disk back, does something `meanwhile`, and waits until

@@ -67,19 +67,6 @@ pub(super) fn read_bytes(path: &str) -> Result<u64, Failure> {
     Ok(512 * sectors.parse::<u64>().map_err(|error| error.to_string())?)
 }
 
-pub(super) fn rate(rig: &Rig, rate: &str) -> Result<(), Failure> {
-    let set = [
-        "group",
-        "set",
-        "data",
-        "--rebuild-min",
-        rate,
-        "--rebuild-max",
-        rate,
-    ];
-    rig.lunar(&set).map(drop)
-}
-
 /// A group of `count` members of 256 MiB with content, and a disk beside it. Answers the members' paths and its own.
 fn array(rig: &Rig, level: &str, count: usize) -> Result<(Vec<String>, String), Failure> {
     let create = ["--level", level, "--chunk", "64KiB", "--assume-clean"];
@@ -138,7 +125,7 @@ fn idle() -> Result<(), Failure> {
         .iter()
         .map(|p| read_bytes(p))
         .collect::<Result<_, _>>()?;
-    rate(&rig, "60MiB")?;
+    rig.rebuild_rate("60MiB")?;
     rig.lunar(&["disk", "replace", &old_number, &new_number])?;
     let again = rig.lunar(&["disk", "replace", &old_number, &new_number])?;
     ensure(again.contains("unchanged"), || again.clone())?;
@@ -181,7 +168,7 @@ fn busy(level: &str) -> Result<(), Failure> {
     let count = if level == "raid5" { 4 } else { 2 };
     let (paths, new) = array(&rig, level, count)?;
     let (old_number, new_number) = (number(&rig, &paths[1])?, number(&rig, &new)?);
-    rate(&rig, "20MiB")?;
+    rig.rebuild_rate("20MiB")?;
     let device = rig.device()?;
     let fio = move |extra: &str| {
         format!(
@@ -214,7 +201,7 @@ fn busy(level: &str) -> Result<(), Failure> {
     sh("dm_error member1")?;
     sh("echo 3 > /proc/sys/vm/drop_caches")?;
     sh_in(&fio("--verify_only=1"), 120)?;
-    rate(&rig, "1GiB")?;
+    rig.rebuild_rate("1GiB")?;
     match level {
         "raid0" => compare(&rig, "without the old disk"),
         _ => {
@@ -231,11 +218,11 @@ fn old_fails() -> Result<(), Failure> {
     let rig = Rig::new()?;
     let (paths, new) = array(&rig, "raid5", 4)?;
     let (old_number, new_number) = (number(&rig, &paths[1])?, number(&rig, &new)?);
-    rate(&rig, "20MiB")?;
+    rig.rebuild_rate("20MiB")?;
     rig.lunar(&["disk", "replace", &old_number, &new_number])?;
     wait_copied(&rig, 60 << 20)?;
     // So slow that it is still copied when the disk fails, however busy the machine is.
-    rate(&rig, "2MiB")?;
+    rig.rebuild_rate("2MiB")?;
     sh("dm_error member1")?;
     // What it cannot read is had from the others; what it does not take fails it.
     sh(&format!(
@@ -252,7 +239,7 @@ fn old_fails() -> Result<(), Failure> {
         format!("the rebuild began anew, at {done}")
     })?;
     compare(&rig, "while it is rebuilt")?;
-    rate(&rig, "1GiB")?;
+    rig.rebuild_rate("1GiB")?;
     wait_taken(&rig, &new_number)?;
     let left = disk_state(&rig, &old_number)?;
     ensure(left == "faulty", || format!("the old disk is {left}"))?;
@@ -265,7 +252,7 @@ fn new_fails() -> Result<(), Failure> {
     let rig = Rig::new()?;
     let (paths, new) = array(&rig, "raid5", 4)?;
     let (old_number, new_number) = (number(&rig, &paths[1])?, number(&rig, &new)?);
-    rate(&rig, "20MiB")?;
+    rig.rebuild_rate("20MiB")?;
     for by_hand in [true, false] {
         rig.lunar(&["disk", "replace", &old_number, &new_number])?;
         wait_copied(&rig, 20 << 20)?;
@@ -306,7 +293,7 @@ fn shutdown() -> Result<(), Failure> {
     let mut rig = Rig::new()?;
     let (paths, new) = array(&rig, "raid5", 4)?;
     let (old_number, new_number) = (number(&rig, &paths[1])?, number(&rig, &new)?);
-    rate(&rig, "20MiB")?;
+    rig.rebuild_rate("20MiB")?;
     rig.lunar(&["disk", "replace", &old_number, &new_number])?;
     wait_copied(&rig, 20 << 20)?;
     rig.shutdown()?;
@@ -326,7 +313,7 @@ fn shutdown() -> Result<(), Failure> {
     rig.start()?;
     wait_copied(&rig, 100 << 20)?;
     is_as_before(&rig, &old_number, &new_number, "after the start")?;
-    rate(&rig, "1GiB")?;
+    rig.rebuild_rate("1GiB")?;
     wait_taken(&rig, &new_number)?;
     each_other_away(&rig, 1)
 }

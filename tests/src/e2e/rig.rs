@@ -241,6 +241,13 @@ impl Rig {
         .map_err(|why| format!("{why}: {:?}", self.state()))
     }
 
+    /// Has rebuilds and resyncs of the group `data` go at this rate, no faster and no slower.
+    pub fn rebuild_rate(&self, rate: &str) -> Result<(), Failure> {
+        let bounds = ["--rebuild-min", rate, "--rebuild-max", rate];
+        self.lunar(&[&["group", "set", "data"], &bounds[..]].concat())
+            .map(drop)
+    }
+
     /// Stops all in order and ends mgmtd.
     pub fn shutdown(&mut self) -> Result<(), Failure> {
         self.lunar(&["shutdown", "--yes"])?;

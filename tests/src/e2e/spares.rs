@@ -120,15 +120,7 @@ fn steps_in(level: &str) -> Result<(), Failure> {
     for path in [&large, &small, &fit] {
         rig.lunar(&["disk", "add", "--role", "spare", path])?;
     }
-    rig.lunar(&[
-        "group",
-        "set",
-        "data",
-        "--rebuild-min",
-        "20MiB",
-        "--rebuild-max",
-        "20MiB",
-    ])?;
+    rig.rebuild_rate("20MiB")?;
     fill(&rig)?;
     let device = rig.device()?;
     let load = std::thread::spawn(move || {
@@ -161,15 +153,7 @@ fn steps_in(level: &str) -> Result<(), Failure> {
     load.join()
         .map_err(|_| "thread")?
         .map_err(|why| format!("{why}\n{}", rig.log_tail()))?;
-    rig.lunar(&[
-        "group",
-        "set",
-        "data",
-        "--rebuild-min",
-        "1GiB",
-        "--rebuild-max",
-        "1GiB",
-    ])?;
+    rig.rebuild_rate("1GiB")?;
     rig.wait_optimal(120)?;
     let disks = disks_of(&rig, "data")?;
     ensure(disks[1] == fit_number, || format!("members are {disks:?}"))?;
