@@ -147,6 +147,18 @@ pub struct Boot {
     pub between: Vec<Between>,
 }
 
+impl Boot {
+    /// Power goes while data is written, and a member with it.
+    fn loses_in_a_write(&self) -> bool {
+        let loses = self.between.iter().any(|b| matches!(b, Between::Lose { .. }));
+        let writes = matches!(
+            self.when,
+            When::Arises(State::DataWrite | State::BetweenDataAndParity, _)
+        );
+        self.end == End::Power && writes && loses
+    }
+}
+
 /// A run.
 #[derive(Debug, Clone)]
 pub struct Plan {
@@ -262,8 +274,8 @@ const RARE: [State; 6] = [
 fn draw_aim(random: &Random, config: &Config) -> State {
     let bitmap = config.consistency == Consistency::Bitmap;
     // What a log is for.
-    if config.consistency.has_log() && random.percent(15) {
-        return State::LaneWritten;
+    if config.consistency.has_log() && random.percent(30) {
+        return *random.of(&[State::LaneWritten, State::DataWrite]);
     }
     loop {
         let state = match random.percent(30) {
@@ -387,7 +399,7 @@ fn draw_boot(random: &Random, config: &Config, is_last: bool) -> Boot {
             _
         )
     );
-    let loses = config.consistency.has_log() && is_written && random.percent(50);
+    let loses = config.consistency.has_log() && is_written && random.percent(60);
     if loses {
         end = End::Power;
     }
@@ -423,6 +435,15 @@ impl Plan {
             if matches!(boots[i].when, When::Arises(State::StartReplays, _)) {
                 boots[i - 1].end = End::Kill;
                 boots[i - 1].when = When::Arises(State::DataWrite, 1 + random.below(200));
+            }
+            // A member that a power cut took comes back before much else was written: what its log says is all that tells
+            // where it is behind.
+            let lost = boots[i - 1].loses_in_a_write() && config.consistency.has_log();
+            if lost && random.percent(70) {
+                boots[i].requests = 2 + random.below(6);
+                boots[i].deeds = vec![(1, Deed::Return)];
+                boots[i].end = End::Stop;
+                boots[i].when = When::Quiet;
             }
         }
         Self {
