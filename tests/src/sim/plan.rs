@@ -150,7 +150,10 @@ pub struct Boot {
 impl Boot {
     /// Power goes while data is written, and a member with it.
     fn loses_in_a_write(&self) -> bool {
-        let loses = self.between.iter().any(|b| matches!(b, Between::Lose { .. }));
+        let loses = self
+            .between
+            .iter()
+            .any(|b| matches!(b, Between::Lose { .. }));
         let writes = matches!(
             self.when,
             When::Arises(State::DataWrite | State::BetweenDataAndParity, _)
