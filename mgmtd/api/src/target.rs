@@ -526,6 +526,12 @@ pub struct MemberStatus {
     /// Read errors that were repaired and count against it: each hour halves them.
     #[serde(default)]
     pub errors_lately: u32,
+    /// Grains (4 KiB) of its data that do not hold what they should, and are not read: redundancy serves them, or nobody.
+    #[serde(default)]
+    pub bad_blocks: u64,
+    /// The first of them, in bytes from the start of the disk.
+    #[serde(default)]
+    pub bad_blocks_at: Vec<u64>,
     /// Why it was failed, since the group started.
     #[serde(default)]
     pub cause: Option<FailCause>,

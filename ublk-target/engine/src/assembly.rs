@@ -11,6 +11,7 @@
 //!    cut may have stopped an update after one member of four. But one below the recorded `floor` is an older copy of
 //!    itself (a snapshot put back, a disk that lied about its writes): stale too. Only where it cannot be done without, and with
 //!    `force`, it is taken as it is.
+//!    So is one whose bad-block list cannot be read: nobody knows what of it is data.
 //! 5. No more members are missing than the level can do without. `force` does not help: there is no data.
 //! 6. Parity, not cleanly stopped (under policy `bitmap`: and with any region marked; with a log: and one of the logs
 //!    cannot be read) and degraded: parity may not match, and the missing member cannot be told from it:
@@ -50,6 +51,8 @@ pub struct Present<'a> {
     pub is_marked: bool,
     /// Its log, where the policy has one, cannot be read.
     pub is_log_lost: bool,
+    /// Its bad-block list, where a superblock says that it has one, cannot be read.
+    pub is_list_lost: bool,
 }
 
 /// Under which conditions a group starts.
@@ -388,6 +391,7 @@ struct Found<'a> {
     group: &'a GroupRecord,
     is_marked: bool,
     is_log_lost: bool,
+    is_list_lost: bool,
 }
 
 impl Found<'_> {
@@ -408,6 +412,7 @@ fn check_members<'a>(
             path,
             is_marked,
             is_log_lost,
+            is_list_lost,
         } = *one;
         let member = superblock
             .member
@@ -432,6 +437,7 @@ fn check_members<'a>(
             group: &member.group,
             is_marked,
             is_log_lost,
+            is_list_lost,
         });
     }
     if members.is_empty() {

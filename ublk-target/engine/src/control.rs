@@ -5,6 +5,7 @@ use std::rc::Rc;
 use lunar_api::target::{DeletedLu, FailCause, LuSize, MemberState, ZeroStatus};
 use lunar_api::{ApiError, DiskUuid, ErrorKind, LuUuid};
 
+use crate::bad_blocks::{List, read_list};
 use crate::config::{ConfigError, GroupConfig, LuConfig, Queues};
 use crate::label::read_superblock;
 use crate::lanes::Lane;
@@ -553,6 +554,14 @@ impl<E: Env> RaidGroup<E> {
             (Some(place), Some(_)) => self.note_log(&with, &place).await?.then_some(place),
             (returns, _) => returns,
         };
+        let mut list = None;
+        if let Some(place) = &returns
+            && self.member(slot).bad.is_listed.get()
+        {
+            list = self.list_on(&with, place).await?;
+        }
+        // Without it nobody knows what of it is data.
+        let returns = returns.filter(|_| list.is_some() || !self.member(slot).bad.is_listed.get());
         if fill == Fill::OnlyMissed && returns.is_none() {
             return Err(refuse("it is not known what it has missed".into()));
         }
@@ -597,6 +606,10 @@ impl<E: Env> RaidGroup<E> {
         let meta = memory(META_BYTES).await?;
         let state = MemberState::Rebuilding;
         let member = Rc::new(Member::present(slot, state, (with, place), meta));
+        if let Some(list) = list {
+            member.bad.load(list);
+            self.has_bad.set(true);
+        }
         if self.lanes.is_some() {
             let pages = memory(Lane::PAGES).await?;
             member.lane.replace(Some(Lane::new(pages, 0)));
@@ -689,6 +702,18 @@ impl<E: Env> RaidGroup<E> {
                 end_copy: said.end_copy,
             },
         })
+    }
+
+    /// Reads the bad-block list of a member that is back.
+    async fn list_on(
+        &self,
+        with: &Given<E::Disk>,
+        place: &MemberPlace,
+    ) -> Result<Option<List>, ApiError> {
+        let memory = self.config_memory(CONFIG_PIECE).await;
+        let memory = memory.map_err(|why| failed("the disk was not put into the group", why))?;
+        let (area, whose) = (place.reserve.layout.bad_blocks, (self.id, with.uuid));
+        Ok(read_list(&with.disk, area, whose, (&memory, 0)).await)
     }
 
     /// Notes what a member that is back was to have the parity of as it left; false if its log cannot be read.

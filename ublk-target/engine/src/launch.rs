@@ -7,6 +7,7 @@ use lunar_api::SystemUuid;
 use lunar_api::target::MemberState;
 
 use crate::background::RATE_MIN;
+use crate::bad_blocks::List;
 use crate::config::GroupConfig;
 use crate::geometry::Geometry;
 use crate::growing::Shape;
@@ -70,6 +71,8 @@ pub(crate) struct Said {
     pub record: GroupRecord,
     pub config: GroupConfig,
     pub generation: u64,
+    /// The bad-block lists, one a slot.
+    pub bad: Vec<Option<List>>,
     /// Where it has them.
     pub maps: Option<MapsFound>,
     pub logs: LogsFound,
@@ -86,9 +89,12 @@ impl<E: Env> RaidGroup<E> {
             config,
             generation,
             maps,
+            bad,
             logs,
             died,
         } = said;
+        let has_bad = bad.iter().any(Option::is_some);
+        let mut bad = bad.into_iter();
         let has_log = record.consistency.has_log();
         rest.pool.set_aside();
         let unit = geometry.stripe_on_member();
@@ -96,6 +102,7 @@ impl<E: Env> RaidGroup<E> {
         let mut members = Vec::new();
         for (i, (slot, entry)) in (0u16..).zip(seated.slots.into_iter().zip(&record.members)) {
             let mut state = entry.state;
+            let list = bad.next().flatten();
             match slot {
                 Some((given, place)) => {
                     match state {
@@ -117,6 +124,9 @@ impl<E: Env> RaidGroup<E> {
                         member.lane.replace(Some(Lane::new(pages, next)));
                     }
                     member.left_at.set(entry.left_at);
+                    if let Some(list) = list {
+                        member.bad.load(list);
+                    }
                     members.push(Rc::new(member));
                 }
                 None => {
@@ -126,6 +136,7 @@ impl<E: Env> RaidGroup<E> {
                     let path = format!("(was disk {})", entry.disk);
                     let member = Member::new(i, entry.disk, path, state);
                     member.left_at.set(entry.left_at);
+                    member.bad.is_listed.set(entry.has_bad_blocks);
                     members.push(Rc::new(member));
                 }
             }
@@ -156,6 +167,8 @@ impl<E: Env> RaidGroup<E> {
             durable_synced: Cell::new(synced),
             durable_rebuild: Cell::new(rebuild.map_or(0, |rebuild| rebuild.done)),
             failed: Cell::new(false),
+            has_bad: Cell::new(has_bad),
+            is_listing: Cell::new(false),
             dirty: Cell::new(record.flags.dirty),
             dirty_durable: Cell::new(record.flags.dirty),
             durable_history: Cell::new(record.history),

@@ -7,6 +7,7 @@
 
 pub mod assembly;
 mod background;
+pub mod bad_blocks;
 pub mod config;
 mod control;
 mod copying;

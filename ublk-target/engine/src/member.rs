@@ -9,15 +9,19 @@ use std::task::{Context, Poll};
 use lunar_api::DiskUuid;
 use lunar_api::target::{FailCause, MemberState, MemberStatus, SlowStatus};
 
+use crate::bad_blocks::{BadBlocks, COPY_BYTES};
 use crate::health::{Speed, Strikes};
 use crate::lanes::Lane;
+use crate::planted::{self, Bug};
 use crate::pool::Lease;
 use crate::raid_group::{Given, MemberPlace};
 use crate::superblock::BYTES;
 use crate::traits::{Buf, Disk, DiskError, DiskVerb, Piece, Tick};
 
-/// Bytes of a member's private memory: a superblock, and a page of a map.
-pub(crate) const META_BYTES: usize = 2 * BYTES;
+/// Where in a member's private memory the bad-block list is: after a superblock, and a page of a map.
+pub(crate) const LIST_AT: usize = 2 * BYTES;
+/// Bytes of it.
+pub(crate) const META_BYTES: usize = LIST_AT + COPY_BYTES;
 
 /// A disk in a slot, or the lack of one. Another disk in the slot is another `Member`.
 pub(crate) struct Member<D> {
@@ -28,7 +32,7 @@ pub(crate) struct Member<D> {
     pub disk: RefCell<Option<Rc<D>>>,
     /// Where its metadata lies; none if the disk is not there.
     pub place: Option<MemberPlace>,
-    /// A place for its superblock, and one for a page of a map, held for as long as it or a write of it: publishing never
+    /// A place for its superblock, one for a page of a map and one for its bad-block list, held for as long as it or a write of it: publishing never
     /// waits for memory.
     pub meta: Option<Lease>,
     /// The log on it, where the group has one.
@@ -65,9 +69,16 @@ pub(crate) struct Member<D> {
     /// The kernel said that its device is not there any more.
     pub is_gone: Cell<bool>,
     pub cause: Cell<Option<FailCause>>,
+    /// Grains that do not hold what they should.
+    pub bad: BadBlocks,
     pub strikes: Strikes,
     pub speed: Speed,
 }
+
+/// Bytes that a disk has and that are not what they should be: as a disk says it of a bad sector.
+const ENODATA: DiskError = DiskError::Errno(61);
+/// Bad blocks of a member that a status names.
+const BAD_BLOCKS_TOLD: usize = 8;
 
 /// Says whether an error means that the device is not there any more: ENXIO, ENODEV, ENOLINK (its transport has lost it).
 fn is_gone(error: DiskError) -> bool {
@@ -116,6 +127,7 @@ impl<D: Disk> Member<D> {
             is_stalled: Cell::new(false),
             is_gone: Cell::new(false),
             cause: Cell::new(None),
+            bad: BadBlocks::default(),
             strikes: Strikes::default(),
             speed: Speed::default(),
         }
@@ -146,6 +158,17 @@ impl<D: Disk> Member<D> {
         buf: Buf<'_>,
         pieces: &[Piece],
     ) -> MemberIo<D> {
+        if verb == DiskVerb::Read && self.bad.touches(at, len) && !planted::is(Bug::ListedRead) {
+            return MemberIo {
+                member: Rc::clone(self),
+                verb,
+                range: (at, len),
+                io: None,
+                // What is there is not what should be; the disk is not asked.
+                ended: Some(Err(ENODATA)),
+                other: None,
+            };
+        }
         self.count(verb, len);
         let twin = self.twin.borrow();
         let both = twin.as_ref().filter(|twin| {
@@ -157,7 +180,7 @@ impl<D: Disk> Member<D> {
             Other {
                 io: member.start(verb, at, len, again(&buf), pieces),
                 member: Rc::clone(member),
-                failed: None,
+                ended: None,
             }
         });
         drop(twin);
@@ -168,8 +191,9 @@ impl<D: Disk> Member<D> {
         MemberIo {
             member: Rc::clone(self),
             verb,
+            range: (at, len),
             io: self.start(verb, self.data_offset + at, len, buf, pieces),
-            failed: None,
+            ended: None,
             other,
         }
     }
@@ -214,8 +238,9 @@ impl<D: Disk> Member<D> {
         MemberIo {
             member: Rc::clone(self),
             verb,
+            range: (0, 0),
             io: self.start(verb, at, len, buf, pieces),
-            failed: None,
+            ended: None,
             other: None,
         }
     }
@@ -266,6 +291,10 @@ impl<D: Disk> Member<D> {
             timeouts: self.timeouts.get(),
             errors_lately: self.strikes.get(now),
             cause: self.cause.get(),
+            bad_blocks: self.bad.len() as u64,
+            bad_blocks_at: (self.bad.first(BAD_BLOCKS_TOLD).iter())
+                .map(|at| self.data_offset + at)
+                .collect(),
             can_catch_up: self.left_at.get() != 0,
             latency_us: micros(self.speed.latency.get()),
             slow: self.speed.slow.get().map(|(latency, peers)| SlowStatus {
@@ -289,22 +318,24 @@ fn again<'a>(buf: &Buf<'a>) -> Buf<'a> {
 pub(crate) struct MemberIo<D: Disk> {
     member: Rc<Member<D>>,
     verb: DiskVerb,
+    /// Where in the members' data it is, and how long; no bytes: it is elsewhere.
+    range: (u64, u64),
     io: Option<D::Io>,
     /// How it ended, once it has.
-    failed: Option<Result<(), DiskError>>,
+    ended: Option<Result<(), DiskError>>,
     other: Option<Other<D>>,
 }
 
 struct Other<D: Disk> {
     member: Rc<Member<D>>,
     io: Option<D::Io>,
-    failed: Option<Result<(), DiskError>>,
+    ended: Option<Result<(), DiskError>>,
 }
 
 /// Looks at one of the two; true when it has ended.
 fn look<D: Disk>(
     member: &Member<D>,
-    verb: DiskVerb,
+    (verb, range): (DiskVerb, (u64, u64)),
     io: &mut Option<D::Io>,
     ended: &mut Option<Result<(), DiskError>>,
     cx: &mut Context<'_>,
@@ -322,8 +353,9 @@ fn look<D: Disk>(
         },
         None => Err(DiskError::Abandoned),
     };
-    if let Err(error) = result {
-        member.note_error(verb, error);
+    match result {
+        Ok(()) => member.note_written(verb, range),
+        Err(error) => member.note_error(verb, error),
     }
     *ended = Some(result);
     true
@@ -334,20 +366,15 @@ impl<D: Disk> Future for MemberIo<D> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
-        let mut over = look(&this.member, this.verb, &mut this.io, &mut this.failed, cx);
+        let what = (this.verb, this.range);
+        let mut over = look(&this.member, what, &mut this.io, &mut this.ended, cx);
         if let Some(other) = &mut this.other {
-            over &= look(
-                &other.member,
-                this.verb,
-                &mut other.io,
-                &mut other.failed,
-                cx,
-            );
+            over &= look(&other.member, what, &mut other.io, &mut other.ended, cx);
         }
         if !over {
             return Poll::Pending;
         }
-        let own = this.failed.unwrap_or(Ok(()));
+        let own = this.ended.unwrap_or(Ok(()));
         // Who is the slot's now says whether it failed: the twin may have taken it meanwhile, or the first have left.
         let counted = |member: &Member<D>, result: Result<(), DiskError>| match member.counts.get()
         {
@@ -357,7 +384,7 @@ impl<D: Disk> Future for MemberIo<D> {
         let Some(other) = &this.other else {
             return Poll::Ready(own);
         };
-        let second = other.failed.unwrap_or(Ok(()));
+        let second = other.ended.unwrap_or(Ok(()));
         // Whichever of the two does not zero has to be written to, also one that does not count yet.
         if let DiskVerb::WriteZeroes { .. } = this.verb
             && let Some(refused) = [own, second]

@@ -201,6 +201,55 @@ pub fn plan_band(
     band(Mode::Rebuild, all & !lost | enough, lost)
 }
 
+/// The band of rows some of whose data is not to be had: parity by difference, which needs none of that.
+///
+/// # Errors  `Exhausted` where a chunk that is written, or a parity, is missing
+pub fn by_difference(
+    stripe: &StripeState,
+    rows: Range<u32>,
+    modified: u64,
+    partial: u64,
+) -> Result<Band, Exhausted> {
+    let all = u64::MAX >> (64 - u32::from(stripe.data));
+    let parity = stripe.writable & !all;
+    let reads = modified | parity;
+    if parity == 0 || reads & !stripe.readable != 0 {
+        return Err(Exhausted);
+    }
+    Ok(Band {
+        rows,
+        modified,
+        partial,
+        mode: Mode::ReadModify,
+        reads,
+        computed: 0,
+        parity,
+    })
+}
+
+/// The band of rows whose parity is given up: what they have to give is on their own members only.
+///
+/// # Errors  `Exhausted` where a chunk that is written is missing
+pub fn data_only(
+    stripe: &StripeState,
+    rows: Range<u32>,
+    modified: u64,
+    partial: u64,
+) -> Result<Band, Exhausted> {
+    if modified & !(stripe.readable & stripe.writable) != 0 {
+        return Err(Exhausted);
+    }
+    Ok(Band {
+        rows,
+        modified,
+        partial,
+        mode: Mode::DataOnly,
+        reads: partial,
+        computed: 0,
+        parity: 0,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -81,6 +81,12 @@ bugs! {
     TornUnitTaken,
     /// What the log of a member that comes back says is forgotten.
     ReturningLogForgotten,
+    /// What is on a bad-block list is read as if it were not.
+    ListedRead,
+    /// A bad-block list is not written.
+    ListNotDurable,
+    /// What was written is taken off a list before it is flushed.
+    OffListUnflushed,
 }
 
 #[cfg(feature = "planted")]

@@ -116,6 +116,17 @@ impl<E: Env> RaidGroup<E> {
     /// # Errors  EIO if redundancy does not allow it: then the group stops serving what it cannot prove, and
     /// nothing is written to the superblocks, so that they still say what was true last
     pub(crate) async fn fail(&self, slots: u64, cause: FailCause, why: &str) -> Result<(), Errno> {
+        self.fail_or_stop(slots, cause, why)?;
+        self.wait_durable().await
+    }
+
+    /// As `fail`, in memory.
+    pub(crate) fn fail_or_stop(
+        &self,
+        slots: u64,
+        cause: FailCause,
+        why: &str,
+    ) -> Result<(), Errno> {
         let rebuilding = self.rebuilding().map_or(0, |slot| 1u64 << slot);
         let live = self.blamed(slots) & (self.in_sync.get() | rebuilding);
         if live & self.in_sync.get() != 0 && !self.can_lose(live) {
@@ -132,7 +143,7 @@ impl<E: Env> RaidGroup<E> {
         if live != 0 {
             self.fail_now(live, cause, why);
         }
-        self.wait_durable().await
+        Ok(())
     }
 
     /// Those of the slots whose failure was that of the disk which is there now.
@@ -142,12 +153,13 @@ impl<E: Env> RaidGroup<E> {
             .fold(0, |set, slot| set | 1 << slot)
     }
 
-    /// Waits until the superblocks say what memory says now; writes them if nobody else does.
+    /// Waits until the superblocks, and the bad-block lists, say what memory says now; writes them if nobody else does.
     pub(crate) async fn wait_durable(&self) -> Result<(), Errno> {
         if planted::is(Bug::DegradeNotDurable) && self.in_sync.get() != self.geometry.slots() {
             return Ok(());
         }
-        self.publish().await
+        self.publish().await?;
+        self.save_bad_blocks().await
     }
 
     /// Makes the first write after start (or after a clean mark) wait until the disks say `dirty`.
@@ -355,6 +367,7 @@ impl<E: Env> RaidGroup<E> {
                         MemberState::InSync | MemberState::Faulty | MemberState::Missing => 0,
                     },
                     left_at: member.left_at.get(),
+                    has_bad_blocks: member.bad.is_listed.get(),
                 })
                 .collect(),
             replacement: self.copying().map(|copying| Replacement {

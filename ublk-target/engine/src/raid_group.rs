@@ -266,6 +266,10 @@ pub struct RaidGroup<E: Env> {
     pub(crate) durable_rebuild: Cell<u64>,
     /// Redundancy is exhausted: nothing more is written.
     pub(crate) failed: Cell<bool>,
+    /// A member has bad blocks, or had since the start.
+    pub(crate) has_bad: Cell<bool>,
+    /// Bad-block lists are being written.
+    pub(crate) is_listing: Cell<bool>,
 
     pub(crate) record: RefCell<GroupRecord>,
     pub(crate) config: RefCell<GroupConfig>,

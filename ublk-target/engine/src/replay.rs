@@ -7,6 +7,7 @@ use std::rc::Rc;
 use lunar_api::GroupUuid;
 use lunar_api::target::MemberState;
 
+use crate::bad_blocks::List;
 use crate::geometry::Geometry;
 use crate::gf::{self, Term};
 use crate::lanes::Crc;
@@ -159,7 +160,7 @@ fn piece(offset: usize, len: usize) -> Piece {
 pub(crate) async fn replay<D: Disk>(
     pool: &Rc<Pool>,
     record: &GroupRecord,
-    slots: &[Slot<D>],
+    (slots, bad): (&[Slot<D>], &[Option<List>]),
     logs: &[(u16, MemberLog)],
 ) -> u64 {
     let Ok(geometry) = record.geometry() else {
@@ -175,6 +176,7 @@ pub(crate) async fn replay<D: Disk>(
         record,
         geometry,
         slots,
+        bad,
         work,
         step,
         failed: Cell::new(0),
@@ -201,6 +203,8 @@ struct Replay<'a, D> {
     record: &'a GroupRecord,
     geometry: Geometry,
     slots: &'a [Slot<D>],
+    /// One a slot.
+    bad: &'a [Option<List>],
     /// Room for a step of every member.
     work: Lease,
     step: usize,
@@ -266,6 +270,11 @@ impl<D: Disk> Replay<'_, D> {
         let Some((given, place)) = &self.slots[usize::from(slot)] else {
             return false;
         };
+        // What is on a list is no data.
+        let bad = self.bad[usize::from(slot)].as_ref();
+        if bad.is_some_and(|(grains, _)| grains.touch(at, len as u64)) {
+            return false;
+        }
         let at = place.reserve.layout.data_offset + at;
         read(&given.disk, at, &self.work, nth * self.step, len)
             .await

@@ -6,6 +6,7 @@ use lunar_api::target::{Consistency, FailCause, Level, MemberState};
 use lunar_api::{ApiError, DiskUuid, ErrorKind, History};
 
 use crate::assembly::{self, Conditions, Plan, Present, SlotPlan};
+use crate::bad_blocks::{List, read_list};
 use crate::config::GroupConfig;
 use crate::geometry::{Geometry, GeometryError};
 use crate::inflight::{self, Left};
@@ -102,6 +103,7 @@ impl<E: Env> RaidGroup<E> {
                         Level::Linear => geometry.data_bytes(slot),
                         _ => 0,
                     },
+                    has_bad_blocks: false,
                 })
                 .collect(),
             replacement: None,
@@ -122,6 +124,7 @@ impl<E: Env> RaidGroup<E> {
             generation,
             maps,
             logs: LogsFound::default(),
+            bad: vec![None; usize::from(n)],
             died: false,
         };
         let group = Self::launch(rest, said, Seated { slots, new: None }).await;
@@ -223,9 +226,14 @@ impl<E: Env> RaidGroup<E> {
         };
         let mut maps = Vec::new();
         let mut logs = Vec::new();
+        let mut lists = Vec::new();
         for (superblock, given) in superblocks.iter().zip(&readable) {
             maps.push(read_maps(superblock, &given.disk, (&whole, page)).await);
             logs.push(read_log_of(superblock, &given.disk, &scratch, left.is_none()).await);
+            lists.push(match is_listed(superblock.disk, &superblocks) {
+                true => read_list_of(superblock, &given.disk, (&whole, page)).await,
+                false => None,
+            });
         }
         drop(leased);
         let conditions = Conditions {
@@ -238,12 +246,13 @@ impl<E: Env> RaidGroup<E> {
         let present: Vec<Present<'_>> = superblocks
             .iter()
             .zip(&readable)
-            .zip(maps.iter().zip(&logs))
-            .map(|((superblock, given), (maps, log))| Present {
+            .zip(maps.iter().zip(&logs).zip(&lists))
+            .map(|((superblock, given), ((maps, log), list))| Present {
                 superblock,
                 path: &given.path,
                 is_marked: maps.as_ref().is_none_or(|maps| !maps.intent.is_empty()),
                 is_log_lost: log.newest.is_none(),
+                is_list_lost: list.is_none(),
             })
             .collect();
         let plan = assembly::assemble(spec.group, &present, conditions)
@@ -285,6 +294,7 @@ impl<E: Env> RaidGroup<E> {
             .zip(&plan.slots)
             .filter_map(|(slot, plan)| Some((slot, logs[plan.used()?].clone())))
             .collect();
+        let bad = find_lists(&plan, &record, lists);
         let seated = seat(&plan, readable, &superblocks, &record);
         // Replay comes first: what is read from here on may take the memory that it writes from.
         let mut unreplayed = 0;
@@ -293,7 +303,7 @@ impl<E: Env> RaidGroup<E> {
                 left.unreplayed | replay(&rest.pool, left, page, &record, &seated.slots).await;
             inflight::replayed(&rest.pool, unreplayed);
         } else if record.consistency.has_log() && record.flags.dirty {
-            unreplayed = replay::replay(&rest.pool, &record, &seated.slots, &logs).await;
+            unreplayed = replay::replay(&rest.pool, &record, (&seated.slots, &bad), &logs).await;
         }
         let config =
             read_config(&rest.pool, &geometry, &record, &seated.slots, &plan.slots).await?;
@@ -305,6 +315,7 @@ impl<E: Env> RaidGroup<E> {
             config,
             generation,
             maps: found,
+            bad,
             died: left.is_some(),
         };
         let group = Self::launch(rest, said, seated).await;
@@ -378,6 +389,36 @@ async fn read_log_of<D: Disk>(
         }
         _ => MemberLog::default(),
     }
+}
+
+/// Says whether a superblock says that a disk has bad blocks.
+fn is_listed(disk: DiskUuid, superblocks: &[Superblock]) -> bool {
+    let groups = superblocks.iter().filter_map(|s| s.member.as_ref());
+    let mut entries = groups.flat_map(|member| &member.group.members);
+    entries.any(|entry| entry.disk == disk && entry.has_bad_blocks)
+}
+
+/// Reads the bad-block list of a member.
+async fn read_list_of<D: Disk>(
+    superblock: &Superblock,
+    disk: &D,
+    memory: (&Lease, usize),
+) -> Option<List> {
+    let member = superblock.member.as_ref()?;
+    let whose = (member.group.uuid, superblock.disk);
+    read_list(disk, member.layout.bad_blocks, whose, memory).await
+}
+
+/// The lists that count, one a slot.
+fn find_lists(plan: &Plan, record: &GroupRecord, lists: Vec<Option<List>>) -> Vec<Option<List>> {
+    let slots = plan.slots.iter().zip(&record.members);
+    let list = |(slot, entry): (&SlotPlan, &MemberEntry)| {
+        let is_kept = entry.has_bad_blocks && !matches!(slot, SlotPlan::Stale(_));
+        slot.used()
+            .filter(|_| is_kept)
+            .and_then(|disk| lists[disk].clone())
+    };
+    slots.map(list).collect()
 }
 
 /// Marks what the logs are about: a member that leaves now may not have it, nor the one that comes back.

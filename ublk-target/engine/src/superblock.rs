@@ -10,6 +10,7 @@
 use lunar_api::target::{Consistency, Level, MemberState};
 use lunar_api::{DiskUuid, GroupUuid, History, SystemUuid};
 
+use crate::bad_blocks::LIST_BYTES;
 use crate::geometry::{Geometry, GeometryError};
 use crate::limits::{
     CONFIG_MAX, GRAIN, MEMBER_BYTES_MAX, MEMBER_MIN, MEMBERS_MAX, PARENTS_MAX, REGION_MIN,
@@ -173,6 +174,8 @@ pub struct MemberEntry {
     pub left_at: u64,
     /// linear: bytes of its data area. Else 0: it is that of all.
     pub data_bytes: u64,
+    /// Its bad-block list has grains, and nobody may read it without.
+    pub has_bad_blocks: bool,
 }
 
 /// Why bytes are no superblock to be believed.
@@ -399,6 +402,12 @@ impl Member {
                 self.layout.logs,
                 group.consistency.has_log(),
                 LANE_BYTES,
+            ),
+            (
+                "bad blocks",
+                self.layout.bad_blocks,
+                own.has_bad_blocks,
+                LIST_BYTES,
             ),
         ] {
             if is_used && area.len < least {

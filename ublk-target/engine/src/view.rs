@@ -121,7 +121,14 @@ impl<E: Env> RaidGroup<E> {
         let view = GroupView {
             version: self.views.wanted.get(),
             geometry: Geometry::clone(&self.geometry),
-            readable: self.in_sync.get(),
+            // What has bad blocks is read by the owner, who knows which.
+            readable: self.in_sync.get()
+                & !members
+                    .iter()
+                    .fold(0, |set, member| match member.bad.is_empty() {
+                        true => set,
+                        false => set | 1 << member.slot,
+                    }),
             synced: doubted.fold(self.synced.get(), u64::min),
             is_copied: members.iter().any(|member| member.twin.borrow().is_some()),
             members: members

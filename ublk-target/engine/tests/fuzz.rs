@@ -113,6 +113,7 @@ fn superblocks_of_any_bytes() {
                 superblock,
                 path: "/dev/x",
                 is_marked: random.below(2) == 0,
+                is_list_lost: random.below(2) == 0,
                 is_log_lost: random.below(2) == 0,
             });
             let conditions = Conditions {

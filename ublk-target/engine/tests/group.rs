@@ -1,6 +1,8 @@
 //! The real engine on disks in memory: content against a plain byte model, healthy, degraded, rebuilt.
 #![allow(clippy::cast_possible_truncation, missing_debug_implementations)]
 
+#[path = "group/bad_blocks.rs"]
+mod bad_blocks;
 #[path = "group/erases.rs"]
 mod erases;
 #[path = "group/growing.rs"]
@@ -205,15 +207,6 @@ fn bad_block_is_rewritten_whole_whatever_part_of_it_is_read() {
         assert_eq!(status.members[0].write_errors, 0);
         rig.check();
     }
-}
-
-#[test]
-fn member_that_cannot_be_rewritten_is_failed() {
-    let rig = rig(22, Level::Raid5, 4, 65536, true);
-    rig.storm(50, || ());
-    rig.without_each(&[]);
-    assert_eq!(rig.group.status().members[0].state, MemberState::Faulty);
-    rig.check();
 }
 
 #[test]

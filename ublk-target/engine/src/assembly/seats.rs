@@ -35,6 +35,7 @@ pub(super) fn take_over(
             let is_rebuilt = |entry: &MemberEntry| entry.state == MemberState::Rebuilding;
             if has_new && !said.members.iter().any(is_rebuilt) {
                 entry.disk = new.disk;
+                entry.has_bad_blocks = false;
                 entry.state = MemberState::Rebuilding;
                 entry.rebuilt_to = new.copied_to;
             }
@@ -87,13 +88,17 @@ pub(super) fn place(
         let below = below.filter(|_| !planted::is(Bug::StaleMemberTaken));
         let is_taken = older == Older::Taken && entry.state == MemberState::InSync;
         let in_place = in_place.filter(|_| !is_given_up && (below.is_none() || is_taken));
+        let is_unlisted = |m: &Found<'_>| entry.has_bad_blocks && m.is_list_lost;
+        let unlisted = in_place.filter(|m| is_unlisted(m));
+        let in_place = in_place.filter(|m| is_taken || !is_unlisted(m));
         let returns = found.filter(|m| {
             let was = m.group.history;
             let is_ours = was == record.history || record.parents.contains(&was);
             let knows = entry.left_at != 0 && m.generation() >= entry.left_at && is_ours;
             // Of what had its parity on it, and was being written as it left, its own log knows.
             let has_log = !(record.consistency.has_log() && m.is_log_lost);
-            entry.state == MemberState::Missing && knows && has_log && usize::from(m.slot) == slot
+            let has_all = has_log && !is_unlisted(m);
+            entry.state == MemberState::Missing && knows && has_all && usize::from(m.slot) == slot
         });
         let plan = match (entry.state, found, in_place) {
             (MemberState::Rebuilding, _, Some(m)) => SlotPlan::Rebuilding(m.index),
@@ -114,6 +119,10 @@ pub(super) fn place(
                 m.generation(),
                 record.floor
             ),
+            (None, _) if unlisted.is_some() => format!(
+                "{path} (slot {slot}) has bad blocks, and both copies of the list of them are damaged: nobody knows what of it \
+                 is data"
+            ),
             (None, SlotPlan::Stale(_)) => {
                 format!("{path} (slot {slot}) missed writes: it needs a rebuild")
             }
@@ -123,10 +132,10 @@ pub(super) fn place(
             (None, plan) => describe(slot, entry.disk, plan),
         };
         let is_lost = !matches!(plan, SlotPlan::InSync(_));
-        let forced = || below.map(|_| format!("forced: {said}"));
+        let forced = || below.or(unlisted).map(|_| format!("forced: {said}"));
         seats.push(Seat {
             plan,
-            lost: is_lost.then(|| match (below, is_given_up) {
+            lost: is_lost.then(|| match (below.or(unlisted), is_given_up) {
                 (None, false) => describe(slot, entry.disk, plan),
                 _ => said.clone(),
             }),

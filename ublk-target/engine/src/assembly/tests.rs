@@ -32,6 +32,8 @@ struct World {
     marked: u64,
     /// Slots whose log cannot be read, as bits.
     lost_logs: u64,
+    /// Slots whose bad-block list cannot be read, as bits.
+    lost_lists: u64,
 }
 
 impl World {
@@ -47,6 +49,7 @@ impl World {
                 Level::Linear => reserve.data_bytes,
                 _ => 0,
             },
+            has_bad_blocks: false,
         };
         let record = GroupRecord {
             uuid: GROUP,
@@ -87,6 +90,7 @@ impl World {
             superblocks: (0..members).map(superblock).collect(),
             marked: 0,
             lost_logs: 0,
+            lost_lists: 0,
         }
     }
 
@@ -123,6 +127,7 @@ impl World {
                 path,
                 is_marked: self.marked & 1 << slot != 0,
                 is_log_lost: self.lost_logs & 1 << slot != 0,
+                is_list_lost: self.lost_lists & 1 << slot != 0,
             })
             .collect();
         let result = assemble(GROUP, &present, conditions);
@@ -271,6 +276,7 @@ fn nobody_strangers_and_twins_are_refused() {
         path: ["/dev/a", "/dev/b"][i],
         is_marked: false,
         is_log_lost: false,
+        is_list_lost: false,
     });
     let refused = assemble(GROUP, &twins, FORCE).unwrap_err();
     let (a, b) = ("/dev/a".to_owned(), "/dev/b".to_owned());
@@ -430,6 +436,7 @@ fn a_disk_that_was_in_another_slot_is_stale() {
             rebuilt_to: MIB,
             left_at: 0,
             data_bytes: 0,
+            has_bad_blocks: false,
         };
         group.members[2] = MemberEntry {
             disk: DiskUuid::from_bytes([77; 16]),
@@ -437,6 +444,7 @@ fn a_disk_that_was_in_another_slot_is_stale() {
             rebuilt_to: 0,
             left_at: 0,
             data_bytes: 0,
+            has_bad_blocks: false,
         };
     });
     let plan = world.assemble(&[0, 2], CALM);
@@ -481,6 +489,7 @@ fn an_empty_slot_is_missing() {
             rebuilt_to: 0,
             left_at: 0,
             data_bytes: 0,
+            has_bad_blocks: false,
         };
     });
     let plan = world.assemble(&[0, 1], CALM).unwrap();

@@ -1,5 +1,6 @@
 //! Reads by way of redundancy, and what could not be read written anew.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use arrayvec::ArrayVec;
@@ -217,12 +218,14 @@ impl<E: Env> RaidGroup<E> {
         Ok(())
     }
 
-    /// A read of `slot` failed under a write: computes its rows, writes them back.
+    /// A read of `slot` failed under a write: computes its rows, writes them back. What redundancy does not give of them is
+    /// added to `lost`, by bytes of the chunk.
     pub(super) async fn repair(
         &self,
         stripe: u64,
         slot: u16,
         rows: &Range<u32>,
+        lost: &mut BTreeSet<u32>,
     ) -> Result<(), Errno> {
         let members = usize::from(self.geometry.members());
         let step = u32::try_from(rows_of(PASS_BYTES / members)).expect("at most 1 MiB");
@@ -247,9 +250,14 @@ impl<E: Env> RaidGroup<E> {
                 for at in part.step_by(GRAIN as usize) {
                     let from = self.chunk_at(stripe) + u64::from(at);
                     let grain = piece(0, GRAIN as usize);
-                    if self.read_one(slot, from, &lease, grain).await.is_err() {
-                        self.repair_rows(stripe, slot, at..at + GRAIN, &lease)
-                            .await?;
+                    if self.read_one(slot, from, &lease, grain).await.is_err()
+                        && let Err(errno) =
+                            self.repair_rows(stripe, slot, at..at + GRAIN, &lease).await
+                    {
+                        if self.failed.get() {
+                            return Err(errno);
+                        }
+                        lost.insert(at);
                     }
                 }
             }
@@ -349,8 +357,8 @@ impl<E: Env> RaidGroup<E> {
             .await
     }
 
-    /// Writes right content over what could not be read, and reads it again; a member that fails either is
-    /// failed, if redundancy allows. The bytes read go to `scratch`, or to a lease.
+    /// Writes right content over what could not be read, and reads it again. What fails either is put on the list of the member's
+    /// bad blocks; if that cannot be, the member is failed, if redundancy allows. The bytes read go to `scratch`, or to a lease.
     pub(super) async fn rewrite(
         &self,
         slot: u16,
@@ -362,35 +370,33 @@ impl<E: Env> RaidGroup<E> {
         let bytes = u64::from(good.len);
         let len = good.len as usize;
         let member = self.member(slot);
-        let mut ios: Ios<E> = ArrayVec::new();
-        let verb = DiskVerb::Write { fua: true };
-        ios.push((
-            slot,
-            Some(member.submit(verb, at, bytes, Buf::Pool(lease), &[good])),
-        ));
-        let mut ok = self.finish(&mut ios).await == 0;
-        if ok {
-            let leased;
-            let (check, base) = match scratch {
-                Some((check, base)) => (check, base),
-                None => {
-                    leased = self.lease(Quota::Work, len).await?;
-                    (&leased, 0)
-                }
-            };
-            let start = good.offset as usize;
-            ok = self
-                .read_one(slot, at, check, piece(base, len))
-                .await
-                .is_ok()
-                && parity::is_equal(
-                    check.cells(base..base + len),
-                    lease.cells(start..start + len),
-                );
-        }
-        if ok {
+        let leased;
+        let scratch = match scratch {
+            Some(scratch) => scratch,
+            None => {
+                leased = self.lease(Quota::Work, len).await?;
+                (&leased, 0)
+            }
+        };
+        if self.put_back(slot, at, lease, good, scratch).await {
+            self.save_bad_blocks().await?;
             self.note_repaired(slot, at, bytes);
             return self.fail_if_worn(slot).await;
+        }
+        // What of it the disk does not take is not read any more, as long as the others have it.
+        if self.in_sync.get() & 1 << slot != 0 && self.can_lose(1 << slot) {
+            let mut bad = Vec::new();
+            for done in (0..good.len).step_by(GRAIN as usize) {
+                let part = piece((good.offset + done) as usize, GRAIN as usize);
+                let at = at + u64::from(done);
+                if !self.put_back(slot, at, lease, part, scratch).await {
+                    bad.push(at);
+                }
+            }
+            if !member.is_gone.get() && self.list_blocks(slot, &bad).await? {
+                member.strikes.add(self.clock.now(), at);
+                return self.fail_if_worn(slot).await;
+            }
         }
         let live = self.in_sync.get() | self.rebuilding().map_or(0, |slot| 1 << slot);
         if live & 1 << slot == 0 {
@@ -408,6 +414,35 @@ impl<E: Env> RaidGroup<E> {
         }
         // Never fail the last redundancy for a sector: the caller has the right bytes.
         Ok(())
+    }
+
+    /// Writes right content, and says whether it can be read then.
+    async fn put_back(
+        &self,
+        slot: u16,
+        at: u64,
+        lease: &Lease,
+        good: Piece,
+        (check, base): (&Lease, usize),
+    ) -> bool {
+        let mut ios: Ios<E> = ArrayVec::new();
+        let verb = DiskVerb::Write { fua: true };
+        let (bytes, len) = (u64::from(good.len), good.len as usize);
+        let member = self.member(slot);
+        ios.push((
+            slot,
+            Some(member.submit(verb, at, bytes, Buf::Pool(lease), &[good])),
+        ));
+        if self.finish(&mut ios).await != 0 {
+            return false;
+        }
+        let start = good.offset as usize;
+        let read = self.read_one(slot, at, check, piece(base, len)).await;
+        let (was, is) = (
+            lease.cells(start..start + len),
+            check.cells(base..base + len),
+        );
+        read.is_ok() && parity::is_equal(is, was)
     }
 
     /// Fails a member that had too many read errors lately, where that costs no data and stops nothing: not while it is

@@ -1,6 +1,7 @@
 //! A stripe compared: what every member holds of it against what redundancy says; and made right, if asked for.
 
 use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use arrayvec::ArrayVec;
@@ -241,7 +242,12 @@ impl<E: Env> RaidGroup<E> {
                 match kind {
                     Kind::Parity => {
                         let row = start / GRAIN;
-                        self.repair(stripe, spot.slot, &(row..row + 1)).await?;
+                        let mut lost = BTreeSet::new();
+                        self.repair(stripe, spot.slot, &(row..row + 1), &mut lost)
+                            .await?;
+                        if !lost.is_empty() {
+                            return Err(EIO);
+                        }
                     }
                     Kind::Copies(_) => self.restore_copy(spots, spot, start).await?,
                 }

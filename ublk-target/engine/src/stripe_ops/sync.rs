@@ -56,20 +56,68 @@ impl<E: Env> RaidGroup<E> {
         };
         let len = (rows.end - rows.start) as usize;
         let lease = self.lease(Quota::Work, len).await?;
+        let at = own.member_at + u64::from(rows.start);
+        if self
+            .read_any_copy((stripe, d), rows.clone(), &lease, 0)
+            .await
+        {
+            return self.fill_at(slot, at, (&lease, 0), len).await;
+        }
+        // Copies may be unreadable at different grains of these.
+        self.fill_grains(slot, at, &lease, len, async |to| {
+            let start = rows.start + to32(to);
+            let copy = self.read_any_copy((stripe, d), start..start + GRAIN, &lease, to);
+            copy.await.then_some(()).ok_or(EIO)
+        })
+        .await
+    }
+
+    /// Reads rows of a data chunk from a copy that is in sync to `to` of the lease; false if none gives them.
+    async fn read_any_copy(
+        &self,
+        (stripe, d): (u64, u16),
+        rows: Range<u32>,
+        lease: &Lease,
+        to: usize,
+    ) -> bool {
+        let part = piece(to, (rows.end - rows.start) as usize);
         for from in self.geometry.copies(stripe, d) {
             let at = from.member_at + u64::from(rows.start);
             let is_right = self.in_sync.get() & 1 << from.slot != 0;
-            if is_right
-                && self
-                    .read_one(from.slot, at, &lease, piece(0, len))
-                    .await
-                    .is_ok()
-            {
-                let at = own.member_at + u64::from(rows.start);
-                return self.fill_at(slot, at, &lease, len).await;
+            if is_right && self.read_one(from.slot, at, lease, part).await.is_ok() {
+                return true;
             }
         }
-        Err(EIO)
+        false
+    }
+
+    /// Fills a slot grain by grain with what `get` brings to the lease; what it does not is put on the list of its bad blocks.
+    ///
+    /// # Crash  the list is durable before the rebuild counts these rows as done
+    async fn fill_grains(
+        &self,
+        slot: u16,
+        at: u64,
+        lease: &Lease,
+        len: usize,
+        get: impl AsyncFn(usize) -> Result<(), Errno>,
+    ) -> Result<(), Errno> {
+        let grain = GRAIN as usize;
+        let mut lost = Vec::new();
+        for to in (0..len).step_by(grain) {
+            match get(to).await {
+                Ok(()) => {
+                    self.fill_at(slot, at + to as u64, (lease, to), grain)
+                        .await?
+                }
+                Err(errno) if !self.does_everybody_answer() => return Err(errno),
+                Err(_) => lost.push(at + to as u64),
+            }
+        }
+        match self.list_blocks(slot, &lost).await? {
+            true => Ok(()),
+            false => Err(EIO),
+        }
     }
 
     /// Fills rows of a slot from the rest of the stripe.
@@ -87,27 +135,32 @@ impl<E: Env> RaidGroup<E> {
                 Some((&lease, len)),
             )
             .await;
-        if whole.is_err() {
-            // Others may be unreadable at different grains of these.
-            for (start, to) in rows
-                .step_by(GRAIN as usize)
-                .zip((0..).step_by(GRAIN as usize))
-            {
-                let (part, scratch) = (start..start + GRAIN, Some((&lease, len)));
-                self.reconstruct(stripe, (slot, 0), part, (&lease, to), scratch)
-                    .await?;
-            }
+        if whole.is_ok() {
+            return self.fill_at(slot, at, (&lease, 0), len).await;
         }
-        self.fill_at(slot, at, &lease, len).await
+        // Others may be unreadable at different grains of these.
+        self.fill_grains(slot, at, &lease, len, async |to| {
+            let start = rows.start + to32(to);
+            let (part, scratch) = (start..start + GRAIN, Some((&lease, len)));
+            self.reconstruct(stripe, (slot, 0), part, (&lease, to), scratch)
+                .await
+        })
+        .await
     }
 
-    /// Writes the first bytes of a lease to the slot that is rebuilt.
-    async fn fill_at(&self, slot: u16, at: u64, lease: &Lease, len: usize) -> Result<(), Errno> {
+    /// Writes bytes of a lease to the slot that is rebuilt.
+    async fn fill_at(
+        &self,
+        slot: u16,
+        at: u64,
+        (lease, from): (&Lease, usize),
+        len: usize,
+    ) -> Result<(), Errno> {
         let verb = DiskVerb::Write { fua: false };
         let mut ios: Ios<E> = ArrayVec::new();
-        let io = self
-            .member(slot)
-            .submit(verb, at, len as u64, Buf::Pool(lease), &[piece(0, len)]);
+        let io =
+            self.member(slot)
+                .submit(verb, at, len as u64, Buf::Pool(lease), &[piece(from, len)]);
         ios.push((slot, Some(io)));
         match self.finish(&mut ios).await {
             0 => Ok(()),
@@ -143,8 +196,21 @@ impl<E: Env> RaidGroup<E> {
         }
         let failed = self.finish(&mut ios).await;
         let is_read = |spot: &Spot| failed & 1 << spot.slot == 0;
+        if failed != 0 && len > GRAIN as usize {
+            drop(work);
+            let check = async |rows| self.check_copies(stripe, d, rows).await;
+            return self.check_grains(rows, check).await;
+        }
         let Some(first) = spots.iter().position(is_read) else {
-            return Err(EIO);
+            // Of one that is not on a list nothing else has to be made right, should it come back.
+            let is_listed = |spot: &&Spot| {
+                let bad = &self.member(spot.slot).bad;
+                bad.touches(at(spot), u64::from(GRAIN))
+            };
+            return match spots.iter().filter(is_listed).count() + 1 < spots.len() {
+                true => Err(EIO),
+                false => Ok(()),
+            };
         };
         for (i, spot) in spots.iter().enumerate() {
             if !is_read(spot) || (i != first && !parity::is_equal(cells(i), cells(first))) {
@@ -163,6 +229,52 @@ impl<E: Env> RaidGroup<E> {
                     .await
             }
         }
+    }
+
+    /// Makes the parities of one row fit whose data cannot all be read, by a byte of the chunk. What is lost is what parity says,
+    /// as where a member is missing; two parities have to say the same. What they cannot say they are not to say later, either.
+    async fn settle_row(&self, stripe: u64, row: u32, failed: u64) -> Result<(), Errno> {
+        let grain = GRAIN as usize;
+        let parities = usize::from(self.geometry.parities());
+        let unread = failed.count_ones() as usize;
+        if unread > parities {
+            return match self.does_everybody_answer() {
+                true => self.give_up_parity(stripe, &[row]).await,
+                false => Err(EIO),
+            };
+        }
+        if unread == parities {
+            return Ok(());
+        }
+        let n = usize::from(self.geometry.members());
+        let work = self.lease(Quota::Work, 2 * n * grain).await?;
+        let at = |slot: u16| usize::from(slot) * grain;
+        let member_at = self.chunk_at(stripe) + u64::from(row);
+        let lost = u16::try_from(failed.trailing_zeros()).expect("a slot");
+        let q = self.geometry.parity_slots(stripe).last().ok_or(EIO)?;
+        for slot in bits(self.geometry.slots() & !failed) {
+            let part = piece(at(slot), grain);
+            let read = self.read_one(slot, member_at, &work, part).await;
+            read.map_err(|()| EIO)?;
+        }
+        let (rows, scratch) = (row..row + GRAIN, Some((&work, n * grain)));
+        self.reconstruct(stripe, (lost, 1 << q), rows, (&work, at(lost)), scratch)
+            .await?;
+        let cells = |slot: u16| work.cells(at(slot)..at(slot) + grain);
+        sum_data(&self.geometry, stripe, cells, false);
+        self.fill_at(q, member_at, (&work, at(q)), grain).await
+    }
+
+    /// Does by grains what cannot be done at once.
+    async fn check_grains(
+        &self,
+        rows: Range<u32>,
+        check: impl AsyncFn(Range<u32>) -> Result<(), Errno>,
+    ) -> Result<(), Errno> {
+        for start in rows.step_by(GRAIN as usize) {
+            Box::pin(check(start..start + GRAIN)).await?;
+        }
+        Ok(())
     }
 
     /// Reads rows of every member, and writes the parity that does not fit the data.
@@ -194,7 +306,12 @@ impl<E: Env> RaidGroup<E> {
         let parity: ArrayVec<u16, 2> = geometry.parity_slots(stripe).collect();
         let mut wrong = failed;
         if bits(failed).any(|slot| !parity.contains(&slot)) {
-            return Err(EIO);
+            drop(work);
+            if len > GRAIN as usize {
+                let check = async |rows| self.check_parity(stripe, rows).await;
+                return self.check_grains(rows, check).await;
+            }
+            return self.settle_row(stripe, rows.start, failed).await;
         }
         sum_data(geometry, stripe, cells, true);
         for slot in &parity {
@@ -220,4 +337,9 @@ impl<E: Env> RaidGroup<E> {
             }
         }
     }
+}
+
+/// A number of bytes of a chunk.
+fn to32(bytes: usize) -> u32 {
+    u32::try_from(bytes).expect("at most 1 MiB")
 }

@@ -1,5 +1,6 @@
 //! Writes of a stripe: what is read and computed first, then the log, the members, the state.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use arrayvec::ArrayVec;
@@ -12,7 +13,9 @@ use crate::inflight::{SEGMENTS_MAX, Segment};
 use crate::lanes::{Entries, Lanes, LogKind};
 use crate::limits::MEMBERS_MAX;
 use crate::member::add;
-use crate::plan::{BANDS_MAX, Band, GRAIN, Mode, Span, WRITES_MAX, cut, plan_band};
+use crate::plan::{
+    BANDS_MAX, Band, GRAIN, Mode, Span, WRITES_MAX, by_difference, cut, data_only, plan_band,
+};
 use crate::planted::{self, Bug};
 use crate::pool::{Lease, Quota};
 use crate::ppl::{ENTRIES_MAX, PAYLOAD_MAX, What, grains_of, sectors_of};
@@ -22,13 +25,22 @@ use crate::stripe_table::{Copied, Item, Task};
 use crate::sync::join_all;
 use crate::traits::{Buf, DiskError, DiskVerb, Env, Front, Piece};
 
-/// Bands of one operation: its writes' borders, and long bands cut to what a pass holds.
-const BANDS: usize = BANDS_MAX + 128;
+/// Bands of one operation: its writes' borders, and long bands cut to what a pass holds; to grains, where some cannot be read.
+const BANDS: usize = BANDS_MAX + 256;
 /// Times a pass is planned anew because a member failed under it; each costs a member or repairs one.
 const ATTEMPTS: usize = 8;
 
 type Bands = ArrayVec<Band, BANDS>;
 type Copies<E> = ArrayVec<(u16, Option<<<E as Env>::Front as Front>::Io>), WRITES_MAX>;
+
+/// How a row is written some of whose data is not to be had.
+#[derive(Clone, Copy)]
+enum LostRow {
+    /// By difference: parity goes on to say what it says of that.
+    ByDifference,
+    /// That is what is written, or parity cannot be read: it is given up.
+    WithoutParity,
+}
 
 /// How a pass ended that did not fail for good.
 enum Pass {
@@ -53,6 +65,8 @@ impl<E: Env> RaidGroup<E> {
     pub(super) async fn write_parity(&self, stripe: u64, batch: &[Item]) -> Result<(), Errno> {
         let _entered = self.enter(stripe..stripe + 1).await?;
         let (mut next, mut attempts, mut is_first) = (0, 0, true);
+        // Rows, by bytes of the chunk, some of whose data is not to be had.
+        let mut lost_rows: BTreeMap<u32, LostRow> = BTreeMap::new();
         'again: loop {
             attempts += 1;
             if attempts > ATTEMPTS || self.failed.get() {
@@ -77,12 +91,20 @@ impl<E: Env> RaidGroup<E> {
             let rows_max = (grains / (usize::from(self.geometry.members()) + 1)).max(1);
             let mut bands = Bands::new();
             let mut exhausted = false;
-            let rows_max = u32::try_from(rows_max).expect("at most 256");
-            cut(&spans, rows_max, |rows, modified, partial| match plan_band(
-                &state, rows, modified, partial,
-            ) {
-                Ok(band) => bands.push(band),
-                Err(_) => exhausted = true,
+            let rows_max = match lost_rows.is_empty() {
+                true => u32::try_from(rows_max).expect("at most 256"),
+                false => 1,
+            };
+            cut(&spans, rows_max, |rows, modified, partial| {
+                let plan = match lost_rows.get(&(rows.start * GRAIN)) {
+                    None => plan_band,
+                    Some(LostRow::ByDifference) => by_difference,
+                    Some(LostRow::WithoutParity) => data_only,
+                };
+                match plan(&state, rows, modified, partial) {
+                    Ok(band) => bands.push(band),
+                    Err(_) => exhausted = true,
+                }
             });
             if exhausted {
                 return Err(EIO);
@@ -106,9 +128,32 @@ impl<E: Env> RaidGroup<E> {
                     // Only the first pass copies: nothing was written yet.
                     Pass::NotCopied | Pass::NotLogged => continue 'again,
                     Pass::Unreadable { slots, rows } => {
+                        let mut lost = BTreeSet::new();
                         for slot in bits(slots) {
-                            self.repair(stripe, slot, &rows).await?;
+                            self.repair(stripe, slot, &rows, &mut lost).await?;
                         }
+                        if lost.is_empty() {
+                            continue 'again;
+                        }
+                        let mut given_up = Vec::new();
+                        for row in lost {
+                            let at = self.chunk_at(stripe) + u64::from(row);
+                            let next = match lost_rows.get(&row) {
+                                None => LostRow::ByDifference,
+                                Some(LostRow::ByDifference)
+                                    if self.can_do_without_parity(stripe, at) =>
+                                {
+                                    given_up.push(row);
+                                    LostRow::WithoutParity
+                                }
+                                // Also where of a grain that is not to be had a part is written.
+                                Some(_) => return Err(EIO),
+                            };
+                            lost_rows.insert(row, next);
+                        }
+                        self.give_up_parity(stripe, &given_up).await?;
+                        // Bands are cut anew: what was done is done again.
+                        next = 0;
                         continue 'again;
                     }
                 }
@@ -415,6 +460,27 @@ impl<E: Env> RaidGroup<E> {
         Ok(())
     }
 
+    /// Says whether a write is of a part of a grain that no copy has the rest of: it could not be read afterwards.
+    fn is_part_of_nothing(&self, stripe: u64, item: &Item) -> bool {
+        let Task::Write { span, .. } = &item.task else {
+            return false;
+        };
+        let readable = self.readable(stripe);
+        let is_listed = |at: u32| {
+            let grain = u64::from(at / GRAIN * GRAIN);
+            let copies = self.geometry.copies(stripe, span.data);
+            let mut copies = copies.filter(|spot| readable & 1 << spot.slot != 0);
+            copies.all(|spot| {
+                let bad = &self.member(spot.slot).bad;
+                bad.touches(spot.member_at + grain, GRAIN.into())
+            })
+        };
+        let edges = [span.start, span.end];
+        edges
+            .into_iter()
+            .any(|at| !at.is_multiple_of(GRAIN) && is_listed(at))
+    }
+
     /// Writes every copy of what a stripe holds from one private copy.
     ///
     /// # Crash  each write is on all members with a copy by one entry of the log, or on none
@@ -423,6 +489,13 @@ impl<E: Env> RaidGroup<E> {
             return Err(EIO);
         }
         let _entered = self.enter(stripe..stripe + 1).await?;
+        if self.has_bad.get()
+            && batch
+                .iter()
+                .any(|item| self.is_part_of_nothing(stripe, item))
+        {
+            return Err(EIO);
+        }
         let copies = usize::from(self.geometry.copies_of_each());
         for part in batch.chunks(SEGMENTS_MAX / copies) {
             let mut fua = false;

@@ -25,7 +25,12 @@ const RO_COMPAT: u64 = 0;
 const INCOMPAT_REPLACEMENT: u64 = 1 << 0;
 /// The maps are kept: whoever writes without keeping them makes them wrong.
 const INCOMPAT_MAPS: u64 = 1 << 1;
-const INCOMPAT: u64 = INCOMPAT_REPLACEMENT | INCOMPAT_MAPS;
+/// A member has a bad-block list: whoever reads it without gives out what is no data.
+const INCOMPAT_BAD_BLOCKS: u64 = 1 << 2;
+const INCOMPAT: u64 = INCOMPAT_REPLACEMENT | INCOMPAT_MAPS | INCOMPAT_BAD_BLOCKS;
+
+/// Of a member: it has a bad-block list.
+const HAS_BAD_BLOCKS: u8 = 1 << 0;
 
 const DIRTY: u32 = 1 << 0;
 const ASSUME_CLEAN: u32 = 1 << 1;
@@ -39,7 +44,8 @@ const RESERVED: usize = 1560;
 pub(super) struct RawMember {
     disk: [u8; 16],
     state: u8,
-    reserved: [u8; 3],
+    flags: u8,
+    reserved: [u8; 2],
     data_mib: U32,
     /// Rebuilding: how far. Catching up, faulty, missing: `left_at`.
     cursor: U64,
@@ -187,6 +193,9 @@ fn encode_group(group: &GroupRecord, raw: &mut Raw) {
             copied_to: new.copied_to.into(),
         };
     }
+    if group.members.iter().any(|entry| entry.has_bad_blocks) {
+        incompat |= INCOMPAT_BAD_BLOCKS;
+    }
     raw.incompat = incompat.into();
     let members = u16::try_from(group.members.len()).expect("checked: at most 64");
     raw.members = members.into();
@@ -197,7 +206,11 @@ fn encode_group(group: &GroupRecord, raw: &mut Raw) {
                 (MemberState::Rebuilding, left_at) if left_at != 0 => CATCHES_UP,
                 (state, _) => state_to_byte(state),
             },
-            reserved: [0; 3],
+            flags: match entry.has_bad_blocks {
+                true => HAS_BAD_BLOCKS,
+                false => 0,
+            },
+            reserved: [0; 2],
             data_mib: u32::try_from(entry.data_bytes / MIB)
                 .expect("checked: a size of linear")
                 .into(),
@@ -399,6 +412,7 @@ fn decode_entry(raw: &RawMember) -> Result<MemberEntry, SuperblockError> {
         rebuilt_to,
         left_at,
         data_bytes: u64::from(raw.data_mib.get()) * MIB,
+        has_bad_blocks: raw.flags & HAS_BAD_BLOCKS != 0,
     })
 }
 

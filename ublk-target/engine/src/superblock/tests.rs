@@ -23,6 +23,7 @@ fn sample() -> Superblock {
         rebuilt_to,
         left_at: 0,
         data_bytes: 0,
+        has_bad_blocks: false,
     };
     let group = GroupRecord {
         uuid: GroupUuid::from_bytes(uuid(2)),
@@ -319,7 +320,7 @@ fn raw_fields_out_of_range_are_refused() {
             "{at}: {refused}"
         );
     }
-    for at in [286, 476, 2047, 2048 + 17, 2048 + 4 * 32, 4095] {
+    for at in [286, 476, 2047, 2048 + 18, 2048 + 4 * 32, 4095] {
         assert_eq!(refusal(at, &[1]), SuperblockError::Reserved { at });
     }
     // Catching up, since no generation.
@@ -422,6 +423,10 @@ fn one_broken_thing_is_refused() {
         ("missed map", |_, m| {
             m.group.maps = true;
             m.layout.missed.len = 4096;
+        }),
+        ("bad blocks", |_, m| {
+            m.group.members[usize::from(m.slot)].has_bad_blocks = true;
+            m.layout.bad_blocks.len = 16384;
         }),
         ("maps", |_, m| {
             m.group.maps = true;
@@ -645,6 +650,7 @@ fn superblocks() -> impl Strategy<Value = Superblock> {
                         Level::Linear => member_bytes - i as u64 % 2 * MIB,
                         _ => 0,
                     },
+                    has_bad_blocks: (generation + i as u64).is_multiple_of(5),
                 }
             })
             .collect::<Vec<_>>();

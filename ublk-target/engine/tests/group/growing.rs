@@ -21,7 +21,7 @@ impl Rig {
         self.group.lus()[0].1.capacity
     }
 
-    fn write(&self, at: u64, bytes: Vec<u8>) -> Result<(), i32> {
+    pub(crate) fn write(&self, at: u64, bytes: Vec<u8>) -> Result<(), i32> {
         let request = Self::request(62, HostVerb::Write { fua: false }, at, bytes.len() as u64);
         self.world.pages.borrow_mut()[62] = bytes;
         let group = Rc::clone(&self.group);
@@ -213,13 +213,14 @@ impl Rig {
             self.check();
             store.faults.bad.borrow_mut().clear();
             store.faults.worn.set(false);
-            // It was failed for that.
+            // It was failed for that, or has it on its list.
             let group = Rc::clone(&self.group);
             let slot = i as u16;
             if group.status().state != GroupState::Optimal {
                 self.replace(slot, self.disks[i], store);
                 self.wait_synced();
             }
+            self.scrub_all();
         }
     }
 

@@ -421,62 +421,6 @@ fn write_goes_on_where_each_pass_has_something_to_repair() {
     assert!(errors > 8, "only {errors} passes had something to repair");
 }
 
-#[test]
-fn rebuild_goes_on_over_what_cannot_be_read_and_does_not_end_as_in_sync() {
-    let levels = [(Level::Raid1, 2), (Level::Raid5, 4)];
-    for ((level, n), restart) in levels.iter().flat_map(|l| [(*l, false), (*l, true)]) {
-        let mut rig = rig(410, level, n, 65536, true);
-        rig.storm(60, || ());
-        rig.stores[1].faults.dead.set(true);
-        rig.storm(20, || ());
-        let data = rig.group.status().members[0].data_offset / 512;
-        let bad = [data + 5, data + 40_000, data + 40_001, data + 80_000];
-        rig.stores[0].faults.bad.borrow_mut().extend(bad);
-        let fresh = Store::new(DISK, 0x77);
-        rig.replace(1, 40, &fresh);
-        rig.stores[1] = Rc::clone(&fresh);
-        rig.disks[1] = 40;
-        let told = |rig: &Rig| {
-            rig.group
-                .status()
-                .reason
-                .contains("3 stripes could not be rebuilt")
-        };
-        rig.world.run_until(|| told(&rig));
-        let status = rig.group.status();
-        assert_eq!(status.state, GroupState::Degraded);
-        assert_eq!(status.members[1].state, MemberState::Rebuilding);
-        // Nothing was believed of it that is not right; the rest is.
-        assert!(rig.read(0, 4096).is_err());
-        assert!(rig.read(512 << 10, 512 << 10).is_ok());
-        if restart {
-            rig.world.kill();
-            let memory = Rc::clone(&rig.memory);
-            rig.restart(&memory, false).unwrap();
-            rig.world.run_until(|| told(&rig));
-        }
-        // Still so after it was tried again.
-        rig.sleep(130);
-        assert!(told(&rig), "{}", rig.group.status().reason);
-        // Two come back by themselves, one is written over.
-        for sector in &bad[1..] {
-            rig.stores[0].faults.bad.borrow_mut().remove(sector);
-        }
-        rig.world.pages.borrow_mut()[5] = vec![9; 512 << 10];
-        rig.model.borrow_mut()[..512 << 10].fill(9);
-        let group = Rc::clone(&rig.group);
-        let request = Rig::request(5, HostVerb::Write { fua: false }, 0, 512 << 10);
-        let written = rig
-            .world
-            .block_on(async move { group.serve(0, request).await });
-        assert_eq!(written, Ok(()));
-        rig.wait_synced();
-        rig.check();
-        rig.stores[0].faults.dead.set(true);
-        rig.check();
-    }
-}
-
 /// Given two writes to one stripe at once, when the bytes of one cannot be had, then that one alone fails, and what is
 /// there reads as before and as written, also from what is left when any member is gone.
 #[test]
