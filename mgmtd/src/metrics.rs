@@ -234,6 +234,11 @@ fn members(page: &mut Page, view: &View) {
         of(|m| m.timeouts),
     );
     page.gauge(
+        "member_bad_blocks",
+        "Grains (4 KiB) of a member that do not hold what they should.",
+        of(|m| m.bad_blocks),
+    );
+    page.gauge(
         "member_errors_lately",
         "Repaired read errors that count against a member.",
         of(|m| m.errors_lately.into()),

@@ -176,6 +176,10 @@ rows! {
         repaired: u64,
         /// Times that it did not answer for 30 s.
         timeouts: u64,
+        /// Grains (4 KiB) that do not hold what they should, and are not read: redundancy serves them, or nobody.
+        bad_blocks: u64,
+        /// The first of them, in bytes from the start of the disk.
+        bad_blocks_at: Vec<u64>,
         /// Read errors that were repaired and count against it; each hour halves them.
         errors_lately: u32,
         /// Microseconds of an I/O, over the last 5 s that had any.
@@ -250,6 +254,10 @@ rows! {
         repaired: u64,
         /// Times that it did not answer for 30 s.
         timeouts: u64,
+        /// Grains (4 KiB) that do not hold what they should, and are not read: redundancy serves them, or nobody.
+        bad_blocks: u64,
+        /// The first of them, in bytes from the start of the disk.
+        bad_blocks_at: Vec<u64>,
         /// Read errors that were repaired and count against it; each hour halves them.
         errors_lately: u32,
         /// Microseconds of an I/O, over the last 5 s that had any.

@@ -67,6 +67,8 @@ pub async fn show(daemon: &Daemon, name: &str) -> Result<DiskOne, ApiError> {
         write_errors: member.map_or(0, |m| m.write_errors),
         repaired: member.map_or(0, |m| m.repaired),
         timeouts: member.map_or(0, |m| m.timeouts),
+        bad_blocks: member.map_or(0, |m| m.bad_blocks),
+        bad_blocks_at: member.map_or_else(Vec::new, |m| m.bad_blocks_at.clone()),
         errors_lately: member.map_or(0, |m| m.errors_lately),
         latency_us: member.map_or(0, |m| m.latency_us),
         slow: member.and_then(|m| m.slow),

@@ -47,7 +47,7 @@ fn member_warnings(view: &View, group: &GroupStatus, member: &MemberStatus) -> V
         let text = format!("{disk} had {errors} read errors lately, all repaired{limit}");
         said.push((text, replace.clone()));
     }
-    if member.write_errors > 0 {
+    if member.write_errors > 0 && member.bad_blocks == 0 {
         let text = format!(
             "{disk} had {} write errors, and data would be lost without it",
             member.write_errors
@@ -68,6 +68,20 @@ fn member_warnings(view: &View, group: &GroupStatus, member: &MemberStatus) -> V
             member.timeouts
         );
         said.push((text, format!("smartctl -x {path}; dmesg | tail")));
+    }
+    if member.bad_blocks > 0 {
+        let first = member.bad_blocks_at.first().copied().unwrap_or(0);
+        let text = format!(
+            "{disk} has {} bad blocks of 4 KiB, the first at byte {first} of it: what they should hold comes from redundancy, or is \
+             an error",
+            member.bad_blocks
+        );
+        let name = &group.name;
+        let action = format!(
+            "lunar group scrub {name} --repair --wait, which gives back what redundancy has; write over the rest; if they grow: \
+             {replace}"
+        );
+        said.push((text, action));
     }
     let warning = |(text, action)| Warning {
         disk: save.map(|d| d.number),
@@ -110,7 +124,12 @@ mod tests {
     fn warnings_name_the_disk_and_what_to_type() {
         assert!(said(|_| ()).is_empty());
         type Change<'a> = &'a dyn Fn(&mut GroupStatus);
-        let cases: [(Change<'_>, &str); 7] = [
+        let cases: [(Change<'_>, &str); 8] = [
+            (
+                &|g| (g.members[1].bad_blocks, g.members[1].bad_blocks_at) = (3, vec![4096]),
+                "disk 2 (slot 1) has 3 bad blocks of 4 KiB, the first at byte 4096 of it: what they should hold comes from \
+                 redundancy, or is an error: lunar group scrub data --repair --wait",
+            ),
             (
                 &|g| g.members[1].errors_lately = 4,
                 "4 read errors lately, all repaired, more than 20 would fail it: lunar disk replace 2 NEW",

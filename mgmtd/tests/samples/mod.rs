@@ -56,6 +56,8 @@ pub(crate) fn disk_show() -> DiskShow {
         write_errors: 0,
         repaired: 16,
         timeouts: 0,
+        bad_blocks: 0,
+        bad_blocks_at: Vec::new(),
         errors_lately: 1,
         latency_us: 380,
         slow: None,
@@ -232,6 +234,8 @@ pub(crate) fn member() -> MemberRow {
         write_errors: 3,
         repaired: 0,
         timeouts: 1,
+        bad_blocks: 2,
+        bad_blocks_at: vec![5_242_880, 6_651_904],
         errors_lately: 0,
         latency_us: 52_300,
         slow: Some(SlowStatus {

@@ -36,6 +36,16 @@ pub(super) fn tests(to: &mut Vec<Test>) {
         "health_read_errors_are_repaired_counted_and_fail_a_disk_with_too_many",
         read_errors,
     );
+    add(
+        to,
+        "health_bad_blocks_of_a_rebuild_are_listed_and_come_back_by_writes",
+        rebuild_over_bad_blocks,
+    );
+    add(
+        to,
+        "health_bad_blocks_that_cannot_be_rewritten_are_served_from_redundancy",
+        cannot_be_rewritten,
+    );
 }
 
 /// Sectors written to a device since it was made, as the kernel counts them.
@@ -353,6 +363,136 @@ fn read_errors() -> Result<(), Failure> {
     pause(10_000);
     ensure(member_state(&rig, 1)? == "faulty", || {
         "it was put back".into()
+    })?;
+    compare(&rig, "without it")
+}
+
+/// Reads a block of 4 KiB of the LU past the page cache: as a checksum, or the error.
+fn block(device: &str, block: u64) -> Result<String, Failure> {
+    sh(&format!(
+        "set -o pipefail; dd if={device} bs=4k skip={block} count=1 iflag=direct 2>/dev/null | md5sum || echo EIO"
+    ))
+    .map(|text| text.lines().last().unwrap_or_default().to_owned())
+}
+
+fn bad_blocks(rig: &Rig, disk: &str) -> Result<u64, Failure> {
+    let disk = rig.json(&["disk", "show", disk])?;
+    Ok(disk["bad_blocks"].as_u64().unwrap_or(u64::MAX))
+}
+
+fn data_offset(rig: &Rig, slot: usize) -> Result<u64, Failure> {
+    let group = rig.json(&["group", "show", "data"])?;
+    let offset = group["members"][slot]["data_offset"].as_u64();
+    offset.ok_or_else(|| "no data offset".into())
+}
+
+/// Given a mirror with content, one disk of which cannot read three blocks, when the other is replaced, then the rebuild ends;
+/// `status` and `disk show` count three bad blocks; exactly those blocks are errors, also after a kill of ublk-target, and
+/// everything else is as written. A write of a block brings it back; so does a scrub once the disk reads the others again.
+fn rebuild_over_bad_blocks() -> Result<(), Failure> {
+    let rig = Rig::new()?;
+    rig.array("dm", 2, 256, &RAID1)?;
+    fill(&rig)?;
+    let device = rig.device()?;
+    let data = data_offset(&rig, 0)?;
+    let lost = [5, 700, 3000];
+    let before: Vec<String> =
+        (lost.iter().map(|b| block(&device, *b))).collect::<Result<_, _>>()?;
+    let spare = sh("member_make dm 2 256")?;
+    rig.lunar(&["disk", "add", &spare])?;
+    rig.lunar(&["disk", "fail", "2"])?;
+    sh(
+        "dm_table member0 \"0 $(dm_sectors member0) dust /dev/ram0 0 4096\" && dmsetup message member0 0 enable",
+    )?;
+    for block in lost {
+        let at = data / 4096 + block;
+        sh(&format!("dmsetup message member0 0 addbadblock {at}"))?;
+    }
+    rig.lunar(&["disk", "replace", "2", "3"])?;
+    rig.wait_optimal(120)?;
+    let check = |lost: &[u64], when: &str| -> Result<(), Failure> {
+        let count = bad_blocks(&rig, "3")?;
+        ensure(count == lost.len() as u64, || {
+            format!("{when}: {count} bad blocks")
+        })?;
+        let errors = sh_in(
+            &format!(
+                "gives() {{ dd if={device} of=/tmp/block bs=$1k skip=$2 count=1 iflag=direct 2>/dev/null; }}
+                 for c in $(seq 0 255); do gives 64 $c || for b in $(seq $((c * 16)) $((c * 16 + 15))); do
+                   gives 4 $b || echo $b
+                 done; done | tr '\\n' ' '"
+            ),
+            200,
+        )?;
+        let expected: Vec<String> = lost.iter().map(u64::to_string).collect();
+        ensure(errors.trim() == expected.join(" "), || {
+            format!("{when}: errors at {errors}, not at {expected:?}")
+        })
+    };
+    check(&lost, "after the rebuild")?;
+    let status = rig.run(&["status"])?;
+    ensure(
+        status.stdout.contains("disk 3 (slot 1) has 3 bad blocks"),
+        || status.stdout.clone(),
+    )?;
+    ensure(count(&rig, "BadBlocks")? > 0, || "no event".into())?;
+    sh(&format!("kill -9 {}", rig.target_pid()?))?;
+    rig.wait_lu()?;
+    check(&lost, "after a kill")?;
+    sh(&format!(
+        "dd if=/tmp/content of={device} bs=4k skip=5 seek=5 count=1 oflag=direct 2>/dev/null"
+    ))?;
+    check(&lost[1..], "after a write")?;
+    ensure(block(&device, 5)? == before[0], || "another content".into())?;
+    for block in lost {
+        let at = data / 4096 + block;
+        sh(&format!(
+            "dmsetup message member0 0 removebadblock {at} || true"
+        ))?;
+    }
+    rig.lunar(&["group", "scrub", "data", "--repair", "--wait"])?;
+    check(&[], "after a scrub")?;
+    compare(&rig, "in the end")?;
+    rig.lunar(&["disk", "fail", "1"])?;
+    compare(&rig, "without the first disk")
+}
+
+/// Given a group with content and a disk that neither reads nor writes eight of its blocks, when everything is read, then nobody
+/// sees an error, the disk stays, its blocks are listed, and it is not asked for them again, also after a kill of
+/// ublk-target.
+fn cannot_be_rewritten() -> Result<(), Failure> {
+    let rig = Rig::new()?;
+    rig.array("dm", 4, 256, &RAID5)?;
+    fill(&rig)?;
+    let data = data_offset(&rig, 1)?;
+    // Eight blocks that are this member's chunk of the first stripe: the second chunk of its data.
+    sh(&format!("dm_error_range member1 {} 64", data / 512 + 16))?;
+    compare(&rig, "with blocks that are errors")?;
+    let listed = bad_blocks(&rig, "2")?;
+    ensure(listed == 8, || {
+        format!("{listed} bad blocks\n{}", rig.log_tail())
+    })?;
+    ensure(rig.state()?.0 == "optimal", || "not optimal".into())?;
+    let reads = || -> Result<u64, Failure> {
+        let disk = rig.json(&["disk", "show", "2"])?;
+        Ok(disk["read_errors"].as_u64().unwrap_or(u64::MAX))
+    };
+    let before = reads()?;
+    compare(&rig, "again")?;
+    ensure(reads()? == before, || "it was asked again".into())?;
+    sh(&format!("kill -9 {}", rig.target_pid()?))?;
+    rig.wait_lu()?;
+    compare(&rig, "after a kill")?;
+    ensure(bad_blocks(&rig, "2")? == 8 && reads()? == 0, || {
+        "the list is forgotten".into()
+    })?;
+    // A write of them fails, as any write: that fails the disk, and nothing is lost.
+    let device = rig.device()?;
+    sh(&format!(
+        "dd if=/tmp/content of={device} bs=1M count=1 oflag=direct 2>/dev/null"
+    ))?;
+    ensure(member_state(&rig, 1)? == "faulty", || {
+        "a write error".into()
     })?;
     compare(&rig, "without it")
 }

@@ -18,6 +18,7 @@
 //!
 //! A value that was read is shown ever after (`seen`), with one exception: where a power cut left several values, copies may differ until the
 //! resync has passed. If a member is lost before, or cannot be read there, another copy may show another of these values: never any other.
+//! Power that goes after such a loss takes what the resync had written of the lost member's from the others' caches: so then, too.
 //!
 //! # The write hole
 //! `none` and `bitmap` do not close it, so the law exempts it, exactly: a row (one grain of every chunk of a stripe) is *in
@@ -212,6 +213,8 @@ pub struct Model {
     hole: Hole,
     /// Times that members were lost: what a member showed that is lost since says nothing that lasts.
     losses: u64,
+    /// One was, and not all of it is synced since: what a resync wrote on others is in their caches.
+    was_lost: bool,
     /// Nothing is left to be synced: all copies and parities fit.
     is_whole: bool,
     answers: u64,
@@ -232,6 +235,7 @@ impl Model {
             torn: BTreeMap::new(),
             hole,
             losses: 0,
+            was_lost: false,
             is_whole: false,
             answers: 0,
         }
@@ -390,6 +394,11 @@ impl Model {
         };
         self.torn.retain(|_, chunks| chunks.count_ones() >= least);
         self.is_whole = false;
+        if std::mem::take(&mut self.was_lost) {
+            for sector in &self.open {
+                self.sectors[*sector as usize].seen = None;
+            }
+        }
     }
 
     /// A start has ended without these slots (as bits) in sync: what the logs do not give back is what it is from here on.
@@ -412,6 +421,7 @@ impl Model {
 
     /// Every member is there, and all of it is synced.
     pub fn synced(&mut self) {
+        self.was_lost = false;
         self.is_whole = true;
         self.doubt.clear();
         for sector in &self.open {
@@ -424,6 +434,7 @@ impl Model {
 
     /// These slots (as bits) are not there, or not in sync.
     pub fn lost(&mut self, slots: u64) {
+        self.was_lost = true;
         self.is_whole = false;
         self.losses += 1;
         for sector in &self.open {

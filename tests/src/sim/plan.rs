@@ -147,21 +147,6 @@ pub struct Boot {
     pub between: Vec<Between>,
 }
 
-impl Boot {
-    /// Power goes while data is written, and a member with it.
-    fn loses_in_a_write(&self) -> bool {
-        let loses = self
-            .between
-            .iter()
-            .any(|b| matches!(b, Between::Lose { .. }));
-        let writes = matches!(
-            self.when,
-            When::Arises(State::DataWrite | State::BetweenDataAndParity, _)
-        );
-        self.end == End::Power && writes && loses
-    }
-}
-
 /// A run.
 #[derive(Debug, Clone)]
 pub struct Plan {
@@ -228,7 +213,7 @@ fn draw_config(random: &Random) -> Config {
         longest: *random.of(&[16, 64, 256, 1024]),
         rate: *random.of(&[None, None, Some(3 << 20), Some(20 << 20)]),
         is_rotting: random.percent(6),
-        is_reckless: random.percent(8),
+        is_reckless: random.percent(12),
     }
 }
 
@@ -424,6 +409,40 @@ fn draw_boot(random: &Random, config: &Config, is_last: bool) -> Boot {
     }
 }
 
+/// In the end power goes while data is written, and a member with it, which comes back before much else was written: what its
+/// log says is all that tells where it is behind.
+fn return_from_a_write(random: &Random, config: &Config, boots: &mut [Boot]) {
+    let [.., cut, last] = boots else { return };
+    cut.deeds.clear();
+    cut.when = When::Arises(State::DataWrite, 1 + random.below(150));
+    cut.end = End::Power;
+    let slot = random.below(config.members.into()) as u16;
+    cut.between = vec![Between::Return, Between::Lose { slot }];
+    last.requests = 2 + random.below(6);
+    last.deeds = vec![(1, Deed::Return)];
+}
+
+/// A boot in which a member is rebuilt while another cannot read everything: nobody has all of it.
+fn lose_blocks(random: &Random, config: &Config, boot: &mut Boot) {
+    let members = u64::from(config.members);
+    let slot = random.below(members);
+    let other = (slot + 1 + random.below(members - 1)) % members;
+    let third = boot.requests / 3;
+    boot.deeds = vec![
+        (third, Deed::FailByHand { slot: slot as u16 }),
+        (
+            third + 1,
+            Deed::Media {
+                slot: other as u16,
+                sectors: 40,
+            },
+        ),
+        (third + 2, Deed::Replace),
+        (2 * third, Deed::Pause { seconds: 6 }),
+    ];
+    boot.when = When::Quiet;
+}
+
 impl Plan {
     /// What a seed draws.
     pub fn draw(seed: u64) -> Self {
@@ -439,15 +458,12 @@ impl Plan {
                 boots[i - 1].end = End::Kill;
                 boots[i - 1].when = When::Arises(State::DataWrite, 1 + random.below(200));
             }
-            // A member that a power cut took comes back before much else was written: what its log says is all that tells
-            // where it is behind.
-            let lost = boots[i - 1].loses_in_a_write() && config.consistency.has_log();
-            if lost && random.percent(70) {
-                boots[i].requests = 2 + random.below(6);
-                boots[i].deeds = vec![(1, Deed::Return)];
-                boots[i].end = End::Stop;
-                boots[i].when = When::Quiet;
-            }
+        }
+        if config.consistency.has_log() && random.percent(50) {
+            return_from_a_write(&random, &config, &mut boots);
+        }
+        if config.is_reckless && config.level.is_redundant() && random.percent(70) {
+            lose_blocks(&random, &config, &mut boots[0]);
         }
         Self {
             seed,

@@ -104,6 +104,8 @@ pub struct Run {
     pub is_exhausted: bool,
     /// A member was not in sync since the last start: the disks may still say so.
     pub was_degraded: bool,
+    /// Slots with bad-block lists when it was looked at last, as bits.
+    pub listed: u64,
     /// Slots that were not there when it started without force: what they hold is proven to be right.
     pub proven: u64,
     /// The power went since all was synced.
@@ -194,6 +196,7 @@ impl Run {
             seats: Vec::new(),
             is_exhausted: false,
             was_degraded: false,
+            listed: 0,
             proven: 0,
             is_torn: false,
             is_apart: false,
@@ -354,7 +357,7 @@ impl Run {
 
     /// Slots that cannot be relied on, as bits: not in sync, or their disk is in trouble.
     pub fn troubled(&self) -> u64 {
-        let mut set = self.not_in_sync();
+        let mut set = self.not_in_sync() | self.listed;
         for (slot, (number, _)) in self.seats.iter().enumerate() {
             let Some(disk) = self.disks.get(usize::from(*number)) else {
                 continue;
@@ -387,6 +390,8 @@ impl Run {
         }
         let before = self.not_in_sync();
         self.look(&status);
+        let has_list = status.members.iter().filter(|m| m.bad_blocks > 0);
+        self.listed = has_list.fold(0, |set, member| set | 1 << member.slot);
         let now = self.not_in_sync();
         for (number, state) in &self.seats {
             if *state != MemberState::InSync {

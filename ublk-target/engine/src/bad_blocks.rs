@@ -337,8 +337,8 @@ impl<E: Env> RaidGroup<E> {
                 .encode((self.id, member.uuid), number, &mut bytes);
             parity::copy_in(meta.cells(LIST_AT..LIST_AT + COPY_BYTES), &bytes);
             let piece = Piece {
-                offset: LIST_AT as u32,
-                len: COPY_BYTES as u32,
+                offset: u32::try_from(LIST_AT).expect("8 KiB"),
+                len: u32::try_from(COPY_BYTES).expect("16 KiB"),
             };
             let (len, buf) = (COPY_BYTES as u64, Buf::Pool(meta));
             let at = area.offset + number % COPIES * len;

@@ -19,7 +19,7 @@ use crate::traits::{Buf, Clock, DiskVerb, Env, Piece};
 
 /// Where what a member does not give is taken from.
 #[derive(Clone, Copy)]
-enum Source {
+pub(super) enum Source {
     /// Another copy of the chunk.
     Copy(Spot),
     /// The other chunks of a stripe, but for those of some slots.
@@ -308,7 +308,7 @@ impl<E: Env> RaidGroup<E> {
     }
 
     /// Writes a grain anew of which the host asked for a part: what the member still gives of it, else what others have.
-    async fn rewrite_grain(
+    pub(super) async fn rewrite_grain(
         &self,
         (slot, at): (u16, u64),
         grain: u32,

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use arrayvec::ArrayVec;
 
+use super::repair::Source;
 use super::{Ios, PASS_BYTES, piece, rows_of, sum_data};
 use lunar_api::target::FailCause;
 
@@ -35,7 +36,7 @@ impl<E: Env> RaidGroup<E> {
                     (Some(slot), true) => self.fill_copy(stripe, d, slot, rows).await?,
                     (Some(slot), false) => self.fill_rows(stripe, slot, rows).await?,
                     (None, true) => self.check_copies(stripe, d, rows).await?,
-                    (None, false) => self.check_parity(stripe, rows).await?,
+                    (None, false) => self.check_parity(stripe, rows, false).await?,
                 }
             }
         }
@@ -231,25 +232,42 @@ impl<E: Env> RaidGroup<E> {
         }
     }
 
-    /// Makes the parities of one row fit whose data cannot all be read, by a byte of the chunk. What is lost is what parity says,
-    /// as where a member is missing; two parities have to say the same. What they cannot say they are not to say later, either.
+    /// Makes one row fit whose data cannot all be read, by a byte of the chunk. What a sector is that cannot be read is what
+    /// parity says, as where a member is missing; what can be read is as it is.
     async fn settle_row(&self, stripe: u64, row: u32, failed: u64) -> Result<(), Errno> {
-        let grain = GRAIN as usize;
         let parities = usize::from(self.geometry.parities());
+        let chunk = self.chunk_at(stripe);
+        let is_listed = |slot: u16| {
+            let bad = &self.member(slot).bad;
+            bad.touches(chunk + u64::from(row), u64::from(GRAIN))
+        };
+        let unlisted = bits(failed).filter(|slot| !is_listed(*slot));
+        let unlisted: ArrayVec<u16, MEMBERS_MAX> = unlisted.collect();
         let unread = failed.count_ones() as usize;
         if unread > parities {
+            // What redundancy cannot say now it is not to say later.
             return match self.does_everybody_answer() {
                 true => self.give_up_parity(stripe, &[row]).await,
                 false => Err(EIO),
             };
         }
+        for slot in &unlisted {
+            let source = Source::Others(stripe, 0);
+            self.rewrite_grain((*slot, chunk), row / GRAIN, source)
+                .await?;
+        }
+        if unlisted.iter().any(|slot| !is_listed(*slot)) {
+            return Err(EIO); // Repaired, or failed: looked at again.
+        }
         if unread == parities {
             return Ok(());
         }
+        // Two parities have to say the same of what is lost.
+        let grain = GRAIN as usize;
         let n = usize::from(self.geometry.members());
         let work = self.lease(Quota::Work, 2 * n * grain).await?;
         let at = |slot: u16| usize::from(slot) * grain;
-        let member_at = self.chunk_at(stripe) + u64::from(row);
+        let member_at = chunk + u64::from(row);
         let lost = u16::try_from(failed.trailing_zeros()).expect("a slot");
         let q = self.geometry.parity_slots(stripe).last().ok_or(EIO)?;
         for slot in bits(self.geometry.slots() & !failed) {
@@ -278,7 +296,12 @@ impl<E: Env> RaidGroup<E> {
     }
 
     /// Reads rows of every member, and writes the parity that does not fit the data.
-    async fn check_parity(&self, stripe: u64, rows: Range<u32>) -> Result<(), Errno> {
+    async fn check_parity(
+        &self,
+        stripe: u64,
+        rows: Range<u32>,
+        is_again: bool,
+    ) -> Result<(), Errno> {
         let slots = self.geometry.slots();
         if self.in_sync.get() != slots {
             return Ok(()); // What is missing is computed from the parity as it is.
@@ -308,10 +331,15 @@ impl<E: Env> RaidGroup<E> {
         if bits(failed).any(|slot| !parity.contains(&slot)) {
             drop(work);
             if len > GRAIN as usize {
-                let check = async |rows| self.check_parity(stripe, rows).await;
+                let check = async |rows| self.check_parity(stripe, rows, is_again).await;
                 return self.check_grains(rows, check).await;
             }
-            return self.settle_row(stripe, rows.start, failed).await;
+            let is_settled = self.settle_row(stripe, rows.start, failed).await;
+            // Once more: what could be repaired can be read now.
+            return match (is_settled, is_again) {
+                (Err(_), false) => Box::pin(self.check_parity(stripe, rows, true)).await,
+                (settled, _) => settled,
+            };
         }
         sum_data(geometry, stripe, cells, true);
         for slot in &parity {
