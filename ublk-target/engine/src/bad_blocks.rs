@@ -174,6 +174,13 @@ impl BadBlocks {
         has_room
     }
 
+    /// Puts a copy of the list into a member's private memory.
+    fn write_to(&self, whose: Whose, number: u64, meta: &Lease) {
+        let mut bytes = [0; COPY_BYTES];
+        self.grains.borrow().encode(whose, number, &mut bytes);
+        parity::copy_in(meta.cells(LIST_AT..LIST_AT + COPY_BYTES), &bytes);
+    }
+
     /// The first bytes of the member's data that are listed.
     pub(crate) fn first(&self, most: usize) -> Vec<u64> {
         let grains = self.grains.borrow();
@@ -209,7 +216,7 @@ pub(crate) async fn read_list<D: Disk>(
         return None;
     }
     'copies: for copy in 0..COPIES {
-        let mut bytes = [0; COPY_BYTES];
+        let mut bytes = Box::new([0; COPY_BYTES]);
         let at = area.offset + copy * COPY_BYTES as u64;
         for (part, from) in bytes.chunks_exact_mut(BYTES).zip((at..).step_by(BYTES)) {
             let piece = Piece {
@@ -323,7 +330,6 @@ impl<E: Env> RaidGroup<E> {
             return Err(());
         }
         bad.is_changed.set(false);
-        let mut bytes = [0; COPY_BYTES];
         // Old copies of a list that nobody counts may have any number: both are written over.
         let copies = if bad.is_listed.get() { 1 } else { COPIES };
         let mut result = match planted::is(Bug::OffListUnflushed) {
@@ -332,10 +338,7 @@ impl<E: Env> RaidGroup<E> {
         };
         for _ in 0..copies {
             let number = bad.number.get() + 1;
-            bad.grains
-                .borrow()
-                .encode((self.id, member.uuid), number, &mut bytes);
-            parity::copy_in(meta.cells(LIST_AT..LIST_AT + COPY_BYTES), &bytes);
+            bad.write_to((self.id, member.uuid), number, meta);
             let piece = Piece {
                 offset: u32::try_from(LIST_AT).expect("8 KiB"),
                 len: u32::try_from(COPY_BYTES).expect("16 KiB"),

@@ -159,7 +159,11 @@ impl<E: Env> RaidGroup<E> {
             return Ok(());
         }
         self.publish().await?;
-        self.save_bad_blocks().await
+        match self.has_bad.get() {
+            // Not a part of every future that waits: it is seldom, and large.
+            true => Box::pin(self.save_bad_blocks()).await,
+            false => Ok(()),
+        }
     }
 
     /// Makes the first write after start (or after a clean mark) wait until the disks say `dirty`.

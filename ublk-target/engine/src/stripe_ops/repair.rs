@@ -379,7 +379,7 @@ impl<E: Env> RaidGroup<E> {
             }
         };
         if self.put_back(slot, at, lease, good, scratch).await {
-            self.save_bad_blocks().await?;
+            Box::pin(self.save_bad_blocks()).await?;
             self.note_repaired(slot, at, bytes);
             return self.fail_if_worn(slot).await;
         }
@@ -393,7 +393,7 @@ impl<E: Env> RaidGroup<E> {
                     bad.push(at);
                 }
             }
-            if !member.is_gone.get() && self.list_blocks(slot, &bad).await? {
+            if !member.is_gone.get() && Box::pin(self.list_blocks(slot, &bad)).await? {
                 member.strikes.add(self.clock.now(), at);
                 return self.fail_if_worn(slot).await;
             }

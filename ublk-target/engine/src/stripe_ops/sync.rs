@@ -65,11 +65,11 @@ impl<E: Env> RaidGroup<E> {
             return self.fill_at(slot, at, (&lease, 0), len).await;
         }
         // Copies may be unreadable at different grains of these.
-        self.fill_grains(slot, at, &lease, len, async |to| {
+        Box::pin(self.fill_grains(slot, at, &lease, len, async |to| {
             let start = rows.start + to32(to);
             let copy = self.read_any_copy((stripe, d), start..start + GRAIN, &lease, to);
             copy.await.then_some(()).ok_or(EIO)
-        })
+        }))
         .await
     }
 
@@ -115,7 +115,7 @@ impl<E: Env> RaidGroup<E> {
                 Err(_) => lost.push(at + to as u64),
             }
         }
-        match self.list_blocks(slot, &lost).await? {
+        match Box::pin(self.list_blocks(slot, &lost)).await? {
             true => Ok(()),
             false => Err(EIO),
         }
@@ -140,12 +140,12 @@ impl<E: Env> RaidGroup<E> {
             return self.fill_at(slot, at, (&lease, 0), len).await;
         }
         // Others may be unreadable at different grains of these.
-        self.fill_grains(slot, at, &lease, len, async |to| {
+        Box::pin(self.fill_grains(slot, at, &lease, len, async |to| {
             let start = rows.start + to32(to);
             let (part, scratch) = (start..start + GRAIN, Some((&lease, len)));
             self.reconstruct(stripe, (slot, 0), part, (&lease, to), scratch)
                 .await
-        })
+        }))
         .await
     }
 
@@ -247,7 +247,7 @@ impl<E: Env> RaidGroup<E> {
         if unread > parities {
             // What redundancy cannot say now it is not to say later.
             return match self.does_everybody_answer() {
-                true => self.give_up_parity(stripe, &[row]).await,
+                true => Box::pin(self.give_up_parity(stripe, &[row])).await,
                 false => Err(EIO),
             };
         }
@@ -334,7 +334,7 @@ impl<E: Env> RaidGroup<E> {
                 let check = async |rows| self.check_parity(stripe, rows, is_again).await;
                 return self.check_grains(rows, check).await;
             }
-            let is_settled = self.settle_row(stripe, rows.start, failed).await;
+            let is_settled = Box::pin(self.settle_row(stripe, rows.start, failed)).await;
             // Once more: what could be repaired can be read now.
             return match (is_settled, is_again) {
                 (Err(_), false) => Box::pin(self.check_parity(stripe, rows, true)).await,

@@ -151,7 +151,7 @@ impl<E: Env> RaidGroup<E> {
                             };
                             lost_rows.insert(row, next);
                         }
-                        self.give_up_parity(stripe, &given_up).await?;
+                        Box::pin(self.give_up_parity(stripe, &given_up)).await?;
                         // Bands are cut anew: what was done is done again.
                         next = 0;
                         continue 'again;
