@@ -11,8 +11,8 @@
 //! together. A power loss takes the tmpfs with it: then there is no log, and the group is resynced.
 //!
 //! # Layout
-//! Little endian. At 0 a header: magic (8; 0: nothing to say), group (16), generation (8), slots that did not take
-//! a replay (8). From 4096 on entries of 4096 bytes: live (1), 7 unused, count (8), then segments: address on the
+//! Little endian. At 0 a header: magic (8; 0: nothing to say), group (16), generation (8), slots that failed or did not
+//! take a replay, which the superblocks do not say yet (8). From 4096 on entries of 4096 bytes: live (1), 7 unused, count (8), then segments: address on the
 //! disk (8), length (4), place in the memory (4; ffffffff: zeroes), disk (16).
 
 use std::cell::{Cell, RefCell};
@@ -56,6 +56,8 @@ pub(crate) struct InflightLog {
     pool: Rc<Pool>,
     spare: RefCell<Vec<u16>>,
     waiters: Waiters,
+    /// Slots whose failure is noted here, as bits.
+    failed: Cell<u64>,
 }
 
 /// An entry that was filled and is live, until it is cleared.
@@ -123,6 +125,7 @@ impl InflightLog {
             pool: Rc::clone(pool),
             spare: RefCell::new(spare),
             waiters: Waiters::default(),
+            failed: Cell::new(0),
         }
     }
 
@@ -191,6 +194,29 @@ impl InflightLog {
         self.waiters.wake_one();
     }
 
+    /// Notes slots, as bits, that have failed: what their disks were told before may be gone with their caches, and a successor
+    /// that found them well would believe it.
+    ///
+    /// # Crash  until the superblocks say that they have failed, this does
+    pub(crate) fn note_failed(&self, slots: u64) {
+        self.failed.set(self.failed.get() | slots);
+        let cells = self.pool.cells(0..HEADER);
+        let noted = get_u64(cells, UNREPLAYED) | slots;
+        put(cells, UNREPLAYED, &noted.to_le_bytes());
+        barrier();
+    }
+
+    /// The superblocks say it of those that this process has noted.
+    pub(crate) fn failures_are_durable(&self) {
+        let slots = self.failed.take();
+        if slots != 0 {
+            barrier();
+            let cells = self.pool.cells(0..HEADER);
+            let noted = get_u64(cells, UNREPLAYED) & !slots;
+            put(cells, UNREPLAYED, &noted.to_le_bytes());
+        }
+    }
+
     /// A clean stop: there is nothing for a successor.
     pub(crate) fn end(&self) {
         put(self.pool.cells(0..HEADER), 0, &[0; 8]);
@@ -202,7 +228,7 @@ impl InflightLog {
 pub(crate) struct Left {
     pub generation: u64,
     pub segments: Vec<Segment>,
-    /// Slots that an earlier replay could not write, as bits; their failure is not durable yet.
+    /// Slots that an earlier replay could not write or that had failed, as bits; their failure is not durable yet.
     pub unreplayed: u64,
 }
 

@@ -39,6 +39,7 @@ impl<E: Env> RaidGroup<E> {
         if slots == 0 {
             return;
         }
+        self.log.note_failed(slots);
         self.in_sync.set(self.in_sync.get() & !slots);
         self.views.advance();
         let catches_up = self.rebuild.get().is_some_and(|rebuild| rebuild.catches_up);
@@ -341,6 +342,9 @@ impl<E: Env> RaidGroup<E> {
             self.drop_copy("superblock could not be written");
         }
         self.durable.set(generation);
+        if generation == self.generation.get() {
+            self.log.failures_are_durable();
+        }
         self.durable_history.set(record.history);
         self.floor.set(generation);
         self.dirty_durable.set(dirty);

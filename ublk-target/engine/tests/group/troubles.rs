@@ -421,6 +421,40 @@ fn write_goes_on_where_each_pass_has_something_to_repair() {
     assert!(errors > 8, "only {errors} passes had something to repair");
 }
 
+/// Given a disk that loses what its cache has and is there again, and a process that dies before the superblocks say that the
+/// disk failed, then its successor does not take it for one that has all it was told.
+#[test]
+fn failed_member_is_failed_for_the_successor_of_a_process_that_dies_at_once() {
+    let mut seen = 0;
+    for at in 1..60 {
+        let mut rig = rig(480, Level::Raid5, 4, 65536, true);
+        assert_eq!(rig.storm(30, || ()), 0);
+        rig.stores[1].faults.write_errors.set(true);
+        rig.world.crash_in.set(Some(at));
+        for tag in 0..20 {
+            rig.world.pages.borrow_mut()[tag] = vec![7; 65536];
+            let write = HostVerb::Write { fua: false };
+            let request = Rig::request(tag as u16, write, tag as u64 * 65536, 65536);
+            let group = Rc::clone(&rig.group);
+            rig.world.spawn(async move {
+                let _ = group.serve(0, request).await;
+            });
+        }
+        let (world, group) = (Rc::clone(&rig.world), Rc::clone(&rig.group));
+        rig.world
+            .run_until(|| world.crashed() || group.status().sync.is_some());
+        let failed = rig.group.status().members[1].state == MemberState::Faulty;
+        rig.stores[1].faults.write_errors.set(false);
+        rig.world.kill();
+        let memory = Rc::clone(&rig.memory);
+        rig.restart(&memory, false).unwrap();
+        let is = rig.group.status().members[1].state;
+        assert!(!failed || is != MemberState::InSync, "{at}");
+        seen += u32::from(failed);
+    }
+    assert!(seen > 5, "{seen}");
+}
+
 /// Given two writes to one stripe at once, when the bytes of one cannot be had, then that one alone fails, and what is
 /// there reads as before and as written, also from what is left when any member is gone.
 #[test]
