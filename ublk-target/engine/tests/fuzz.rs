@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 
 use lunar_engine::assembly::{Conditions, Present, assemble};
+use lunar_engine::bad_blocks::{COPY_BYTES, Grains};
 use lunar_engine::config::GroupConfig;
 use lunar_engine::ppl::{self, Entry, Unit, What};
 use lunar_engine::region_map::{Kind, PAGE, RegionSet};
@@ -176,6 +177,37 @@ fn map_pages_of_any_bytes() {
         assert!(found.iter().all(|region| region < regions));
     }
     assert!(believed > 0, "no page was believed");
+}
+
+#[test]
+fn bad_block_lists_of_any_bytes() {
+    let superblock = golden();
+    let whose = (superblock.member.unwrap().group.uuid, superblock.disk);
+    let lists: [&[u64]; 3] = [&[], &[0, 1, 77, 1 << 40], &[u64::MAX]];
+    for (i, list) in lists.iter().enumerate() {
+        let mut grains = Grains::default();
+        assert!(list.iter().all(|grain| grains.insert(*grain)));
+        let mut copy = [0; COPY_BYTES];
+        grains.encode(whose, 1 + i as u64, &mut copy);
+        bless("bad_blocks", &format!("{i}.bin"), &copy);
+    }
+    let corpus = corpus("bad_blocks");
+    let mut random = random(5);
+    let mut taken = 0;
+    for _ in 0..cases() {
+        let mut copy = mutate(&mut random, &corpus, true);
+        fix_crc(&mut random, &mut copy, 8);
+        let copy: [u8; COPY_BYTES] = copy.try_into().expect("it keeps its length");
+        let Some((grains, number)) = Grains::decode(&copy, whose) else {
+            continue;
+        };
+        taken += 1;
+        let _ = grains.touch(u64::MAX, u64::MAX);
+        let mut again = [0; COPY_BYTES];
+        grains.encode(whose, number, &mut again);
+        assert!(again == copy, "a second encoding of one list");
+    }
+    assert!(taken > 0, "nothing was taken");
 }
 
 #[test]
