@@ -174,3 +174,30 @@ fn one_comes_back_after_the_other() {
         (MemberState::Missing, 11)
     );
 }
+
+#[test]
+fn a_member_whose_bad_block_list_is_lost_is_not_believed() {
+    for level in [Level::Raid1, Level::Raid5, Level::Raid6] {
+        let mut world = World::new(level, 4).update(&[0, 1, 2, 3], |group| {
+            group.members[1].has_bad_blocks = true;
+        });
+        // One that has no list cannot have lost it.
+        world.lost_lists = 0b1101;
+        let plan = world.assemble(&[0, 1, 2, 3], CALM).unwrap();
+        assert_eq!(plan.degraded, 0);
+        world.lost_lists = 0b0010;
+        let plan = world.assemble(&[0, 1, 2, 3], CALM).unwrap();
+        assert_eq!(plan.slots[1], SlotPlan::Stale(1), "{level:?}");
+        assert!(plan.reasons.iter().any(|r| r.contains("bad blocks")));
+    }
+    let mut world = World::new(Level::Raid5, 4).update(&[0, 1, 2, 3], |group| {
+        group.members[1].has_bad_blocks = true;
+    });
+    world.lost_lists = 0b0010;
+    let refused = world.assemble(&[0, 1, 2], CALM).unwrap_err();
+    assert!(refused.to_string().contains("nobody knows"), "{refused}");
+    // Without it there is nothing: a person may say that it is taken as it is.
+    let plan = world.assemble(&[0, 1, 2], FORCE).unwrap();
+    assert_eq!(plan.slots[1], SlotPlan::InSync(1));
+    assert!(plan.reasons.iter().any(|r| r.contains("forced")));
+}
