@@ -165,20 +165,14 @@ impl BadBlocks {
         self.len.set(grains.0.len());
     }
 
-    fn add(&self, at: u64) -> bool {
+    /// Adds the grain of a byte of the member's data; false if there is no room.
+    pub(crate) fn insert(&self, at: u64) -> bool {
         let mut grains = self.grains.borrow_mut();
         let has_room = grains.insert(at / GRAIN);
         self.is_changed
             .set(self.is_changed.get() || grains.0.len() != self.len.get());
         self.len.set(grains.0.len());
         has_room
-    }
-
-    /// Puts a copy of the list into a member's private memory.
-    fn write_to(&self, whose: Whose, number: u64, meta: &Lease) {
-        let mut bytes = [0; COPY_BYTES];
-        self.grains.borrow().encode(whose, number, &mut bytes);
-        parity::copy_in(meta.cells(LIST_AT..LIST_AT + COPY_BYTES), &bytes);
     }
 
     /// The first bytes of the member's data that are listed.
@@ -200,6 +194,13 @@ impl<D: Disk> Member<D> {
             self.bad.written(at, len);
         }
     }
+}
+
+/// Puts a copy of a list into a member's private memory.
+fn write_to(grains: &Grains, whose: Whose, number: u64, meta: &Lease) {
+    let mut bytes = [0; COPY_BYTES];
+    grains.encode(whose, number, &mut bytes);
+    parity::copy_in(meta.cells(LIST_AT..LIST_AT + COPY_BYTES), &bytes);
 }
 
 /// Reads the list of a member from its copies; `None` where neither can be believed.
@@ -249,10 +250,15 @@ impl<E: Env> RaidGroup<E> {
         let mut has_room = true;
         let before = member.bad.len();
         for at in at {
-            has_room &= member.bad.add(*at);
+            has_room &= member.bad.insert(*at);
+        }
+        if let Some(copying) = self.copying().filter(|copying| copying.slot == slot) {
+            // What it has got of them is not right, either.
+            copying.lost.borrow_mut().extend(at);
         }
         let more = member.bad.len() - before;
         if more == 0 {
+            self.save_bad_blocks().await?;
             return Ok(has_room);
         }
         let text = format!(
@@ -294,7 +300,8 @@ impl<E: Env> RaidGroup<E> {
         };
         let slots = self.changed.until(turn).await;
         if slots == 0 {
-            return Ok(());
+            // Whoever wrote them last may not have published yet that there are any.
+            return self.publish().await;
         }
         let (mut failed, mut is_new) = (0, false);
         for slot in bits(slots) {
@@ -321,7 +328,8 @@ impl<E: Env> RaidGroup<E> {
         self.publish().await
     }
 
-    async fn save_list(&self, member: &Rc<Member<E::Disk>>) -> Result<(), ()> {
+    /// Writes the list of a member.
+    pub(crate) async fn save_list(&self, member: &Rc<Member<E::Disk>>) -> Result<(), ()> {
         let (Some(place), Some(meta)) = (&member.place, &member.meta) else {
             return Err(());
         };
@@ -329,6 +337,8 @@ impl<E: Env> RaidGroup<E> {
         if area.len < LIST_BYTES {
             return Err(());
         }
+        // As it is now: what leaves it from here on is not flushed.
+        let grains = bad.grains.borrow().clone();
         bad.is_changed.set(false);
         // Old copies of a list that nobody counts may have any number: both are written over.
         let copies = if bad.is_listed.get() { 1 } else { COPIES };
@@ -338,7 +348,7 @@ impl<E: Env> RaidGroup<E> {
         };
         for _ in 0..copies {
             let number = bad.number.get() + 1;
-            bad.write_to((self.id, member.uuid), number, meta);
+            write_to(&grains, (self.id, member.uuid), number, meta);
             let piece = Piece {
                 offset: u32::try_from(LIST_AT).expect("8 KiB"),
                 len: u32::try_from(COPY_BYTES).expect("16 KiB"),
@@ -356,7 +366,7 @@ impl<E: Env> RaidGroup<E> {
             return Err(());
         }
         // Of an empty list nothing has to be said; the next superblocks do not.
-        bad.is_listed.set(!bad.grains.borrow().0.is_empty());
+        bad.is_listed.set(!grains.0.is_empty());
         Ok(())
     }
 
@@ -374,7 +384,9 @@ impl<E: Env> RaidGroup<E> {
     /// already, or every member has its own of the row.
     pub(crate) fn can_do_without_parity(&self, stripe: u64, at: u64) -> bool {
         let mut parity = self.geometry.parity_slots(stripe);
-        let is_whole = self.in_sync.get() == self.geometry.slots() && self.does_everybody_answer();
+        let mut data = (0..self.geometry.data_slots()).map(|d| self.geometry.slot_of(stripe, d));
+        let is_whole =
+            data.all(|slot| self.in_sync.get() & 1 << slot != 0) && self.does_everybody_answer();
         is_whole || parity.all(|slot| self.member(slot).bad.touches(at, GRAIN))
     }
 
@@ -463,7 +475,7 @@ mod tests {
     fn only_grains_written_whole_leave_the_list() {
         let bad = BadBlocks::default();
         for at in [0, GRAIN, 5 * GRAIN] {
-            assert!(bad.add(at));
+            assert!(bad.insert(at));
         }
         assert!(bad.touches(GRAIN + 512, 512) && !bad.touches(2 * GRAIN, 3 * GRAIN));
         bad.is_changed.set(false);

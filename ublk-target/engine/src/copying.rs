@@ -319,8 +319,13 @@ impl<E: Env> RaidGroup<E> {
         if !self.is_copying(copying) || self.stopping.get() || copying.to.to_blame.get() {
             return Err(());
         }
+        // Its list is there before a superblock says so.
+        if !copying.to.bad.is_empty() {
+            self.save_list(&copying.to).await?;
+        }
         let quiet = self.quiet_log().await?;
-        if !self.is_copying(copying) || copying.to.to_blame.get() {
+        let is_whole = copying.lost.borrow().is_empty();
+        if !self.is_copying(copying) || copying.to.to_blame.get() || !is_whole {
             return Err(());
         }
         let (slot, new) = (usize::from(copying.slot), Rc::clone(&copying.to));

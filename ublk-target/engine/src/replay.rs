@@ -1,6 +1,6 @@
 //! What the logs on the members say when a group starts, and what is made right from them (`ppl`, rule 5).
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::rc::Rc;
 
@@ -154,7 +154,7 @@ fn piece(offset: usize, len: usize) -> Piece {
     }
 }
 
-/// Makes right what the newest units of these members (by slot) are about; returns the slots that did not take it, as bits.
+/// Makes right what the newest units of these members (by slot) are about.
 ///
 /// # Crash   it is done again: the logs stay as they are
 pub(crate) async fn replay<D: Disk>(
@@ -162,12 +162,12 @@ pub(crate) async fn replay<D: Disk>(
     record: &GroupRecord,
     (slots, bad): (&[Slot<D>], &[Option<List>]),
     logs: &[(u16, MemberLog)],
-) -> u64 {
+) -> Replayed {
     let Ok(geometry) = record.geometry() else {
-        return 0;
+        return Replayed::default();
     };
     if planted::is(Bug::LogsNotReplayed) {
-        return 0;
+        return Replayed::default();
     }
     let members = usize::from(geometry.members());
     let step = CONFIG_PIECE.min(BLOCK_MAX / members / GRAIN as usize * GRAIN as usize);
@@ -181,6 +181,7 @@ pub(crate) async fn replay<D: Disk>(
         step,
         failed: Cell::new(0),
         written: Cell::new(0),
+        torn: RefCell::default(),
     };
     let mut units: Vec<(&Unit, u16, u64)> = logs
         .iter()
@@ -196,7 +197,19 @@ pub(crate) async fn replay<D: Disk>(
         replay.unit(unit, slot, at).await;
     }
     replay.flush().await;
-    replay.failed.get()
+    Replayed {
+        failed: replay.failed.get(),
+        torn: replay.torn.take(),
+    }
+}
+
+/// What came of a replay.
+#[derive(Debug, Default)]
+pub(crate) struct Replayed {
+    /// Slots that did not take it, as bits.
+    pub failed: u64,
+    /// Parity that is to be on a list: slot, and byte of the member's data.
+    pub torn: Vec<(u16, u64)>,
 }
 
 struct Replay<'a, D> {
@@ -211,6 +224,8 @@ struct Replay<'a, D> {
     /// Slots, as bits.
     failed: Cell<u64>,
     written: Cell<u64>,
+    /// Parity that says nothing of its row: slot, and byte of the member's data.
+    torn: RefCell<Vec<(u16, u64)>>,
 }
 
 impl<D: Disk> Replay<'_, D> {
@@ -334,8 +349,10 @@ impl<D: Disk> Replay<'_, D> {
         let grains = grains_of(rows);
         let start = u64::from(grains.start * GRAIN);
         let end = u64::from(grains.end * GRAIN);
-        for at in (start..end).step_by(self.step) {
-            let part = bytes.start.max(at)..bytes.end.min(at + self.step as u64);
+        let mut step = self.step as u64;
+        let mut at = start;
+        while at < end {
+            let part = bytes.start.max(at)..bytes.end.min(at + step);
             let len = usize::try_from(part.end - part.start).expect("at most a step");
             if !self
                 .read_log((slot, from + (part.start - start)), len)
@@ -343,14 +360,42 @@ impl<D: Disk> Replay<'_, D> {
             {
                 return;
             }
+            let mut unread = None;
             for d in bits(modified) {
                 if !self.read(data(d), base + part.start, 1, len).await {
-                    return; // As if it were not there.
+                    unread = Some(data(d));
+                    break;
                 }
                 let sum = self.work.cells(0..len);
                 parity::xor_into(sum, &[self.work.cells(self.step..self.step + len)]);
             }
-            self.write(slot, base + part.start, 0, len).await;
+            match unread {
+                None => self.write(slot, base + part.start, 0, len).await,
+                // What cannot be read of it is as if it were not there; the rest is.
+                Some(_) if step > u64::from(GRAIN) => {
+                    step = u64::from(GRAIN);
+                    continue;
+                }
+                Some(unread) => self.note_torn(stripe, slot, base + at, unread),
+            }
+            at += step;
+        }
+    }
+
+    /// The parity of a row is torn that has data which cannot be read: should another block of it be on a list, nobody is to
+    /// compute that from this.
+    fn note_torn(&self, stripe: u64, parity: u16, at: u64, unread: u16) {
+        let grain = u64::from(GRAIN);
+        let is_listed = |slot: &u16| {
+            let list = self.bad[usize::from(*slot)].as_ref();
+            list.is_some_and(|(grains, _)| grains.touch(at, grain))
+        };
+        let data = (0..self.geometry.data_slots()).map(|d| self.geometry.slot_of(stripe, d));
+        if data
+            .filter(|slot| *slot != unread)
+            .any(|slot| is_listed(&slot))
+        {
+            self.torn.borrow_mut().push((parity, at));
         }
     }
 
@@ -375,13 +420,19 @@ impl<D: Disk> Replay<'_, D> {
             there |= 1 << data;
         }
         let base = stripe * self.geometry.chunk();
-        let mut at = bytes.start;
-        while at < bytes.end {
-            let len = usize::try_from(bytes.end - at).map_or(self.step, |len| len.min(self.step));
+        let (mut at, mut step) = (bytes.start, self.step);
+        'steps: while at < bytes.end {
+            let room = step - (at % u64::from(GRAIN)) as usize;
+            let len = usize::try_from(bytes.end - at).map_or(room, |len| len.min(room));
             for part in bits(there) {
-                if !self.read(of(part), base + at, usize::from(part), len).await {
-                    return;
+                if self.read(of(part), base + at, usize::from(part), len).await {
+                    continue;
                 }
+                match step > GRAIN as usize {
+                    true => step = GRAIN as usize,
+                    false => at += len as u64,
+                }
+                continue 'steps;
             }
             for target in data..data + parities {
                 if there & 1 << target != 0 {

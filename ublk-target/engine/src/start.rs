@@ -297,13 +297,14 @@ impl<E: Env> RaidGroup<E> {
         let bad = find_lists(&plan, &record, lists);
         let seated = seat(&plan, readable, &superblocks, &record);
         // Replay comes first: what is read from here on may take the memory that it writes from.
-        let mut unreplayed = 0;
+        let (mut unreplayed, mut torn) = (0, Vec::new());
         if let Some(left) = &left {
             unreplayed =
                 left.unreplayed | replay(&rest.pool, left, page, &record, &seated.slots).await;
             inflight::replayed(&rest.pool, unreplayed);
         } else if record.consistency.has_log() && record.flags.dirty {
-            unreplayed = replay::replay(&rest.pool, &record, (&seated.slots, &bad), &logs).await;
+            let replayed = replay::replay(&rest.pool, &record, (&seated.slots, &bad), &logs).await;
+            (unreplayed, torn) = (replayed.failed, replayed.torn);
         }
         let config =
             read_config(&rest.pool, &geometry, &record, &seated.slots, &plan.slots).await?;
@@ -335,6 +336,10 @@ impl<E: Env> RaidGroup<E> {
                 .publish()
                 .await
                 .map_err(|_| failed(what, "too few members took the superblock"))?;
+        }
+        for (slot, at) in torn {
+            let listed = group.list_blocks(slot, &[at]).await;
+            listed.map_err(|_| failed(what, "too few members took their bad-block lists"))?;
         }
         // Not before: what a log said has to be durable, and what was lost with one.
         for slot in bits(group.geometry.slots()) {

@@ -23,6 +23,7 @@ use crate::traits::{Env, Piece};
 
 mod band_buffers;
 mod copy;
+mod lost_rows;
 mod repair;
 pub(crate) mod scrub;
 mod sync;

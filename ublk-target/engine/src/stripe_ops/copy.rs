@@ -68,6 +68,17 @@ impl<E: Env> RaidGroup<E> {
                     self.forget_lost(copying, here, grain);
                     self.put_copy(copying, here, &lease, from, grain).await?;
                 }
+                // Nobody has it, and that is known: the new disk has the same list.
+                false
+                    if self
+                        .member(copying.slot)
+                        .bad
+                        .touches(here, u64::from(GRAIN))
+                        && copying.to.bad.insert(here) =>
+                {
+                    self.has_bad.set(true);
+                    self.forget_lost(copying, here, grain);
+                }
                 false => {
                     copying.lost.borrow_mut().insert(here);
                 }

@@ -378,6 +378,10 @@ impl<E: Env> RaidGroup<E> {
                 (&leased, 0)
             }
         };
+        let was_listed: Vec<u64> = (at..at + bytes)
+            .step_by(GRAIN as usize)
+            .filter(|at| member.bad.touches(*at, u64::from(GRAIN)))
+            .collect();
         if self.put_back(slot, at, lease, good, scratch).await {
             Box::pin(self.save_bad_blocks()).await?;
             self.note_repaired(slot, at, bytes);
@@ -397,6 +401,10 @@ impl<E: Env> RaidGroup<E> {
                 member.strikes.add(self.clock.now(), at);
                 return self.fail_if_worn(slot).await;
             }
+        }
+        // What was not right before is not right now.
+        for at in was_listed {
+            member.bad.insert(at);
         }
         let live = self.in_sync.get() | self.rebuilding().map_or(0, |slot| 1 << slot);
         if live & 1 << slot == 0 {

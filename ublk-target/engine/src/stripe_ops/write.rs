@@ -1,11 +1,11 @@
 //! Writes of a stripe: what is read and computed first, then the log, the members, the state.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use arrayvec::ArrayVec;
 
 use super::band_buffers::{BandBuffers, WORK};
+use super::lost_rows::{LostRows, Unread};
 use super::{Ios, PASS_BYTES, PASS_IOS, absolute, piece};
 use lunar_api::target::FailCause;
 
@@ -13,9 +13,7 @@ use crate::inflight::{SEGMENTS_MAX, Segment};
 use crate::lanes::{Entries, Lanes, LogKind};
 use crate::limits::MEMBERS_MAX;
 use crate::member::add;
-use crate::plan::{
-    BANDS_MAX, Band, GRAIN, Mode, Span, WRITES_MAX, by_difference, cut, data_only, plan_band,
-};
+use crate::plan::{BANDS_MAX, Band, GRAIN, Mode, Span, WRITES_MAX, cut};
 use crate::planted::{self, Bug};
 use crate::pool::{Lease, Quota};
 use crate::ppl::{ENTRIES_MAX, PAYLOAD_MAX, What, grains_of, sectors_of};
@@ -32,15 +30,6 @@ const ATTEMPTS: usize = 8;
 
 type Bands = ArrayVec<Band, BANDS>;
 type Copies<E> = ArrayVec<(u16, Option<<<E as Env>::Front as Front>::Io>), WRITES_MAX>;
-
-/// How a row is written some of whose data is not to be had.
-#[derive(Clone, Copy)]
-enum LostRow {
-    /// By difference: parity goes on to say what it says of that.
-    ByDifference,
-    /// That is what is written, or parity cannot be read: it is given up.
-    WithoutParity,
-}
 
 /// How a pass ended that did not fail for good.
 enum Pass {
@@ -65,8 +54,7 @@ impl<E: Env> RaidGroup<E> {
     pub(super) async fn write_parity(&self, stripe: u64, batch: &[Item]) -> Result<(), Errno> {
         let _entered = self.enter(stripe..stripe + 1).await?;
         let (mut next, mut attempts, mut is_first) = (0, 0, true);
-        // Rows, by bytes of the chunk, some of whose data is not to be had.
-        let mut lost_rows: BTreeMap<u32, LostRow> = BTreeMap::new();
+        let mut lost_rows = LostRows::default();
         'again: loop {
             attempts += 1;
             if attempts > ATTEMPTS || self.failed.get() {
@@ -95,19 +83,28 @@ impl<E: Env> RaidGroup<E> {
                 true => u32::try_from(rows_max).expect("at most 256"),
                 false => 1,
             };
-            cut(&spans, rows_max, |rows, modified, partial| {
-                let plan = match lost_rows.get(&(rows.start * GRAIN)) {
-                    None => plan_band,
-                    Some(LostRow::ByDifference) => by_difference,
-                    Some(LostRow::WithoutParity) => data_only,
-                };
-                match plan(&state, rows, modified, partial) {
+            let mut stuck = Vec::new();
+            cut(
+                &spans,
+                rows_max,
+                |rows, modified, partial| match lost_rows.plan(
+                    &state,
+                    rows.clone(),
+                    modified,
+                    partial,
+                ) {
                     Ok(band) => bands.push(band),
+                    Err(_) if lost_rows.may_go_on(&rows) => stuck.push(rows.start * GRAIN),
                     Err(_) => exhausted = true,
-                }
-            });
+                },
+            );
             if exhausted {
                 return Err(EIO);
+            }
+            if !stuck.is_empty() {
+                Box::pin(self.go_without_parity(stripe, &stuck, &mut lost_rows)).await?;
+                next = 0;
+                continue 'again;
             }
             if std::mem::take(&mut is_first) {
                 self.count(batch, |lu| match bands.first().map(|band| band.mode) {
@@ -128,30 +125,12 @@ impl<E: Env> RaidGroup<E> {
                     // Only the first pass copies: nothing was written yet.
                     Pass::NotCopied | Pass::NotLogged => continue 'again,
                     Pass::Unreadable { slots, rows } => {
-                        let mut lost = BTreeSet::new();
-                        for slot in bits(slots) {
-                            self.repair(stripe, slot, &rows, &mut lost).await?;
-                        }
-                        if lost.is_empty() {
+                        let bands = &bands[next..end];
+                        let unread = Unread { slots, rows, bands };
+                        Box::pin(self.note_unread(stripe, batch, unread, &mut lost_rows)).await?;
+                        if lost_rows.is_empty() {
                             continue 'again;
                         }
-                        let mut given_up = Vec::new();
-                        for row in lost {
-                            let at = self.chunk_at(stripe) + u64::from(row);
-                            let next = match lost_rows.get(&row) {
-                                None => LostRow::ByDifference,
-                                Some(LostRow::ByDifference)
-                                    if self.can_do_without_parity(stripe, at) =>
-                                {
-                                    given_up.push(row);
-                                    LostRow::WithoutParity
-                                }
-                                // Also where of a grain that is not to be had a part is written.
-                                Some(_) => return Err(EIO),
-                            };
-                            lost_rows.insert(row, next);
-                        }
-                        Box::pin(self.give_up_parity(stripe, &given_up)).await?;
                         // Bands are cut anew: what was done is done again.
                         next = 0;
                         continue 'again;
@@ -502,6 +481,9 @@ impl<E: Env> RaidGroup<E> {
             let mut writes = Writes::new();
             let writable = self.writable(stripe);
             for (source, item) in (0u16..).zip(part) {
+                if item.task.is_void() {
+                    continue;
+                }
                 let Task::Write {
                     span,
                     lease,
