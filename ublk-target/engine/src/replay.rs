@@ -422,7 +422,8 @@ impl<D: Disk> Replay<'_, D> {
         let base = stripe * self.geometry.chunk();
         let (mut at, mut step) = (bytes.start, self.step);
         'steps: while at < bytes.end {
-            let room = step - (at % u64::from(GRAIN)) as usize;
+            let before = usize::try_from(at % u64::from(GRAIN)).expect("below a grain");
+            let room = step - before;
             let len = usize::try_from(bytes.end - at).map_or(room, |len| len.min(room));
             for part in bits(there) {
                 if self.read(of(part), base + at, usize::from(part), len).await {
