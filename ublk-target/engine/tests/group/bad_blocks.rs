@@ -347,7 +347,6 @@ fn parity_given_up_while_its_disk_is_copied_is_given_up_on_the_copy() {
         rig.begin_rebuild();
         rig.wait_synced();
         let lost = rig.lost();
-        eprintln!("lost {lost:?}");
         rig.group.set_rebuild_rate(Some(1 << 20), Some(1 << 20));
         let fresh = Store::new(DISK, 0x55);
         rig.replace(parity_slot, 41, &fresh);
@@ -358,10 +357,6 @@ fn parity_given_up_while_its_disk_is_copied_is_given_up_on_the_copy() {
         for at in lost.iter().step_by(2) {
             assert_eq!(rig.write_model(*at, 9, 4096), Ok(()));
         }
-        eprintln!(
-            "{:?}",
-            (0..4).map(|s| rig.bad_blocks(s)).collect::<Vec<_>>()
-        );
         rig.group.set_rebuild_rate(None, Some(64 << 20));
         let group = Rc::clone(&rig.group);
         rig.world.run_until(move || {
@@ -369,8 +364,7 @@ fn parity_given_up_while_its_disk_is_copied_is_given_up_on_the_copy() {
             status.sync.is_none() && status.replacement.is_none()
         });
         // Asserts that what is read is right.
-        let now = rig.lost();
-        eprintln!("now {now:?}");
+        rig.lost();
     }
 }
 
@@ -395,16 +389,34 @@ fn write_beside_a_listed_block_is_done_from_redundancy() {
             }
         }
         let status = rig.group.status();
-        eprintln!(
-            "{level:?} {n}: refused {refused:?} {:?} {}",
-            status.state, status.reason
-        );
         rig.check();
         assert!(
             refused.is_empty(),
             "{level:?} {n}: {refused:?} {:?}",
             status.state
         );
+    }
+}
+
+impl Rig {
+    /// Sends writes at once (where, and bytes), and returns where those are that were refused.
+    fn write_at_once(&self, all: &[(u64, u64)]) -> Vec<u64> {
+        let errors: Rc<RefCell<Vec<u64>>> = Rc::default();
+        let done = Rc::new(Cell::new(0));
+        for (tag, (at, len)) in all.iter().copied().enumerate() {
+            self.world.pages.borrow_mut()[tag] = vec![5; len as usize];
+            let group = Rc::clone(&self.group);
+            let (errors, done) = (Rc::clone(&errors), Rc::clone(&done));
+            let request = Self::request(tag as u16, HostVerb::Write { fua: false }, at, len);
+            self.world.spawn(async move {
+                if group.serve(0, request).await.is_err() {
+                    errors.borrow_mut().push(at);
+                }
+                done.set(done.get() + 1);
+            });
+        }
+        self.world.run_until(|| done.get() == all.len());
+        errors.take()
     }
 }
 
@@ -427,26 +439,9 @@ fn a_part_of_a_lost_block_is_refused_alone() {
             .filter(|at| *at / 4096 != lost / 4096 && !rig.lost().contains(at))
             .take(12)
             .collect();
-        let errors: Rc<RefCell<Vec<u64>>> = Rc::default();
-        let done = Rc::new(Cell::new(0));
         let mut all: Vec<(u64, u64)> = vec![(ats[0], 4096), (lost + 512, 512)];
         all.extend(ats[1..].iter().map(|at| (*at, 4096)));
-        for (tag, (at, len)) in all.iter().enumerate() {
-            rig.world.pages.borrow_mut()[tag] = vec![5; *len as usize];
-            let (group, errors, done) =
-                (Rc::clone(&rig.group), Rc::clone(&errors), Rc::clone(&done));
-            let request = Rig::request(tag as u16, HostVerb::Write { fua: false }, *at, *len);
-            let at = *at;
-            rig.world.spawn(async move {
-                if group.serve(0, request).await.is_err() {
-                    errors.borrow_mut().push(at);
-                }
-                done.set(done.get() + 1);
-            });
-        }
-        let n = all.len();
-        rig.world.run_until(|| done.get() == n);
-        let mut errors = errors.borrow().clone();
+        let mut errors = rig.write_at_once(&all);
         errors.retain(|at| *at != lost + 512);
         assert!(
             errors.is_empty(),
@@ -472,9 +467,6 @@ fn parity_of_a_row_that_nobody_writes_is_not_given_up() {
     rig.disks[1] = NEW;
     rig.wait_synced();
     let lost = rig.lost();
-    eprintln!("{lost:?}");
-    let rows = |row: u64| lost.iter().filter(|at| **at % 65536 / 4096 == row).count();
-    eprintln!("rows 6: {} rows 12: {}", rows(6), rows(12));
     // From row 12 of a chunk to row 3 of the next one of the stripe.
     let mut wrote = 0;
     for at in &lost {
@@ -642,28 +634,12 @@ fn a_part_of_a_lost_block_is_refused_alone_on_mirrors() {
         .step_by(4096)
         .filter(|at| !rig.lost().contains(at))
         .collect();
-    let errors: Rc<RefCell<Vec<u64>>> = Rc::default();
-    let done = Rc::new(Cell::new(0));
     // A first one holds the stripe; what comes meanwhile is taken together.
     rig.stores[0].faults.delay.set(1_000_000);
     rig.stores[1].faults.delay.set(1_000_000);
     let mut all: Vec<(u64, u64)> = vec![(ats[0], 4096), (lost + 512, 512)];
     all.extend(ats[1..].iter().map(|at| (*at, 4096)));
-    for (tag, (at, len)) in all.iter().enumerate() {
-        rig.world.pages.borrow_mut()[tag] = vec![5; *len as usize];
-        let (group, errors, done) = (Rc::clone(&rig.group), Rc::clone(&errors), Rc::clone(&done));
-        let request = Rig::request(tag as u16, HostVerb::Write { fua: false }, *at, *len);
-        let at = *at;
-        rig.world.spawn(async move {
-            if group.serve(0, request).await.is_err() {
-                errors.borrow_mut().push(at);
-            }
-            done.set(done.get() + 1);
-        });
-    }
-    let n = all.len();
-    rig.world.run_until(|| done.get() == n);
-    let mut errors = errors.borrow().clone();
+    let mut errors = rig.write_at_once(&all);
     errors.retain(|at| *at != lost + 512);
     assert!(errors.is_empty(), "refused too: {errors:?}, lost {lost}");
 }
@@ -676,8 +652,7 @@ fn a_refused_write_costs_no_parity() {
     rig.wait_synced();
     let lost = rig.lost();
     for at in &lost {
-        let r = rig.write_model(at + 512, 7, 512);
-        eprintln!("{at}: {r:?}");
+        assert!(rig.write_model(at + 512, 7, 512).is_err(), "{at}");
     }
     rig.stores[0].faults.bad.borrow_mut().clear();
     let still = rig.lost();
@@ -708,13 +683,7 @@ fn parity_that_its_disk_does_not_take_costs_no_write() {
                 refused.push(at);
             }
         }
-        let status = rig.group.status();
-        eprintln!(
-            "{level:?} {n}: refused whole grains {} {refused:?} {:?} {}",
-            refused.len(),
-            status.state,
-            status.reason
-        );
+
         rig.check();
         assert!(refused.is_empty());
     }
