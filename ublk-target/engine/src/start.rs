@@ -360,15 +360,23 @@ impl<E: Env> RaidGroup<E> {
                 group.drop_copy("its log could not be written");
             }
         }
-        if unreplayed != 0 {
-            let why = "did not take what was being written";
-            for slot in bits(unreplayed) {
+        let known = left.as_ref().map_or(0, |left| left.unreplayed);
+        for (slots, why) in [
+            (
+                known,
+                "had failed when ublk-target ended; what it was told last may be lost",
+            ),
+            (unreplayed & !known, "did not take what was being written"),
+        ] {
+            for slot in bits(slots) {
                 group.member(slot).to_blame.set(true);
             }
             group
-                .fail(unreplayed, FailCause::Writes, why)
+                .fail(slots, FailCause::Writes, why)
                 .await
                 .map_err(|_| failed(what, format!("a member {why}")))?;
+        }
+        if unreplayed != 0 {
             inflight::replayed(&group.pool, 0);
         }
         group.log.begin();
