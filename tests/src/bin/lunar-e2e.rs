@@ -3,6 +3,8 @@
 //! `lunar-e2e [FILTER]` runs those whose name contains FILTER; `--list` lists them. Tests called `long_..` are the
 //! rest of matrices whose corners always run: they are there with `--long` first, or with LUNAR_E2E_LONG=1.
 
+use std::time::Instant;
+
 use libtest_mimic::{Arguments, Failed, Trial};
 use lunar_tests::e2e::shell::Failure;
 
@@ -25,7 +27,13 @@ fn main() {
         .filter(|(name, _)| long || !name.starts_with(lunar_tests::e2e::LONG))
         .map(
             |(name, test): (String, Box<dyn FnOnce() -> Result<(), Failure> + Send>)| {
-                Trial::test(name, move || test().map_err(Failed::from))
+                Trial::test(name.clone(), move || {
+                    let begun = Instant::now();
+                    let result = test().map_err(Failed::from);
+                    let seconds = begun.elapsed().as_secs();
+                    lunar_tests::e2e::figure(format!("{seconds} s {name}"));
+                    result
+                })
             },
         )
         .collect();

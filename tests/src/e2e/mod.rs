@@ -73,7 +73,8 @@ pub const LONG: &str = "long_";
 /// What tests have measured and nothing is asserted of: told in the end, as a test's own line is not to be broken.
 static FIGURES: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
-fn figure(line: String) {
+/// Keeps a line of what was measured, for the end.
+pub fn figure(line: String) {
     let mut figures = FIGURES.lock().unwrap_or_else(PoisonError::into_inner);
     figures.push(line);
 }

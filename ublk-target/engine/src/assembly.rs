@@ -27,7 +27,7 @@ use lunar_api::target::{Consistency, Level, MemberState, Witness};
 use lunar_api::{DiskUuid, GroupUuid, History};
 
 use crate::geometry::Geometry;
-use crate::limits::PARENTS_MAX;
+use crate::limits::{AHEAD_MAX, PARENTS_MAX};
 use crate::planted::{self, Bug};
 use crate::superblock::{GroupRecord, Superblock};
 
@@ -245,16 +245,19 @@ pub fn assemble(
     if let Some(member) = &mut superblock.member {
         member.group = record.clone();
     }
+    let renew_history = overruled || lost_in_sync || older_taken || !given_up.is_empty();
+    let newest = given_up
+        .iter()
+        .map(Found::generation)
+        .fold(leader.generation(), u64::max);
     Ok(Plan {
         leader: leader.index,
         superblock,
         replacement,
         degraded: u16::try_from(lost.len()).expect("at most 64 slots"),
-        renew_history: overruled || lost_in_sync || older_taken || !given_up.is_empty(),
-        generation: given_up
-            .iter()
-            .map(Found::generation)
-            .fold(leader.generation(), u64::max),
+        renew_history,
+        // Who is not there may have what an update that was cut short wrote to nobody else: it is behind too.
+        generation: newest + u64::from(renew_history) * AHEAD_MAX,
         given_up: given_up.iter().map(|m| m.group.history).collect(),
         resync: synced_to < geometry.member_bytes(),
         synced_to,

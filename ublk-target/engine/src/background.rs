@@ -261,7 +261,7 @@ impl<E: Env> RaidGroup<E> {
         if self.rebuilding().is_none() && !self.failed.get() && self.copying().is_some() {
             return self.copy_status(0);
         }
-        if self.failed.get() || self.stopping.get() || !self.has_sync_work() {
+        if self.failed.get() || !self.has_sync_work() {
             return None;
         }
         let (action, slot) = match self.rebuild.get() {

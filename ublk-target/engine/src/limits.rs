@@ -102,6 +102,9 @@ pub const REGIONS_WANTED: u64 = 1 << 16;
 /// Smallest region of a map, in bytes.
 pub const REGION_MIN: u64 = MIB;
 
+/// Generations that a member may be ahead of all others: the changes of state that one update of the superblocks has together.
+/// Each is of a member, a cursor or a mark; far fewer than this are ever waiting.
+pub const AHEAD_MAX: u64 = 1024;
 /// Former histories a superblock remembers.
 pub const PARENTS_MAX: usize = 8;
 

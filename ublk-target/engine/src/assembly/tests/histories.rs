@@ -341,7 +341,10 @@ fn the_side_that_is_kept_goes_on_and_the_other_is_stale_for_good() {
         let world = apart();
         let plan = world.assemble(&[0, 1], keep(slot)).unwrap();
         assert_eq!(plan.slots, slots);
-        assert_eq!((plan.renew_history, plan.generation), (true, 12));
+        assert_eq!(
+            (plan.renew_history, plan.generation),
+            (true, 12 + AHEAD_MAX)
+        );
         assert_eq!(plan.given_up, [history(given_up)]);
         // As it is then written on the side that was kept.
         let next = plan.next_record(history(200)).unwrap();
@@ -376,7 +379,7 @@ fn the_older_of_two_generations_can_be_kept() {
     let world = went_on(Level::Raid1, 2, &[0]);
     let plan = world.assemble(&[0, 1], keep(1)).unwrap();
     assert_eq!(plan.slots, [Stale(0), InSync(1)]);
-    assert_eq!(plan.generation, 13, "above what is given up");
+    assert_eq!(plan.generation, 13 + AHEAD_MAX, "above what is given up");
 }
 
 #[test]
@@ -401,4 +404,23 @@ fn a_deleted_group_comes_back_when_asked() {
     let plan = world.assemble(&[0, 1, 2], conditions).unwrap();
     assert_eq!(plan.slots, [InSync(0), InSync(1), InSync(2)]);
     assert!(!plan.next_record(history(200)).unwrap().flags.deleted);
+}
+
+/// Given an update of the superblocks that reached one member only, when the group goes on without that, then it is known as
+/// stale when it is back, and no other side.
+#[test]
+fn one_that_an_update_reached_alone_is_behind_those_that_went_on_without_it() {
+    for ahead in 1..4 {
+        let mut world = World::new(Level::Raid6, 4);
+        world.superblocks[0].generation += ahead;
+        let plan = world.assemble(&[1, 2, 3], CALM).unwrap();
+        let next = plan.next_record(history(2)).unwrap();
+        for superblock in &mut world.superblocks[1..] {
+            superblock.generation = plan.generation + 1;
+            superblock.member.as_mut().unwrap().group = next.clone();
+        }
+        let again = world.assemble(&[0, 2, 3], CALM).unwrap();
+        assert!(matches!(again.slots[0], SlotPlan::Stale(_)), "{again:?}");
+        assert_eq!(again.slots[1], Missing);
+    }
 }
