@@ -135,13 +135,20 @@ pub(crate) fn become_io_flusher() -> Result<(), SandboxError> {
     step("PR_SET_IO_FLUSHER (CAP_SYS_RESOURCE is needed)", result)
 }
 
-/// Forks a process that has one thread. None in the child.
+/// Forks a process that has one thread. None in the child, whose memory is locked as it is used: locks are not inherited, and
+/// while a LU that is swapped to waits for one of its commands nothing of it may lie there.
 pub(crate) fn fork_single() -> Result<Option<Pid>, SandboxError> {
     // SAFETY: with one thread the child is whole: no lock is held by a thread that it does not have. The two
     // callers are main() before it starts a thread, and the helper, which never starts any.
     match step("the process cannot be forked", unsafe { fork() })? {
         ForkResult::Parent { child } => Ok(Some(child)),
-        ForkResult::Child => Ok(None),
+        ForkResult::Child => {
+            let all = MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE;
+            let touched = MlockAllFlags::from_bits_retain(libc::MCL_ONFAULT);
+            step("memory cannot be locked", mlockall(all | touched))?;
+            become_io_flusher()?;
+            Ok(None)
+        }
     }
 }
 
