@@ -59,13 +59,13 @@ e2e_groups() { # e2e_groups GROUP..: all tests whose names contain GROUP
   if [ "${LUNAR_TEST_ON_HOST:-}" != 1 ]; then
     fixtures/kernel/find.sh > /dev/null || return 77
   fi
-  # Three guests at once where they have memory: most of a test's time is waiting. A host has but one set of devices.
+  # Five guests at once where they have memory: most of a test's time is waiting. A host has but one set of devices.
   local jobs=1
   if [ "${LUNAR_TEST_ON_HOST:-}" != 1 ] && [ "$(nproc)" -ge 2 ]; then
-    jobs=$(awk '/^MemAvailable/ { n = int($2 / 5242880); print (n < 1 ? 1 : n > 3 ? 3 : n) }' /proc/meminfo)
+    jobs=$(awk '/^MemAvailable/ { n = int($2 / 4718592); print (n < 1 ? 1 : n > 5 ? 5 : n) }' /proc/meminfo)
   fi
   # This machine has more memory than those of the tests for want of it.
-  [ "${LUNAR_TEST_ON_HOST:-}" != 1 ] || set -- "${@/#long_memory/none_such}"
+  [ "${LUNAR_TEST_ON_HOST:-}" != 1 ] || set -- "${@/#memory_/none_such}"
   LUNAR_E2E=$(realpath "$target")/release/lunar-e2e
   export LUNAR_E2E
   printf '%s\n' "$@" | xargs -P "$jobs" -I '{}' bash -c 'e2e_group {}'
@@ -78,7 +78,7 @@ e2e_group() {
   log=$(mktemp)
   local machine=(--mem 4G --ram-disks-kib 262144 --new-disk 8G)
   # Disks that take none of the little memory; what takes it is no finding, what hangs is.
-  [ "$1" != long_memory ] || machine=(--mem 256M --new-disk 512M --new-disk 512M --new-disk 512M --allow 'page allocation (failure|stall)')
+  [ "$1" != memory_ ] || machine=(--mem 256M --new-disk 512M --new-disk 512M --new-disk 512M --allow 'page allocation (failure|stall)')
   fixtures/lab.sh --timeout "$limit" "${machine[@]}" --env "KUBLK=${KUBLK:-}" --env "LUNAR_OLDER=${LUNAR_OLDER:-}" \
     --env "LUNAR_E2E_LONG=${LUNAR_E2E_LONG:-}" -- "$LUNAR_E2E" "$1" > "$log" 2>&1
   code=$?
@@ -92,7 +92,7 @@ part_e2e() {
   # The long ones first, so that the guests end together.
   e2e_groups life_ crash_ import_ levels_ discard_ upgrade_ deaths_ data_file layout_ data_survives_member_vanish manage_ queues_ \
     replace_ data_survives_member_hang cli_ health_ metadata_ scrub_ spare_ resize_ grow_ data_verified data_survives_member_error \
-    data_requests hostile_ config_ data_overlapping data_counters
+    data_requests hostile_ config_ data_overlapping data_counters memory_
 }
 part_matrix() {
   local code=0
@@ -101,7 +101,7 @@ part_matrix() {
   export LUNAR_OLDER
   LUNAR_E2E_LONG=1 e2e_groups long_levels long_layout_raid0 long_layout_raid5 long_layout_raid10 long_layout_raid6 long_discard \
     long_data_survives_member_hang long_data_file long_data_survives_member_error long_data_survives_member_vanish long_data_requests \
-    long_life long_crash long_replace long_grow long_queues long_resize long_upgrade long_memory
+    long_life long_crash long_replace long_grow long_queues long_resize long_upgrade
 }
 part_cuts() {
   [ "${LUNAR_TEST_ON_HOST:-}" != 1 ] || { echo "skipped: this machine's power is not cut"; return 77; }

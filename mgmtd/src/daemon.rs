@@ -21,10 +21,11 @@ use lunar_api::{ApiError, DiskUuid, ErrorKind, GroupUuid, LuUuid, SystemUuid};
 use crate::config_file::{self, ConfigFile};
 use crate::limits::{APART_MAX, CALL_LIMIT, INTENT_LIMIT, STATUS_LIMIT};
 use crate::link::{Link, unexpected};
+use crate::standby::Standby;
 use crate::store::{self, Store};
 use crate::tables::{EventSave, Kind, Tables, Write};
 use crate::upgrade::Turn;
-use crate::{devnodes, hardware, jobs, memory, probe};
+use crate::{devnodes, hardware, jobs, probe};
 
 /// Where everything is.
 #[derive(Debug, Clone)]
@@ -133,8 +134,8 @@ pub struct Daemon {
     pub stopping: AtomicBool,
     /// Groups are being brought back after a death: those that are not yet keep their device links.
     pub recovering: AtomicBool,
-    /// Memory for the next ublk-target.
-    pub ballast: memory::Ballast,
+    /// The next ublk-target, while memory may be too short to start one.
+    standby: Mutex<Option<Standby>>,
     /// The ublk-target to start.
     target_bin: Mutex<PathBuf>,
     /// An upgrade of it that is under way.
@@ -163,7 +164,7 @@ impl Daemon {
         }
         let archived = archived.map(|(_, file)| file);
         Arc::new(Self {
-            ballast: memory::Ballast::default(),
+            standby: Mutex::default(),
             target_bin: Mutex::new(config.target_bin.clone()),
             upgrade: Mutex::default(),
             kept: Mutex::default(),
@@ -210,6 +211,11 @@ impl Daemon {
         self.target_bin
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The ublk-target that waits to take the place of the one that serves.
+    pub fn standby(&self) -> MutexGuard<'_, Option<Standby>> {
+        self.standby.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The upgrade that is under way.

@@ -35,6 +35,7 @@ pub mod server;
 pub mod sightings;
 pub mod signature;
 pub mod spares;
+pub mod standby;
 pub mod store;
 pub mod supervisor;
 pub mod tables;

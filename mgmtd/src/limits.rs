@@ -35,6 +35,10 @@ pub const HAND_OVER_LIMIT: Duration = Duration::from_secs(15);
 pub const INTENT_LIMIT: Duration = Duration::from_secs(60);
 /// Longest run of blkid or wipefs; a healthy disk answers in milliseconds.
 pub const COMMAND_LIMIT: Duration = Duration::from_secs(20);
+/// Longest wait for a ublk-target that is to wait for another's death to have its memory: others have to be swapped out for it.
+pub const STANDBY_LIMIT: Duration = Duration::from_secs(120);
+/// After one that could not be had, the next.
+pub const STANDBY_PAUSE: Duration = Duration::from_secs(60);
 /// Longest wait for a new ublk-target to accept its first connection.
 pub const START_LIMIT: Duration = Duration::from_secs(20);
 

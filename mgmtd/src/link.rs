@@ -5,7 +5,9 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::time::Duration;
 
-use lunar_api::target::{FDS_MAX, MESSAGE_MAX, TargetAnswer, TargetReply, TargetRequest};
+use lunar_api::target::{
+    FDS_MAX, MESSAGE_MAX, STANDBY_READY, TargetAnswer, TargetReply, TargetRequest,
+};
 use lunar_api::{ApiError, ErrorKind};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, sendmsg,
@@ -69,6 +71,18 @@ impl Link {
         tokio::time::timeout(limit, turn)
             .await
             .map_err(|_| LinkError::Slow(limit))?
+    }
+
+    /// Waits for a ublk-target that waits to take another's place to say that it is ready.
+    ///
+    /// # Errors  it ended, says something else, or nothing in `limit`
+    pub async fn ready(&mut self, limit: Duration) -> Result<(), LinkError> {
+        let told = tokio::time::timeout(limit, self.receive());
+        let len = told.await.map_err(|_| LinkError::Slow(limit))?;
+        match &self.buffer[..len.map_err(LinkError::Lost)?] {
+            STANDBY_READY => Ok(()),
+            _ => Err(LinkError::Lost(io::ErrorKind::InvalidData.into())),
+        }
     }
 
     async fn send(&self, text: &[u8], fds: &[RawFd]) -> io::Result<()> {

@@ -210,6 +210,7 @@ async fn run(args: Args) -> Result<Option<PathBuf>, String> {
             let _turn = daemon.turn().await;
             tracing::info!("another mgmtd goes on");
             daemon.save().await.map_err(|e| e.to_string())?;
+            drop(daemon.standby().take());
             return Ok(daemon.next());
         }
     }

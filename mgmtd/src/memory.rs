@@ -1,17 +1,20 @@
 //! mgmtd starts the next ublk-target when one dies. Until that serves, nothing can be swapped in from a LU, nor written back to
 //! one to make room: nothing of mgmtd may lie there, and none of its allocations may wait for it.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use nix::mount::{MsFlags, mount};
 use rustix::mm::{MlockAllFlags, mlockall};
 use rustix::process::configure_io_flusher_behavior;
 
 use crate::daemon::Daemon;
+use crate::limits::STANDBY_PAUSE;
+use crate::standby::Standby;
 
 /// Locks what this process has touched and will touch, has its allocations wait for no I/O, and takes it out of the
 /// out-of-memory killer's sight. Before it starts a thread: those inherit it. Says what could not be had; that is not needed
@@ -66,78 +69,92 @@ pub fn keep_in_memory(run_dir: &Path) -> io::Result<()> {
 
 /// Between two looks whether a LU is swapped to.
 const PAUSE: Duration = Duration::from_secs(2);
-/// Memory is put by in such pieces, so that it can be given up in the middle.
-const PIECE: usize = 1 << 20;
-/// What a successor needs beside what ublk-target has: its program is started, its groups are read.
-const MORE: usize = 16 << 20;
-/// A small machine cannot spare all that: it lives by what its own successor gave back.
-const PART: usize = 8;
-/// From here on the allocator gives memory back to the kernel when it is freed.
-const MAPPED: usize = 33 << 20;
-
-/// Memory for the next ublk-target, put by while a LU is swapped to. When ublk-target dies its own is taken at once by whoever
-/// dirties pages, none can be made free while the swap does not answer, and without its buffers a successor serves nothing.
-#[derive(Debug, Default)]
-pub struct Ballast {
-    held: Mutex<Option<Vec<u8>>>,
-    given_up: AtomicBool,
-}
-
-impl Ballast {
-    /// Gives it to whoever is quick: the caller, by starting what needs it.
-    pub fn give_up(&self) {
-        self.given_up.store(true, Ordering::Relaxed);
-        *self.lock() = None;
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Option<Vec<u8>>> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn has(&self) -> usize {
-        self.lock().as_ref().map_or(0, Vec::len)
-    }
-
-    /// Takes so many bytes; blocks while they are made free.
-    fn take(&self, bytes: usize) {
-        let mut memory = Vec::with_capacity(bytes.max(MAPPED));
-        while memory.len() < bytes && !self.given_up.load(Ordering::Relaxed) {
-            // Touched, and so locked.
-            memory.resize(memory.len() + PIECE, 1);
-        }
-        let mut held = self.lock();
-        if !self.given_up.load(Ordering::Relaxed) {
-            *held = Some(memory);
-        }
-    }
-}
-
-/// Keeps memory by for as long as a LU is swapped to, and none else.
+/// For as long as a LU is swapped to, and no longer: keeps a ublk-target ready to take the place of the one that serves, and
+/// makes that, the next and mgmtd urgent. What the kernel allocates for them may then come from what it keeps back from all
+/// others (`ALLOC_MIN_RESERVE` in its page_alloc.c); without that ublk-target waits in io_uring_enter for memory that only
+/// its own answers would make free.
 pub async fn watch(daemon: Arc<Daemon>) {
+    let own = std::process::id();
+    let mut urgent: BTreeSet<u32> = BTreeSet::new();
+    let mut first = true;
+    let mut not_before = Instant::now();
     loop {
         tokio::time::sleep(PAUSE).await;
         let ublks: Vec<u32> = daemon.lus().iter().filter_map(|lu| lu.ublk).collect();
         let pid = daemon.live().target_pid;
-        let is_served = pid.is_some() && !daemon.recovering.load(Ordering::Relaxed);
-        let all =
-            std::fs::read_to_string("/proc/meminfo").map_or(0, |text| kib(&text, "MemTotal:"));
-        let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
-        let status =
-            pid.and_then(|pid| std::fs::read_to_string(format!("/proc/{pid}/status")).ok());
-        let needed = match (is_swapped_to(&swaps, &ublks), status) {
-            (true, Some(status)) => (resident(&status) + MORE).min(all / PART),
-            _ => 0,
+        let Some(pid) = pid.filter(|_| !daemon.recovering.load(Ordering::Relaxed)) else {
+            continue;
         };
-        if !is_served || needed == 0 {
-            daemon.ballast.give_up();
-        } else if daemon.ballast.has() < needed {
-            daemon.ballast.give_up();
-            daemon.ballast.given_up.store(false, Ordering::Relaxed);
-            let daemon = Arc::clone(&daemon);
-            let _ = tokio::task::spawn_blocking(move || daemon.ballast.take(needed)).await;
+        if std::mem::take(&mut first) {
+            // Made so by the mgmtd before this one, whose swap may be gone.
+            urgent.extend(Some(pid).filter(|pid| is_urgent(&stat(*pid))));
+        }
+        let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
+        if !is_swapped_to(&swaps, &ublks) {
+            drop(daemon.standby().take());
+            for pid in std::mem::take(&mut urgent) {
+                set_urgent(pid, false).await;
+            }
+            continue;
+        }
+        for pid in [own, pid] {
+            if urgent.insert(pid) {
+                set_urgent(pid, true).await;
+            }
+        }
+        urgent.retain(|urgent| [own, pid].contains(urgent));
+        let program = daemon.target_bin().clone();
+        let has_standby = daemon
+            .standby()
+            .as_mut()
+            .is_some_and(|standby| standby.is_ready(&program));
+        if has_standby || Instant::now() < not_before {
+            continue;
+        }
+        drop(daemon.standby().take());
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status"));
+        let bytes = status.map_or(0, |status| anonymous(&status));
+        match Standby::start(&daemon, program, bytes).await {
+            Ok(standby) => *daemon.standby() = Some(standby),
+            Err(error) => {
+                not_before = Instant::now() + STANDBY_PAUSE;
+                tracing::warn!("no ublk-target is kept ready for the swap on a LU: {error}");
+            }
         }
     }
 }
+
+fn stat(pid: u32) -> String {
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default()
+}
+
+/// Whether a `/proc/PID/stat` is of a process that [`set_urgent`] has made so: priority and policy (SCHED_RR) are its fields 40
+/// and 41, the first after the name in brackets its third.
+fn is_urgent(stat: &str) -> bool {
+    let fields = stat.rsplit(") ").next().unwrap_or_default();
+    fields.split(' ').skip(37).take(2).eq([URGENT, "2"])
+}
+
+/// Has all threads of a process, and those that they start, run before all others, or as all others do.
+async fn set_urgent(pid: u32, is_urgent: bool) {
+    let how = match is_urgent {
+        true => ["--rr", "--pid", URGENT],
+        false => ["--other", "--pid", "0"],
+    };
+    let done = tokio::process::Command::new("chrt")
+        .arg("--all-tasks")
+        .args(how)
+        .arg(pid.to_string())
+        .stdin(std::process::Stdio::null())
+        .status()
+        .await;
+    if !done.is_ok_and(|status| status.success()) {
+        tracing::warn!("chrt {how:?} {pid} failed: a swap on a LU may hang if memory runs short");
+    }
+}
+
+/// Priority of what is urgent: the least that is before all others.
+pub(crate) const URGENT: &str = "1";
 
 /// Whether `/proc/swaps` names one of these devices.
 fn is_swapped_to(swaps: &str, ublks: &[u32]) -> bool {
@@ -148,9 +165,9 @@ fn is_swapped_to(swaps: &str, ublks: &[u32]) -> bool {
     })
 }
 
-/// Bytes in memory, of `/proc/PID/status`.
-fn resident(status: &str) -> usize {
-    kib(status, "VmRSS:")
+/// Bytes of a process that no file is behind, of its `/proc/PID/status`.
+fn anonymous(status: &str) -> usize {
+    kib(status, "RssAnon:")
 }
 
 /// Bytes, of a line that gives kB.
@@ -180,21 +197,21 @@ mod tests {
     }
 
     #[test]
-    fn resident_memory_is_read() {
-        assert_eq!(
-            resident("Name:\tx\nVmRSS:\t   56320 kB\nVmLck:\t1 kB\n"),
-            55 << 20
-        );
-        assert_eq!(resident(""), 0);
+    fn urgent_is_read_of_the_policy() {
+        let stat = |priority, policy| {
+            let between = ["0"; 36].join(" ");
+            format!("7 (a b) c) S {between} {priority} {policy} 0 0 0")
+        };
+        assert!(is_urgent(&stat(1, 2)));
+        assert!(!is_urgent(&stat(0, 0)) && !is_urgent(&stat(50, 1)) && !is_urgent(""));
     }
 
     #[test]
-    fn ballast_that_is_given_up_is_not_taken() {
-        let ballast = Ballast::default();
-        ballast.take(1);
-        assert_eq!(ballast.has(), PIECE);
-        ballast.give_up();
-        ballast.take(1);
-        assert_eq!(ballast.has(), 0);
+    fn anonymous_memory_is_read() {
+        assert_eq!(
+            anonymous("Name:\tx\nRssAnon:\t   56320 kB\nVmLck:\t1 kB\n"),
+            55 << 20
+        );
+        assert_eq!(anonymous(""), 0);
     }
 }

@@ -25,6 +25,7 @@ use tokio::sync::oneshot;
 use crate::api::last_view;
 use crate::daemon::{About, Daemon};
 use crate::limits::{BACKOFF_MAX, DEATHS_MAX, START_LIMIT, STATUS_LIMIT};
+use crate::memory::URGENT;
 use crate::quarantine::{self, Crashes};
 use crate::tables::DiskSave;
 use crate::{boot, notify, upgrade};
@@ -35,6 +36,8 @@ const EXEC: &str = "{ test -e /sys/fs/cgroup/cgroup.controllers && mkdir -p /sys
     echo $$ > /sys/fs/cgroup/lunar-target/cgroup.procs; } 2>/dev/null; \
     exec \"$@\" 3<&0 </dev/null";
 
+/// Where the one that serves listens, in the run directory.
+pub(crate) const TARGET_SOCKET: &str = "target.sock";
 /// A connection breaks a moment before the process has ended.
 const END_PAUSE: Duration = Duration::from_millis(500);
 
@@ -100,7 +103,6 @@ async fn died(daemon: &Daemon, running: &mut Running, were_up: &mut Vec<GroupSta
         },
         None => "ended".into(),
     };
-    daemon.ballast.give_up();
     let recovering = !daemon.is_stopping();
     daemon.recovering.store(recovering, Ordering::Relaxed);
     // Taken before the next one answers: a read verb would find it without groups and forget them.
@@ -245,12 +247,20 @@ fn watch(pid: u32) -> io::Result<oneshot::Receiver<()>> {
     Ok(ended)
 }
 
-/// Makes the listening socket and starts ublk-target with it.
+/// Makes the listening socket and starts ublk-target with it; or has one that waits take the place.
 async fn start(daemon: &Daemon) -> io::Result<Running> {
     let run_dir = &daemon.config.run_dir;
-    let listening = listen_at(&run_dir.join("target.sock"))?;
     let program = daemon.target_bin().clone();
-    let child = spawn(&program, run_dir, listening)?;
+    let mut standby = daemon.standby().take();
+    let standby = standby.take_if(|standby| standby.is_ready(&program));
+    // Its end would be the other's until that has a connection.
+    let (child, _owner) = match standby.map(|standby| standby.promote(run_dir)) {
+        Some(promoted) => promoted?,
+        None => {
+            let listening = listen_at(&run_dir.join(TARGET_SOCKET))?;
+            (spawn(&program, run_dir, listening, None)?, None)
+        }
+    };
     std::fs::write(run_dir.join("target.pid"), format!("{}\n", child.id()))?;
     let mut running = Running {
         ended: watch(child.id())?,
@@ -285,7 +295,7 @@ async fn start(daemon: &Daemon) -> io::Result<Running> {
     Ok(running)
 }
 
-fn listen_at(path: &Path) -> io::Result<OwnedFd> {
+pub(crate) fn listen_at(path: &Path) -> io::Result<OwnedFd> {
     match std::fs::remove_file(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
         _ => {}
@@ -305,13 +315,25 @@ fn listen_at(path: &Path) -> io::Result<OwnedFd> {
 }
 
 /// `setsid` gives it its own session, the shell its cgroup and descriptor 3; both exec, the pid stays.
-fn spawn(target: &Path, run_dir: &Path, listening: OwnedFd) -> io::Result<Child> {
+///
+/// # Shape   `standby`: bytes that it takes before it waits to take the place of another; None: it serves at once
+pub(crate) fn spawn(
+    target: &Path,
+    run_dir: &Path,
+    listening: OwnedFd,
+    standby: Option<usize>,
+) -> io::Result<Child> {
+    // Until it has recovered what another left, which others may wait for.
+    let urgent = standby.map(|_| ["chrt", "--rr", URGENT]);
+    let standby = standby.map(|bytes| format!("--standby={bytes}"));
     Command::new("setsid")
+        .args(urgent.iter().flatten())
         .args(["sh", "-c", EXEC])
         .arg("ublk-target")
         .arg(target)
         .args(["--listen-fd", "3", "--run-dir"])
         .arg(run_dir)
+        .args(standby)
         .stdin(Stdio::from(listening))
         .spawn()
 }

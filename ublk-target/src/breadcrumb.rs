@@ -11,7 +11,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use lunar_api::GroupUuid;
-use lunar_api::breadcrumb::{AT, BYTES, FILE, GROUP, LEN, LU, OP, SIGNAL, SLOTS, TAKEN, WORDS};
+use lunar_api::breadcrumb::{AT, BYTES, GROUP, LEN, LU, OP, SIGNAL, SLOTS, TAKEN, WORDS};
 use lunar_engine::traits::{HostRequest, HostVerb};
 use memmap2::{MmapOptions, MmapRaw};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
@@ -36,13 +36,13 @@ thread_local! {
 }
 
 /// Makes the file anew and watches for fatal signals. Before mounts are detached, while there is one thread.
-pub(crate) fn open(run_dir: &Path) -> io::Result<()> {
+pub(crate) fn open(path: &Path) -> io::Result<()> {
     let file = File::options()
         .read(true)
         .write(true)
         .create(true)
         .truncate(true)
-        .open(run_dir.join(FILE))?;
+        .open(path)?;
     file.set_len(BYTES as u64)?;
     let map = MmapOptions::new().len(BYTES).map_raw(&file)?;
     // Said twice, the first stays.
@@ -139,13 +139,14 @@ impl Crumb {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use lunar_api::breadcrumb::FILE;
     use lunar_engine::traits::RequestId;
 
     #[test]
     fn claim_note_release_and_what_is_read_of_it() {
         let dir = std::env::temp_dir().join(format!("lunar-crumb-{}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
-        open(&dir).unwrap();
+        open(&dir.join(FILE)).unwrap();
         let read = || lunar_api::breadcrumb::crashes(&std::fs::read(dir.join(FILE)).unwrap());
         let group = GroupUuid::from_bytes([9; 16]);
         let crumb = claim(group).unwrap();

@@ -35,37 +35,56 @@ pub(crate) fn api_error(kind: ErrorKind, what: &str, error: &dyn Error) -> ApiEr
     answer
 }
 
-/// Accepts for ever.
-pub(crate) fn listen(listener: &UnixListener, groups: &Arc<Groups>) {
-    let open = Arc::new(AtomicUsize::new(0));
-    let ready = start_ready(groups, &open);
-    loop {
+/// The threads that wait for connections.
+pub(crate) struct Ready {
+    groups: Arc<Groups>,
+    open: Arc<AtomicUsize>,
+    idle: Sender<OwnedFd>,
+}
+
+impl Ready {
+    pub(crate) fn start(groups: &Arc<Groups>) -> Self {
+        let open = Arc::default();
+        Self {
+            idle: start_ready(groups, &open),
+            groups: Arc::clone(groups),
+            open,
+        }
+    }
+
+    /// Accepts for ever.
+    pub(crate) fn listen(&self, listener: &UnixListener) {
+        loop {
+            self.accept(listener);
+        }
+    }
+
+    fn accept(&self, listener: &UnixListener) {
         let connection = match socket::accept(listener) {
             Ok(connection) => connection,
             Err(error) => {
                 tracing::error!(error = &error as &dyn Error, "no connection");
                 let _ = crossbeam::channel::after(Duration::from_millis(100)).recv();
-                continue;
+                return;
             }
         };
-        if open.fetch_add(1, Ordering::Relaxed) >= CONNECTIONS_MAX {
-            open.fetch_sub(1, Ordering::Relaxed);
+        if self.open.fetch_add(1, Ordering::Relaxed) >= CONNECTIONS_MAX {
+            self.open.fetch_sub(1, Ordering::Relaxed);
             let reply = Err(ApiError::new(
                 ErrorKind::Busy,
                 format!("all {CONNECTIONS_MAX} connections are in use"),
             ));
             put(&connection, &reply);
-            continue;
+            return;
         }
         // Taken by whichever of them is idle.
-        let connection = match ready.try_send(connection) {
-            Ok(()) => continue,
+        let connection = match self.idle.try_send(connection) {
+            Ok(()) => return,
             Err(TrySendError::Full(connection) | TrySendError::Disconnected(connection)) => {
                 connection
             }
         };
-        let (groups, open) = (Arc::clone(groups), Arc::clone(&open));
-        let counted = Arc::clone(&open);
+        let (groups, open) = (Arc::clone(&self.groups), Arc::clone(&self.open));
         let thread = std::thread::Builder::new()
             .name("control".into())
             .stack_size(STACK_BYTES)
@@ -74,7 +93,7 @@ pub(crate) fn listen(listener: &UnixListener, groups: &Arc<Groups>) {
                 open.fetch_sub(1, Ordering::Relaxed);
             });
         if let Err(error) = thread {
-            counted.fetch_sub(1, Ordering::Relaxed);
+            self.open.fetch_sub(1, Ordering::Relaxed);
             tracing::error!(%error, "no thread for a connection");
         }
     }

@@ -27,16 +27,18 @@ mod queue;
 mod ring;
 mod sandbox;
 mod socket;
+mod standby;
 mod thread;
 mod ublk;
 
 use std::error::Error;
 use std::os::fd::RawFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
+use lunar_api::breadcrumb::{FILE, STANDBY_FILE};
 use nix::sys::signal::{SigSet, Signal};
 use tracing_subscriber::EnvFilter;
 
@@ -69,6 +71,10 @@ struct Serve {
     /// An existing folder of its own
     #[arg(long, value_name = "DIR")]
     run_dir: PathBuf,
+    /// Takes so much memory for what it will serve, and waits to take another's place: its first connection is told when it is
+    /// ready, and as long as there is no second one, the end of that is its own
+    #[arg(long, value_name = "BYTES")]
+    standby: Option<usize>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -136,7 +142,7 @@ fn run(serve: &Serve) -> Result<(), Box<dyn Error>> {
         report(info);
         std::process::abort();
     }));
-    let helper = become_server(&serve.run_dir)?;
+    let helper = become_server(serve)?;
     let listener = socket::inherited(serve.listen_fd);
     let helper = helper.attend()?;
     log::start()?;
@@ -158,18 +164,31 @@ fn run(serve: &Serve) -> Result<(), Box<dyn Error>> {
         events: events::Events::default(),
     });
     watch_signals(Arc::clone(&groups))?;
-    control::listen(&listener, &groups);
+    let ready = control::Ready::start(&groups);
+    if serve.standby.is_some() && !standby::wait(&listener)? {
+        tracing::info!("not needed: whoever started it is gone");
+        std::process::exit(0);
+    }
+    ready.listen(&listener);
     Ok(())
 }
 
 /// Everything a process does once, in the order that it must be done in.
-fn become_server(run_dir: &Path) -> Result<control_helper::Forked, sandbox::SandboxError> {
+fn become_server(serve: &Serve) -> Result<control_helper::Forked, sandbox::SandboxError> {
+    let crumbs = match serve.standby {
+        Some(_) => STANDBY_FILE,
+        None => FILE,
+    };
     sandbox::block_signals()?;
     sandbox::raise_limits()?;
-    sandbox::step("the breadcrumb file", breadcrumb::open(run_dir))?;
-    sandbox::detach_mounts(run_dir)?;
+    let crumbs = breadcrumb::open(&serve.run_dir.join(crumbs));
+    sandbox::step("the breadcrumb file", crumbs)?;
+    sandbox::detach_mounts(&serve.run_dir)?;
     let helper = control_helper::fork_helper()?;
     sandbox::lock_memory()?;
+    if let Some(bytes) = serve.standby {
+        sandbox::take_memory(bytes);
+    }
     Ok(helper)
 }
 

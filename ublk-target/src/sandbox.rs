@@ -19,6 +19,8 @@ const FILES_MAX: u64 = 65_536;
 /// Arenas of the allocator: each but the first is 64 MiB of address space, all of which counts as locked. The I/O
 /// path does not allocate, so nobody waits.
 const ARENAS_MAX: i32 = 1;
+/// Allocations from here on have mappings of their own, after [`take_memory`]: the most that glibc can be told.
+const MAPPED_MIN: i32 = 32 << 20;
 /// prctl numbers that libc does not have.
 const SET_IO_FLUSHER: i32 = 57;
 const GET_IO_FLUSHER: i32 = 58;
@@ -107,6 +109,18 @@ pub(crate) fn lock_memory() -> Result<(), SandboxError> {
     unsafe { libc::mallopt(libc::M_ARENA_MAX, ARENAS_MAX) };
     let all = MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE;
     step("memory cannot be locked", mlockall(all))
+}
+
+/// Takes locked memory that later allocations get, so that none of them has to wait for it. After [`lock_memory`].
+pub(crate) fn take_memory(bytes: usize) {
+    // SAFETY: sets numbers of the allocator; no other thread runs yet. Nothing is given back to the kernel, and nothing but
+    // the largest pieces is asked of it apart.
+    unsafe {
+        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED_MIN);
+    }
+    let pieces: Vec<Vec<u8>> = (0..bytes >> 20).map(|_| vec![1; 1 << 20]).collect();
+    drop(std::hint::black_box(pieces));
 }
 
 /// Blocks every signal of this thread and of those it starts, but for those that end a thread for what it did.

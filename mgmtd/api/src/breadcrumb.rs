@@ -5,6 +5,8 @@ use crate::ids::GroupUuid;
 
 /// Name of the file in the run directory.
 pub const FILE: &str = "breadcrumb";
+/// As long as another has that.
+pub const STANDBY_FILE: &str = "breadcrumb.standby";
 /// Threads that have a slot: those beyond leave none.
 pub const SLOTS: usize = 1024;
 /// Words of a slot.

@@ -12,6 +12,8 @@ use crate::ids::{DiskUuid, GroupUuid, History, LuUuid, SystemUuid};
 
 /// Version of this protocol; both sides refuse another.
 pub const TARGET_API: u32 = 1;
+/// What a ublk-target that waits to take another's place says on its first connection, once it is ready to.
+pub const STANDBY_READY: &[u8] = b"ready";
 /// Longest message, in bytes; a group of 4096 LUs with its extents fits.
 pub const MESSAGE_MAX: usize = 1 << 20;
 /// Most descriptors in one message: the kernel's SCM_MAX_FD.

@@ -438,6 +438,7 @@ fn rebuild_over_bad_blocks() -> Result<(), Failure> {
     ensure(count(&rig, "BadBlocks")? > 0, || "no event".into())?;
     sh(&format!("kill -9 {}", rig.target_pid()?))?;
     rig.wait_lu()?;
+    rig.wait_optimal(60)?;
     check(&lost, "after a kill")?;
     sh(&format!(
         "dd if=/tmp/content of={device} bs=4k skip=5 seek=5 count=1 oflag=direct 2>/dev/null"

@@ -8,11 +8,7 @@ use super::shell::{Failure, pause, sh, sh_in, until};
 use super::{Test, add, ensure, figure};
 
 pub(super) fn tests(to: &mut Vec<Test>) {
-    add(
-        to,
-        "long_memory_swap_on_a_lu_outlives_the_target",
-        swap_on_a_lu,
-    );
+    add(to, "memory_swap_on_a_lu_outlives_the_target", swap_on_a_lu);
 }
 
 /// Bytes of a page.
@@ -92,6 +88,15 @@ fn swapped() -> Result<u64, Failure> {
     text.parse().map_err(|error| format!("{text}: {error}"))
 }
 
+/// The process that waits to take ublk-target's place, once it has memory of its own; else nothing.
+fn standby() -> Result<String, Failure> {
+    sh(r#"serving=$(cat /run/lunar/target.pid)
+        for p in $(pidof ublk-target); do
+          tr '\0' ' ' < /proc/$p/cmdline | grep -q -- --standby= && [ $p != $serving ] \
+            && awk -v p=$p '$1 == "RssAnon:" && $2 > 30000 {print p}' /proc/$p/status
+        done || true"#)
+}
+
 /// Given a machine of 256 MiB whose swap is a LU, beside one with ext4, and a process whose memory is swapped out by 100 MiB
 /// and more and goes in and out, and a writer of dirty pages at dirty_ratio 60, when ublk-target is killed twice meanwhile,
 /// then everything goes on to its end: every page of memory and every byte of the file is as written, nothing was killed for
@@ -127,19 +132,11 @@ fn swap_on_a_lu() -> Result<(), Failure> {
         "lu", "create", "swap", "--group", "data", "--size", "384MiB",
     ])?;
     rig.lunar(&["lu", "create", "vol", "--group", "data", "--size", "256MiB"])?;
-    // mgmtd sees that a LU is swapped to, and puts memory by for the next ublk-target: an eighth of all.
-    let resident = |pid: &str, what: &str| -> Result<u64, Failure> {
-        let kib = sh(&format!(
-            "awk '$1 == \"{what}:\" {{print $2}}' /proc/{pid}/status"
-        ))?;
-        kib.parse().map_err(|error| format!("{kib}: {error}"))
-    };
-    let before = resident(&rig.mgmtd_pid(), "VmRSS")?;
     sh("mkswap -q /dev/lunar/swap; swapon /dev/lunar/swap
         mkfs.ext4 -q -F /dev/lunar/vol; mkdir -p /mnt/m; mount /dev/lunar/vol /mnt/m
         echo 60 > /proc/sys/vm/dirty_ratio; echo 50 > /proc/sys/vm/dirty_background_ratio")?;
-    until("mgmtd has put memory by", 30, || {
-        Ok(resident(&rig.mgmtd_pid(), "VmRSS")? > before + (20 << 10))
+    until("the next ublk-target waits, and has its memory", 60, || {
+        standby().map(|pid| !pid.is_empty())
     })?;
     let (mut hog, mut out) = Hog::start()?;
     let mut line = String::new();
@@ -161,7 +158,12 @@ fn swap_on_a_lu() -> Result<(), Failure> {
     let mut least = first;
     for _ in 0..2 {
         pause(1500);
-        let pid = rig.target_pid()?;
+        let (pid, mut next) = (rig.target_pid()?, String::new());
+        until("another waits", 120, || {
+            next = standby()?;
+            Ok(!next.is_empty() && next != pid)
+        })?;
+        pause(1000);
         sh(&format!("kill -KILL {pid}"))?;
         let killed = std::time::Instant::now();
         until("a successor serves", 120, || {
@@ -169,6 +171,8 @@ fn swap_on_a_lu() -> Result<(), Failure> {
                 && rig.state().is_ok_and(|(state, _)| state == "optimal"))
         })
         .map_err(|why| format!("{why}\n{}", rig.log_tail()))?;
+        let now = rig.target_pid()?;
+        ensure(now == next, || format!("{now} serves, {next} had waited"))?;
         figure(format!(
             "swap on a LU: served again after {} ms, {} KiB are swapped out",
             killed.elapsed().as_millis(),
