@@ -20,6 +20,7 @@ use tokio::process::Command;
 
 use crate::daemon::{About, Daemon};
 use crate::limits::HOOKS_AT_ONCE;
+use crate::memory;
 use crate::tables::{EventSave, Tables};
 
 /// What a hook is given.
@@ -211,9 +212,10 @@ async fn run(hook: &Path, call: &Call, limit: Duration) -> Result<(), (&'static 
         .and_then(|child| child)
         .map_err(failed)?;
     let group = child.id().and_then(|pid| i32::try_from(pid).ok());
-    // That mgmtd may not be killed when memory runs short is not for it.
-    if let Some(pid) = group {
+    // That mgmtd may not be killed when memory runs short, and goes before others then, is not for it.
+    if let Some(pid) = child.id() {
         let _ = std::fs::write(format!("/proc/{pid}/oom_score_adj"), "0");
+        memory::calm(pid).await;
     }
     match tokio::time::timeout(limit, child.wait()).await {
         Ok(Ok(status)) if status.success() => Ok(()),

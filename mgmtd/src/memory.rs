@@ -135,6 +135,13 @@ fn is_urgent(stat: &str) -> bool {
     fields.split(' ').skip(37).take(2).eq([URGENT, "2"])
 }
 
+/// Has a process that mgmtd has started for somebody else run as all others do.
+pub async fn calm(pid: u32) {
+    if is_urgent(&stat(pid)) {
+        set_urgent(pid, false).await;
+    }
+}
+
 /// Has all threads of a process, and those that they start, run before all others, or as all others do.
 async fn set_urgent(pid: u32, is_urgent: bool) {
     let how = match is_urgent {

@@ -21,6 +21,7 @@ const SOCKET: &str = "standby.sock";
 #[derive(Debug)]
 pub struct Standby {
     program: PathBuf,
+    run_dir: PathBuf,
     child: Option<Child>,
     /// Its end is the standby's, until another connects.
     owner: Option<Link>,
@@ -37,6 +38,7 @@ impl Standby {
         let child = spawn(&program, run_dir, listening, Some(bytes))?;
         let mut standby = Self {
             program,
+            run_dir: run_dir.clone(),
             child: Some(child),
             owner: None,
         };
@@ -55,9 +57,10 @@ impl Standby {
     /// has answered.
     ///
     /// # Errors  its files are gone: it is ended
-    pub fn promote(mut self, run_dir: &Path) -> io::Result<(Child, Option<Link>)> {
-        std::fs::rename(run_dir.join(STANDBY_FILE), run_dir.join(FILE))?;
-        std::fs::rename(run_dir.join(SOCKET), run_dir.join(TARGET_SOCKET))?;
+    pub fn promote(mut self) -> io::Result<(Child, Option<Link>)> {
+        for (from, to) in [(STANDBY_FILE, FILE), (SOCKET, TARGET_SOCKET)] {
+            std::fs::rename(self.run_dir.join(from), self.run_dir.join(to))?;
+        }
         let child = self.child.take().ok_or(io::ErrorKind::NotFound)?;
         Ok((child, self.owner.take()))
     }
@@ -68,6 +71,9 @@ impl Drop for Standby {
         if let Some(child) = &mut self.child {
             let _ = child.kill();
             let _ = child.wait();
+            for file in [STANDBY_FILE, SOCKET] {
+                let _ = std::fs::remove_file(self.run_dir.join(file));
+            }
         }
     }
 }

@@ -254,7 +254,7 @@ async fn start(daemon: &Daemon) -> io::Result<Running> {
     let mut standby = daemon.standby().take();
     let standby = standby.take_if(|standby| standby.is_ready(&program));
     // Its end would be the other's until that has a connection.
-    let (child, _owner) = match standby.map(|standby| standby.promote(run_dir)) {
+    let (child, _owner) = match standby.map(|standby| standby.promote()) {
         Some(promoted) => promoted?,
         None => {
             let listening = listen_at(&run_dir.join(TARGET_SOCKET))?;
