@@ -86,8 +86,8 @@ pub async fn watch(daemon: Arc<Daemon>) {
             continue;
         };
         if std::mem::take(&mut first) {
-            // Made so by the mgmtd before this one, whose swap may be gone.
-            urgent.extend(Some(pid).filter(|pid| is_urgent(&stat(*pid))));
+            // Made so by the mgmtd before this one, which this process may have been; the swap may be gone.
+            urgent.extend([own, pid].into_iter().filter(|pid| is_urgent(&stat(*pid))));
         }
         let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
         if !is_swapped_to(&swaps, &ublks) {
